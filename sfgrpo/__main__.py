@@ -1,0 +1,77 @@
+"""Command line: `python -m sfgrpo STAGE`, one stage of the pipeline, configured by params.yaml.
+
+Exit status: 0 done, 1 failed, 2 wrong configuration (told before any model loads).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from sfgrpo.config import load_config, to_flat_dict
+from sfgrpo.environment import read_environment
+from sfgrpo.errors import ConfigError, SfgrpoError
+
+HELP = {
+    "pretrain": "train the shapes base model from scratch (hours; the repository ships the result)",
+    "prompts": "write the training and evaluation prompts to data/prompts",
+    "train": "train the adapter by Stepwise-Flow-GRPO; resumes an interrupted run by itself",
+    "evaluate": "judge base model and trained policy by GenEval, before and after",
+    "register": "register the trained policy as a model version in MLflow",
+    "show": "print the resolved configuration and the batch arithmetic of a training",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sfgrpo",
+        description="Fine-tunes flow-matching text-to-image models with Stepwise-Flow-GRPO, one stage at a time.",
+        epilog="The stages run in the order prompts, train, evaluate, register; `dvc repro` runs the first three, "
+        "`make demo` all. Values live in params.yaml; where things run, in MLFLOW_TRACKING_URI, SFGRPO_SCRATCH, "
+        "SFGRPO_DEVICE and SFGRPO_NUM_THREADS. Exit status: 0 done, 1 failed, 2 wrong configuration.",
+    )
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, text in HELP.items():
+        stage = stages.add_parser(name, help=text, description=text.capitalize() + ".")
+        stage.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (%(default)s)")
+    return parser
+
+
+def show(params: Path) -> None:
+    """Prints every parameter of a training and the numbers that follow from them."""
+    from sfgrpo.batches import BatchArithmetic
+
+    config = load_config("train", params)
+    for key, value in to_flat_dict(config).items():
+        print(f"{key:32}{value}")
+    print(f"\n{BatchArithmetic(config=config).explain()}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one stage and returns the exit status."""
+    chosen = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for name in ("httpx", "matplotlib", "transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        if chosen.stage == "show":
+            show(chosen.params)
+            return 0
+        config = load_config(chosen.stage, chosen.params)
+        environment = read_environment()
+        from sfgrpo import stages
+
+        getattr(stages, chosen.stage)(config, environment)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (SfgrpoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

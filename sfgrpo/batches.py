@@ -1,0 +1,105 @@
+"""The batch arithmetic of a training run: every number that follows from the parameters, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sfgrpo.config import TrainStage
+from sfgrpo.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BatchArithmetic:
+    """What one update costs, for each of `num_processes` processes; groups never straddle processes."""
+
+    config: TrainStage
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses processes, or micro-batches, that do not divide the work."""
+        prompts, steps = self.config.rollout.prompts_per_update, self.config.update.steps_per_update
+        if prompts % (self.num_processes * steps):
+            raise ConfigError(
+                f"launch.num_processes * update.steps_per_update = {self.num_processes} * {steps} does "
+                f"not divide rollout.prompts_per_update = {prompts}; every process takes whole groups in every "
+                f"optimiser step, so use a multiple of {self.num_processes * steps} prompts"
+            )
+        for path, micro_batch, images in (
+            ("rollout", self.config.rollout.micro_batch_size, self.images_per_process),
+            ("update", self.config.update.micro_batch_size, self.images_per_optimiser_step),
+        ):
+            if images % micro_batch:
+                raise ConfigError(
+                    f"{path}.micro_batch_size: {micro_batch} does not divide the {images} images of one of "
+                    f"{self.num_processes} processes; use a divisor of {images}"
+                )
+
+    @property
+    def images_per_process(self) -> int:
+        """Images that one process samples per update."""
+        return self.config.rollout.num_images // self.num_processes
+
+    @property
+    def images_per_optimiser_step(self) -> int:
+        """Images that one process contributes to an optimiser step."""
+        return self.images_per_process // self.config.update.steps_per_update
+
+    @property
+    def rollout_micro_batches(self) -> int:
+        """Micro-batches of one process's rollout."""
+        return self.images_per_process // self.config.rollout.micro_batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Backward passes whose gradients add up to one optimiser step."""
+        return self.images_per_optimiser_step // self.config.update.micro_batch_size
+
+    @property
+    def estimate_passes(self) -> float:
+        """Transformer passes per image for the clean estimates, beyond those of the rollout.
+
+        The first velocity of a state is known from the rollout, and the substeps are capped by the steps that
+        remain. The start state is shared, so its passes count once per group.
+        """
+        if self.config.advantage.credit == "terminal":
+            return 0.0
+        num_steps, substeps = self.config.sampling.num_steps, self.config.estimates.num_substeps
+        extra = [min(substeps, num_steps - state) - 1 for state in range(num_steps)]
+        return extra[0] / self.config.rollout.group_size + sum(extra[1:])
+
+    def explain(self) -> str:
+        """Words the arithmetic, one line for each phase, and names the parameters that have no effect."""
+        config, rollout, update = self.config, self.config.rollout, self.config.update
+        steps = config.trained_steps
+        return "\n".join(
+            (
+                f"run         {update.num_updates} updates x {rollout.num_images} images "
+                f"= {update.num_updates * rollout.num_images:,} images on {self.num_processes} process(es)",
+                f"rollout     {rollout.prompts_per_update} x {rollout.group_size} = {rollout.num_images} images; "
+                f"per process {self.images_per_process} = {self.rollout_micro_batches} x {rollout.micro_batch_size}, "
+                f"{config.sampling.num_steps} steps each",
+                f"update      {update.steps_per_update} optimiser steps x {self.images_per_optimiser_step} images per "
+                f"process = {self.accumulation_steps} x {update.micro_batch_size}; trains steps {_spelled(steps)}",
+                f"passes      per image {config.sampling.num_steps} rollout + {self.estimate_passes:.3g} estimates "
+                f"+ {len(steps)} forward and backward" + self._doubled(),
+                f"checkpoint  every {config.checkpoint.every_num_updates} updates, "
+                f"evaluation every {config.evaluation.every_num_updates}",
+                *(f"no effect   {path}" for path in self._without_effect()),
+            )
+        )
+
+    def _doubled(self) -> str:
+        return ", twice each for guidance" if self.config.sampling.guidance_scale > 1 else ""
+
+    def _without_effect(self) -> list[str]:
+        silent = []
+        if self.config.advantage.credit == "terminal":
+            silent.append("estimates.num_substeps: terminal credit scores final images only")
+        if self.config.update.kl_coef == 0:
+            silent.append("update.kl_form: update.kl_coef is 0")
+        return silent
+
+
+def _spelled(steps: tuple[int, ...]) -> str:
+    contiguous = len(steps) > 2 and steps == tuple(range(steps[0], steps[-1] + 1))
+    return f"{steps[0]}..{steps[-1]}" if contiguous else ", ".join(map(str, steps))

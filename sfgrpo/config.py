@@ -1,0 +1,213 @@
+"""The stages of the pipeline: which sections shape the result of each, how they fit together, how they are read.
+
+A stage is a dataclass whose field names are the top-level keys of `params.yaml` that the stage reads, and also the
+`params` of the stage in `dvc.yaml`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, overload
+
+from pydantic import NonNegativeInt
+
+from sfgrpo.errors import ConfigError
+from sfgrpo.sections import (
+    AdvantageConfig,
+    CheckpointConfig,
+    EmaConfig,
+    EstimatesConfig,
+    EvaluationConfig,
+    PolicyConfig,
+    PretrainConfig,
+    PromptsConfig,
+    RegistryConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplingConfig,
+    UpdateConfig,
+    section,
+)
+from sfgrpo.validation import read_mapping, unknown_key, validated
+
+
+@section
+class PretrainStage:
+    """Parameters of `pretrain`, which makes the base model."""
+
+    seed: NonNegativeInt
+    pretrain: PretrainConfig
+
+
+@section
+class PromptsStage:
+    """Parameters of `prompts`, which writes the prompt sets."""
+
+    seed: NonNegativeInt
+    prompts: PromptsConfig
+
+
+@section
+class TrainStage:
+    """Parameters of `train`, which trains the adapter."""
+
+    seed: NonNegativeInt
+    policy: PolicyConfig
+    sampling: SamplingConfig
+    rollout: RolloutConfig
+    estimates: EstimatesConfig
+    reward: RewardConfig
+    advantage: AdvantageConfig
+    update: UpdateConfig
+    ema: EmaConfig
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+
+    def __post_init__(self) -> None:
+        if conflicts := [*_sampling_conflicts(self), *_batch_conflicts(self), *_schedule_conflicts(self)]:
+            raise ValueError("\n".join(conflicts))
+
+    @property
+    def trained_steps(self) -> tuple[int, ...]:
+        """Denoising steps in the objective: those listed, or all but the last."""
+        return self.update.trained_steps or tuple(range(self.sampling.num_steps - 1))
+
+
+@section
+class EvaluateStage:
+    """Parameters of `evaluate`, which compares the trained policy with the base model."""
+
+    seed: NonNegativeInt
+    policy: PolicyConfig
+    evaluation: EvaluationConfig
+    reward: RewardConfig
+
+
+@section
+class RegisterStage:
+    """Parameters of `register`, which records the trained policy as a model version."""
+
+    policy: PolicyConfig
+    registry: RegistryConfig
+    evaluation: EvaluationConfig
+
+
+Stage: TypeAlias = PretrainStage | PromptsStage | TrainStage | EvaluateStage | RegisterStage
+STAGES: Mapping[str, type[Stage]] = {
+    "pretrain": PretrainStage,
+    "prompts": PromptsStage,
+    "train": TrainStage,
+    "evaluate": EvaluateStage,
+    "register": RegisterStage,
+}
+DVC_ONLY_SECTIONS = ("launch",)
+"""Sections that say how a stage is started; `dvc.yaml` reads them and the stages do not."""
+
+
+@overload
+def load_config(stage: Literal["pretrain"], path: Path) -> PretrainStage: ...
+@overload
+def load_config(stage: Literal["prompts"], path: Path) -> PromptsStage: ...
+@overload
+def load_config(stage: Literal["train"], path: Path) -> TrainStage: ...
+@overload
+def load_config(stage: Literal["evaluate"], path: Path) -> EvaluateStage: ...
+@overload
+def load_config(stage: Literal["register"], path: Path) -> RegisterStage: ...
+@overload
+def load_config(stage: str, path: Path) -> Stage: ...
+def load_config(stage: str, path: Path) -> Stage:
+    """Reads what `stage` needs from the parameter file.
+
+    Raises `ConfigError` with one line for each problem, opening with the file and the dotted path of the parameter.
+    The sections of other stages are not checked, but a section that no stage knows is an error.
+    """
+    if stage not in STAGES:
+        raise ConfigError(f"{stage!r} is no stage; allowed are {', '.join(STAGES)}")
+    values = read_mapping(path)
+    names = {stage: [field.name for field in dataclasses.fields(schema)] for stage, schema in STAGES.items()}
+    known = [*dict.fromkeys(name for fields in names.values() for name in fields), *DVC_ONLY_SECTIONS]
+    if unknown := [str(key) for key in values if key not in known]:
+        raise ConfigError("\n".join(f"{path}: {key}: {unknown_key(key, known)}" for key in unknown))
+    return validated(STAGES[stage], {key: values[key] for key in names[stage] if key in values}, str(path))
+
+
+def to_flat_dict(config: Stage) -> dict[str, Any]:
+    """Spells a configuration as dotted keys and JSON values: `{"sampling.num_steps": 10, ...}`."""
+    return dict(_flattened(dataclasses.asdict(config)))
+
+
+def config_digest(config: Stage) -> str:
+    """Gives the SHA-256 of every value of a configuration, as 64 hex digits."""
+    canonical = json.dumps(to_flat_dict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def _sampling_conflicts(config: TrainStage) -> Iterator[str]:
+    """Names what would leave a trained step without a density, or without a sense."""
+    sampling, last = config.sampling, config.sampling.num_steps - 1
+    if sampling.sampler == "ode":
+        yield "sampling.sampler: 'ode' is deterministic: no step has a density to train; use flow_sde, ddim_sde or cps"
+    if sampling.noise_level == 0:
+        yield "sampling.noise_level: 0 is deterministic: no step has a density to train; use 0.7, say"
+    if sampling.sampler in ("ddim_sde", "cps") and sampling.noise_level > 1:
+        yield (
+            f"sampling.noise_level: {sampling.noise_level} asks sampler {sampling.sampler} for more noise than a state "
+            "holds; use a value in 0..1, or sampler flow_sde"
+        )
+    steps = config.trained_steps
+    if list(steps) != sorted(set(steps)) or steps[-1] >= last:
+        yield (
+            f"update.trained_steps: {list(steps)} is not an ascending list of steps in 0..sampling.num_steps - 2 = "
+            f"0..{last - 1}; the last step, {last}, has no density under every sampler and is never trained"
+        )
+    if config.advantage.std == "global" and config.advantage.credit != "terminal":
+        yield (
+            f"advantage.std: 'global' is a choice of Flow-GRPO only, and advantage.credit is "
+            f"{config.advantage.credit!r}; use std group, or credit terminal"
+        )
+
+
+def _batch_conflicts(config: TrainStage) -> Iterator[str]:
+    """Names every batch that does not divide, with its equation and the nearest values that do."""
+    rollout, update = config.rollout, config.update
+    product = f"rollout.prompts_per_update * rollout.group_size = {rollout.prompts_per_update} * {rollout.group_size}"
+    if rollout.num_images % rollout.micro_batch_size:
+        yield _indivisible("rollout.micro_batch_size", rollout.micro_batch_size, product, rollout.num_images)
+    if rollout.prompts_per_update % update.steps_per_update:
+        total = rollout.prompts_per_update
+        yield _indivisible("update.steps_per_update", update.steps_per_update, "rollout.prompts_per_update", total)
+        return
+    images_per_step = rollout.num_images // update.steps_per_update
+    if images_per_step % update.micro_batch_size:
+        quotient = f"{product.replace(' = ', ' / update.steps_per_update = ')} / {update.steps_per_update}"
+        yield _indivisible("update.micro_batch_size", update.micro_batch_size, quotient, images_per_step)
+
+
+def _schedule_conflicts(config: TrainStage) -> Iterator[str]:
+    """Names an evaluation that would judge an adapter of which there is no checkpoint."""
+    evaluate, save = config.evaluation.every_num_updates, config.checkpoint.every_num_updates
+    if evaluate % save:
+        yield (
+            f"evaluation.every_num_updates: {evaluate} is not a multiple of checkpoint.every_num_updates = {save}, so "
+            f"an evaluated adapter would have no checkpoint; use {save * max(1, round(evaluate / save))}"
+        )
+
+
+def _indivisible(path: str, value: int, equation: str, total: int) -> str:
+    divisors = [divisor for divisor in range(1, total + 1) if total % divisor == 0]
+    below = max(divisor for divisor in divisors if divisor <= value)
+    nearest = {below, *(divisor for divisor in divisors if divisor > value and divisor <= 2 * value)}
+    return f"{path}: {value} does not divide {equation} = {total}; use {' or '.join(map(str, sorted(nearest)[:2]))}"

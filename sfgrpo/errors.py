@@ -1,0 +1,42 @@
+"""Every error that a caller of sfgrpo may want to catch.
+
+SfgrpoError
+    ConfigError     also a ValueError: a wrong value, or a wrong key, in the parameters
+    IntegrityError  a file is not the one that was recorded
+    RewardError     a reward could not be computed
+    CanaryError     training runs, but does not do what it claims
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class SfgrpoError(Exception):
+    """Root of the errors that sfgrpo raises on its own account."""
+
+
+class ConfigError(SfgrpoError, ValueError):
+    """A parameter has a value, or a name, that is not allowed; the message gives its dotted path."""
+
+
+class IntegrityError(SfgrpoError):
+    """A file's digest is not the expected one; the message gives the file, the expected digest and the found one."""
+
+    def __init__(self, path: Path, expected: str, found: str) -> None:
+        """Takes the file and both contents; all reach `Exception`, so that the error survives pickling."""
+        super().__init__(path, expected, found)
+        self.path = path
+        self.expected = expected
+        self.found = found
+
+    def __str__(self) -> str:
+        return f"{self.path} is damaged: expected {self.expected}, found {self.found}"
+
+
+class RewardError(SfgrpoError):
+    """A reward could not score an image, or gave something that is not a number."""
+
+
+class CanaryError(SfgrpoError):
+    """A check of the training itself failed: the first ratio is not 1, or an update left the policy unchanged."""

@@ -1,0 +1,72 @@
+"""The one contract that every flow model meets."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sfgrpo.types import Conditioning
+
+
+class Policy(ABC):
+    """A text-to-image flow model with a trainable adapter on a frozen start policy."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where latents and conditioning are expected."""
+
+    @abstractmethod
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Noise levels of the states of a run of `num_steps` steps: [num_steps + 1], from 1 to 0, float32."""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """Encodes texts without gradients; the empty text is the unconditional one of guidance."""
+
+    @abstractmethod
+    def velocity(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """Predicts noise minus clean latent at `latents` [N, C, H, W] and noise levels `sigma` [N], in float32.
+
+        A guidance scale of 1 costs one pass through the transformer, any other costs two.
+        """
+
+    @abstractmethod
+    def reference_velocity(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """Predicts the velocity of the frozen start policy, without gradients."""
+
+    @abstractmethod
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter as it is now, in the format that the model's own library loads."""
+
+    @abstractmethod
+    def load_adapter(self, folder: Path) -> None:
+        """Reads what `save_adapter` wrote."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Decodes clean latents [N, C, H, W] to RGB images [N, H, W, 3]."""
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The module whose trainable parameters are the adapter."""
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Names the parameters that training changes."""
+        return {name: value for name, value in self.module.named_parameters() if value.requires_grad}

@@ -1,0 +1,200 @@
+"""Stable Diffusion 3 and 3.5 behind the policy contract: any diffusers SD3 pipeline, with a LoRA adapter by peft."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from numpy.typing import NDArray
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from sfgrpo.policies.base import Policy
+from sfgrpo.types import Conditioning
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ADAPTER = "default"
+
+
+class SD3Policy(Policy):
+    """A diffusers StableDiffusion3Pipeline whose transformer carries a trainable LoRA adapter.
+
+    Frozen weights are held in `dtype`; the adapter is float32 and the transformer runs under autocast when `dtype` is
+    not float32. Latents, velocities and everything computed from them are float32.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        *,
+        resolution: int,
+        max_sequence_length: int,
+        lora_rank: int,
+        lora_alpha: int,
+        lora_targets: Sequence[str],
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        if resolution % (factor := pipeline.vae_scale_factor * pipeline.patch_size):
+            raise ValueError(
+                f"policy.resolution {resolution} is not a multiple of {factor} (VAE factor times patch size)"
+            )
+        self.pipeline = pipeline
+        self._resolution = resolution
+        self._max_sequence_length = max_sequence_length
+        self._dtype = dtype
+        for module in (pipeline.transformer, pipeline.vae, *self._text_encoders()):
+            module.requires_grad_(False)
+            module.eval()
+        targets = _existing_targets(pipeline.transformer, lora_targets)
+        config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=targets)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pipeline.transformer.add_adapter(config, adapter_name=ADAPTER)
+        for parameter in self.adapter_parameters().values():
+            parameter.data = parameter.data.float()
+        self._empty: Conditioning | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained: str | Path, *, revision: str | None = None, dtype: str = "float32", **options: object
+    ) -> SD3Policy:
+        """Loads a pipeline from a folder or from the Hugging Face hub (`revision` pins the latter)."""
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            pretrained, revision=revision, torch_dtype=DTYPES[dtype], use_safetensors=True
+        )
+        return cls(pipeline, dtype=DTYPES[dtype], **options)  # type: ignore[arg-type]
+
+    def _text_encoders(self) -> list[nn.Module]:
+        pipeline = self.pipeline
+        encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+        return [encoder for encoder in encoders if encoder is not None]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self._resolution // self.pipeline.vae_scale_factor
+        return self.pipeline.transformer.config.in_channels, side, side
+
+    @property
+    def module(self) -> nn.Module:
+        return self.pipeline.transformer
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.transformer.device
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        scheduler = self.pipeline.scheduler
+        scheduler.set_timesteps(num_steps)
+        return scheduler.sigmas.float().cpu()
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=list(texts),
+            prompt_2=None,
+            prompt_3=None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._max_sequence_length,
+        )
+        return Conditioning(tokens=tokens, pooled=pooled)
+
+    def _unconditional(self) -> Conditioning:
+        if self._empty is None:
+            self._empty = self.encode([""])
+        return self._empty
+
+    def velocity(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
+        if guidance_scale == 1.0:
+            return self._predict(latents, sigma, conditioning)
+        both = _with_unconditional(conditioning, self._unconditional())
+        doubled = self._predict(latents.repeat(2, 1, 1, 1), sigma.repeat(2), both)
+        unconditional, conditional = doubled.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def reference_velocity(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
+        with self._without_adapter():
+            return self.velocity(latents, sigma, conditioning, guidance_scale)
+
+    def _predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        device = self.pipeline.transformer.device
+        with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
+            velocity = self.pipeline.transformer(
+                hidden_states=latents.to(device, self._dtype),
+                encoder_hidden_states=conditioning.tokens.to(device),
+                pooled_projections=conditioning.pooled.to(device),
+                timestep=sigma.to(device) * self.pipeline.scheduler.config.num_train_timesteps,
+                return_dict=False,
+            )[0]
+        return velocity.float()
+
+    @contextlib.contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        self.pipeline.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.pipeline.transformer.enable_adapters()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        vae = self.pipeline.vae
+        scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(scaled.to(vae.device, vae.dtype), return_dict=False)[0]
+        scaled_pixels = pixels.float().add(1.0).mul(127.5).clamp(0, 255).round()
+        return scaled_pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights` reads in plain diffusers."""
+        transformer = self.pipeline.transformer
+        metadata = {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in transformer.peft_config[ADAPTER].to_dict().items()
+        }
+        StableDiffusion3Pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
+            transformer_lora_adapter_metadata=metadata,
+        )
+
+    def load_adapter(self, folder: Path) -> None:
+        prefix = "transformer."
+        weights = StableDiffusion3Pipeline.lora_state_dict(folder)
+        stripped = {key.removeprefix(prefix): value for key, value in weights.items()}
+        result = set_peft_model_state_dict(self.pipeline.transformer, stripped, adapter_name=ADAPTER)
+        missing = [key for key in result.missing_keys if "lora_" in key]
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"adapter {folder} does not fit the policy: {len(missing)} weights missing, "
+                f"{len(result.unexpected_keys)} unexpected; policy.lora_rank and policy.lora_targets must be those "
+                "that it was trained with"
+            )
+
+
+def _existing_targets(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    unknown = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
+    if unknown:
+        endings = sorted({name.split("transformer_blocks.")[-1].split(".", 1)[-1] for name in names})
+        raise ValueError(
+            f"policy.lora_targets {unknown} match no linear layer of the transformer; layers end in {endings}"
+        )
+    return list(targets)
+
+
+def _with_unconditional(conditioning: Conditioning, empty: Conditioning) -> Conditioning:
+    count = len(conditioning.tokens)
+    return Conditioning(
+        tokens=torch.cat([empty.tokens.expand(count, -1, -1), conditioning.tokens]),
+        pooled=torch.cat([empty.pooled.expand(count, -1), conditioning.pooled]),
+    )

@@ -1,0 +1,72 @@
+"""Prompt files, and which prompts belong to which update."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sized
+from pathlib import Path
+
+import numpy as np
+
+from sfgrpo.types import Prompt
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Reads a file of GenEval metadata, one JSON object a line.
+
+    Raises:
+        ValueError: a line is not a prompt; the message starts with path and line number.
+    """
+    prompts: list[Prompt] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            prompts.append(Prompt.from_metadata(json.loads(line)))
+        except KeyError as error:
+            raise ValueError(f"{path}:{number}: key {error} is missing; write a line of GenEval metadata") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+    return prompts
+
+
+def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
+    """Writes a file of GenEval metadata; a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(_to_lines(prompts), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def prompts_digest(prompts: Iterable[Prompt]) -> str:
+    """Digests prompts and their order: the SHA-256, in hex, of the file that `write_prompts` would write."""
+    return hashlib.sha256(_to_lines(prompts).encode()).hexdigest()
+
+
+def prompts_of_update(prompts: Sized, update_index: int, prompts_per_update: int, seed: int) -> list[int]:
+    """Picks the positions in `prompts` that an update rolls out: a slice of an endless, reshuffled row of epochs.
+
+    Every epoch holds every position once, in an order of its own. The answer depends on the arguments alone, so a
+    resumed run needs no state. Equal texts at two positions stay two prompts; an update across the border of two
+    epochs may hold one position twice, and these too are two groups.
+
+    Raises:
+        ValueError: there are no prompts, or none are asked for.
+    """
+    if len(prompts) == 0 or prompts_per_update < 1 or update_index < 0:
+        raise ValueError(
+            f"update {update_index} asks for {prompts_per_update} of {len(prompts)} prompts; "
+            "give a non-negative update, at least one prompt per update and a non-empty prompt set"
+        )
+    first = update_index * prompts_per_update
+    epochs = range(first // len(prompts), (first + prompts_per_update - 1) // len(prompts) + 1)
+    orders = [np.random.default_rng([seed, epoch]).permutation(len(prompts)) for epoch in epochs]
+    start = first - epochs.start * len(prompts)
+    return [int(position) for position in np.concatenate(orders)[start : start + prompts_per_update]]
+
+
+def _to_lines(prompts: Iterable[Prompt]) -> str:
+    return "".join(f"{json.dumps(prompt.to_metadata())}\n" for prompt in prompts)

@@ -1,0 +1,32 @@
+"""Says which code and which data something was made from."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from sfgrpo.files import sha256_of_file
+
+
+def provenance_tags(root: Path, prompts: Path) -> dict[str, str]:
+    """Names what a run was made from: commit, whether tracked files differ from it, prompt file, `dvc.lock`.
+
+    `dvc.lock` does not count as a difference, since the pipeline itself rewrites it; it has a digest of its own.
+    """
+    commit = _git(root, "rev-parse", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
+    tags = {
+        "git_commit": commit or "unknown",
+        "git_dirty": "unknown" if changes is None else str(bool(changes)).lower(),
+        "prompts_sha256": sha256_of_file(prompts),
+    }
+    lock = root / "dvc.lock"
+    return tags | {"dvc_lock_sha256": sha256_of_file(lock)} if lock.exists() else tags
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,97 @@
+"""The reward contract: images and prompts in, one number per image out; anything else is an error that says where."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sfgrpo.errors import RewardError
+from sfgrpo.types import Prompt
+
+
+class Reward(abc.ABC):
+    """Scores images for prompts. An image's reward never depends on the other images of the call."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """Word that names the reward in the configuration and in metrics."""
+
+    @abc.abstractmethod
+    def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
+        """Scores RGB images [N, H, W, 3] for their N prompts: float32 [N] on the CPU, higher is better."""
+
+
+class WeightedReward(Reward):
+    """The weighted sum of other rewards, as in Flow-GRPO's multi_score: raw values, nothing normalised."""
+
+    def __init__(self, weighted: Sequence[tuple[Reward, float]]) -> None:
+        """Takes rewards with their weights.
+
+        Raises:
+            ValueError: no reward, one reward twice, or a weight that is not finite and positive.
+        """
+        names = [reward.name for reward, _ in weighted]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"rewards {names} cannot be weighted; name at least one, and none twice")
+        for reward, weight in weighted:
+            if not 0.0 < weight < float("inf"):
+                raise ValueError(f"weight {weight} of reward {reward.name} is not finite and positive; leave it out")
+        self._weighted = tuple(weighted)
+
+    @property
+    def name(self) -> str:
+        """Formula of the sum, such as "0.8*geneval+0.2*likeness"."""
+        return "+".join(f"{weight:g}*{reward.name}" for reward, weight in self._weighted)
+
+    def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
+        """Adds up the parts, each of them checked."""
+        parts = [weight * checked_rewards(reward, images, prompts) for reward, weight in self._weighted]
+        return torch.stack(parts).sum(dim=0)
+
+
+def checked_rewards(reward: Reward, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
+    """Calls a reward and holds it to its contract: one finite float32 number for every image [N, H, W, 3].
+
+    Raises:
+        ValueError: there is not one prompt for every image.
+        RewardError: the reward raised (chained), gave the wrong shape or type, or something that is not finite.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images with {len(prompts)} prompts; give one prompt for every image")
+    try:
+        rewards = reward(images, prompts)
+    except RewardError:
+        raise
+    except Exception as error:
+        index = _first_failure(reward, images, prompts)
+        where = "the batch as a whole" if index is None else f"image {index} ({prompts[index].text!r})"
+        raise RewardError(f"reward {reward.name} failed on {where}: {error}") from error
+    if rewards.shape != (len(images),) or rewards.dtype != torch.float32:
+        raise RewardError(
+            f"reward {reward.name} gave {list(rewards.shape)} {rewards.dtype} for {len(images)} images from "
+            f"{[prompt.text for prompt in prompts[:1]]} on; it must give [{len(images)}] torch.float32"
+        )
+    broken = torch.nonzero(~torch.isfinite(rewards)).flatten().tolist()
+    if broken:
+        index = broken[0]
+        raise RewardError(
+            f"reward {reward.name} gave {rewards[index].item()} for image {index} ({prompts[index].text!r}) "
+            f"and is not finite for {len(broken)} of {len(images)} images"
+        )
+    return rewards
+
+
+def _first_failure(reward: Reward, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> int | None:
+    """Finds the first image that the reward fails on alone, for the error message."""
+    for index in range(len(images)):
+        try:
+            reward(images[index : index + 1], prompts[index : index + 1])
+        except Exception:
+            return index
+    return None

@@ -1,0 +1,112 @@
+"""GenEval as a reward, for the detections of any detector: a smooth partial credit, and the official verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sfgrpo.geneval.relations import relations_between
+from sfgrpo.geneval.scorer import is_correct
+from sfgrpo.rewards.base import Reward
+from sfgrpo.types import Clause, Detection, Prompt
+
+Detector = Callable[[NDArray[np.uint8]], list[list[Detection]]]
+"""Finds the objects of RGB images [N, H, W, 3]: one list of detections for every image, scores in 0..1."""
+
+
+def soft_credit(prompt: Prompt, detections: Sequence[Detection]) -> float:
+    """Gives partial credit in 0..1 that moves with every detection's score: the mean of all clauses' parts.
+
+    With n the count that a clause asks for, s the scores of the detections of its class, and clamp to 0..1:
+
+        count     clamp(1 - |n - sum s| / n)
+        colour    present * (sum of s of the right colour) / (sum s)
+        relation  present * present of the target * (sum of s s' of the pairs in relation) / (sum s s')
+
+    where present = clamp(1 - |n - sum s|) is 1 for the exact count and 0 when a whole object is missing or too many.
+    No score threshold enters, so an object that grows clearer pays before GenEval would count it. With scores of 0
+    and 1 only, the value is the mean of Flow-GRPO's parts, each clamped.
+
+    Differs: from Flow-GRPO's `score` (`sfgrpo.geneval.scorer.partial_credit`) in four points. Parts are clamped: there
+    sixteen dogs for one are worth -14. Scores count in full instead of by a threshold. A wrong relation is worth 0,
+    while there 0 and 1 are both appended, so that the wrong side costs a quarter and not a third. A clause that names
+    both a colour and a relation is paid for its relation even when the colour is wrong; no GenEval prompt has one.
+    """
+    parts: list[float] = []
+    for clause in prompt.include:
+        found = _of(clause, detections)
+        total = sum(detection.score for detection in found)
+        parts.append(_clamp(1.0 - abs(clause.count - total) / clause.count))
+        if clause.color is not None:
+            right = sum(detection.score for detection in found if detection.color == clause.color)
+            parts.append(_present(clause, found) * _ratio(right, total))
+        if clause.position is not None:
+            parts.append(_relation_part(clause, found, prompt.include[clause.position[1]], detections))
+    return sum(parts) / len(parts)
+
+
+class GenEvalReward(Reward):
+    """`soft_credit` of what a detector finds: the training reward."""
+
+    def __init__(self, detector: Detector) -> None:
+        """Takes the detector that looks at the images."""
+        self._detector = detector
+
+    @property
+    def name(self) -> str:
+        """The word "geneval"."""
+        return "geneval"
+
+    def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
+        """Scores images [N, H, W, 3]: float32 [N] in 0..1."""
+        found = self._detector(images)
+        return torch.tensor([soft_credit(*pair) for pair in zip(prompts, found, strict=True)], dtype=torch.float32)
+
+
+class StrictGenEvalReward(Reward):
+    """GenEval's official verdict, 0 or 1, on what a detector finds: no credit for a part."""
+
+    def __init__(self, detector: Detector) -> None:
+        """Takes the detector that looks at the images."""
+        self._detector = detector
+
+    @property
+    def name(self) -> str:
+        """The word "geneval_strict"."""
+        return "geneval_strict"
+
+    def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
+        """Judges images [N, H, W, 3]: float32 [N], each 0 or 1."""
+        found = self._detector(images)
+        return torch.tensor([is_correct(*pair) for pair in zip(prompts, found, strict=True)], dtype=torch.float32)
+
+
+def _of(clause: Clause, detections: Sequence[Detection]) -> list[Detection]:
+    return [detection for detection in detections if detection.class_name == clause.class_name]
+
+
+def _clamp(value: float) -> float:
+    return min(max(value, 0.0), 1.0)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0.0 else 0.0
+
+
+def _present(clause: Clause, found: Sequence[Detection]) -> float:
+    return _clamp(1.0 - abs(clause.count - sum(detection.score for detection in found)))
+
+
+def _relation_part(
+    clause: Clause, found: Sequence[Detection], target: Clause, detections: Sequence[Detection]
+) -> float:
+    assert clause.position is not None, "only clauses with a position have a relation part"
+    others = _of(target, detections)
+    weights = [(one.score * other.score, one.box, other.box) for one in found for other in others]
+    held = sum(weight for weight, box, other in weights if clause.position[0] in relations_between(box, other))
+    total = sum(weight for weight, _, _ in weights)
+    return _present(clause, found) * _present(target, others) * _ratio(held, total)

@@ -1,0 +1,294 @@
+"""The sections of `params.yaml`: every parameter with its type, unit and range."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+
+import pydantic
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from sfgrpo.types import TAGS, Tag
+
+Section = TypeVar("Section")
+Sampler = Literal["flow_sde", "ddim_sde", "cps", "ode"]
+Credit = Literal["joint", "per_step", "step_mean", "terminal"]
+
+UnitInterval = Annotated[float, Ge(0), Le(1)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+GuidanceScale = Annotated[float, Ge(1)]
+Name = Annotated[str, MinLen(1)]
+
+
+def _every_task(numbers: dict[Tag, Any]) -> dict[Tag, Any]:
+    """Refuses numbers per task that leave a task out, or that are all zero."""
+    if absent := [tag for tag in TAGS if tag not in numbers]:
+        raise ValueError(f"{', '.join(absent)} missing; give every task a number, 0 to leave it out")
+    if not sum(numbers.values()):
+        raise ValueError("every task has 0; give at least one of them more")
+    return numbers
+
+
+TaskWeights = Annotated[dict[Tag, NonNegativeFloat], AfterValidator(_every_task)]
+TaskCounts = Annotated[dict[Tag, NonNegativeInt], AfterValidator(_every_task)]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+def section(cls: type[Section]) -> type[Section]:
+    """Turns a class into a frozen, slotted, keyword-only dataclass that checks its values and coerces nothing."""
+    rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    decorate = pydantic.dataclasses.dataclass(frozen=True, slots=True, kw_only=True, config=rules)
+    return cast("type[Section]", decorate(cls))
+
+
+@section
+class PromptsConfig:
+    """Which prompts are trained on and which are kept for evaluation."""
+
+    source: Literal["shapes", "geneval"]
+    """World that the prompts describe."""
+    num_train: PositiveInt
+    """Training prompts."""
+    task_weights: TaskWeights
+    """Relative frequency of each GenEval task among the training prompts."""
+    num_evaluation: TaskCounts
+    """Evaluation prompts of each task; none of them is trained on."""
+
+
+@section
+class PolicyConfig:
+    """The pretrained flow-matching pipeline and the adapter that is trained on it."""
+
+    pretrained: Name
+    """Folder or hub name of a diffusers pipeline."""
+    revision: Name | None = None
+    """Hub commit; null for a folder."""
+    dtype: Literal["float32", "bfloat16"]
+    """Dtype of the frozen weights; adapter, latents and scheduler maths are always float32."""
+    resolution: PositiveInt
+    """Height and width of an image in pixels."""
+    max_sequence_length: NonNegativeInt
+    """Tokens of the T5 encoder; 0 leaves the encoder out."""
+    lora_rank: PositiveInt
+    """Rank r of the adapter."""
+    lora_alpha: PositiveInt
+    """Scale of the adapter: its output is multiplied by lora_alpha / lora_rank."""
+    lora_targets: Annotated[tuple[Name, ...], MinLen(1)]
+    """Endings of the names of the layers that are adapted."""
+
+
+@section
+class SamplingConfig:
+    """How the policy samples while it is trained."""
+
+    sampler: Sampler
+    """Rule of one step; `ode` is deterministic."""
+    num_steps: Annotated[int, Ge(2)]
+    """Denoising steps K of a rollout."""
+    noise_level: NonNegativeFloat
+    """Noise eta of a stochastic step; 0 makes every sampler the ODE."""
+    guidance_scale: GuidanceScale = 1.0
+    """Classifier-free guidance weight; 1 disables it."""
+
+
+@section
+class RolloutConfig:
+    """How many images are sampled between two updates of the policy."""
+
+    prompts_per_update: PositiveInt
+    """Prompts P of one rollout."""
+    group_size: Annotated[int, Ge(2)]
+    """Images G of each prompt, which share their start noise and are compared with one another."""
+    micro_batch_size: PositiveInt
+    """Images that are denoised together."""
+
+    @property
+    def num_images(self) -> int:
+        """Images N = P * G of one rollout."""
+        return self.prompts_per_update * self.group_size
+
+
+@section
+class EstimatesConfig:
+    """How the clean image is estimated from an intermediate state; of no effect with terminal credit."""
+
+    num_substeps: PositiveInt
+    """Euler substeps T' from a state to its clean estimate, capped by the steps that remain; 1 is Tweedie's formula."""
+
+
+@section
+class RewardConfig:
+    """What makes an image good."""
+
+    name: Name
+    """Name in the table of rewards."""
+
+
+@section
+class AdvantageConfig:
+    """How rewards become advantages of steps."""
+
+    credit: Credit
+    """`joint`, `per_step`, `step_mean`: gains, by what normalises them; `terminal`: the final reward (Flow-GRPO)."""
+    std: Literal["group", "global"]
+    """Whether the standard deviation is that of the group or of the whole rollout."""
+    clip: PositiveFloat
+    """Largest absolute advantage."""
+
+
+@section
+class UpdateConfig:
+    """How a rollout changes the policy."""
+
+    num_updates: PositiveInt
+    """Updates of a run; each is one rollout and its optimiser steps."""
+    steps_per_update: PositiveInt
+    """Optimiser steps per rollout; each takes its own share of the prompts."""
+    learning_rate: PositiveFloat
+    """Of AdamW; constant."""
+    betas: tuple[Fraction, Fraction]
+    """Decay of AdamW's first and second moment."""
+    weight_decay: NonNegativeFloat
+    """Of AdamW."""
+    max_grad_norm: PositiveFloat
+    """L2 norm to which the gradient is clipped."""
+    clip_range: Annotated[float, Gt(0), Lt(1)]
+    """Largest |ratio - 1| that is still rewarded; the log-prob is a mean over latent elements, so it is small."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the KL divergence from the start policy; 0 saves the reference pass."""
+    kl_form: Literal["exact", "flow_grpo"]
+    """Variance in the KL: that of the step, or Flow-GRPO's, which leaves out dt."""
+    trained_steps: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None = None
+    """Denoising steps in the objective, ascending; null is all but the last, which is never trained."""
+    micro_batch_size: PositiveInt
+    """Images per forward and backward pass."""
+    ratio_tolerance: PositiveFloat
+    """Largest |ratio - 1| before the first optimiser step of an update; more stops the run."""
+
+
+@section
+class EmaConfig:
+    """The moving average of the adapter, which is what gets evaluated and published."""
+
+    decay: Fraction
+    """Weight of the old average per update, once warm; 0 follows the adapter."""
+
+
+@section
+class CheckpointConfig:
+    """When the state of a run is saved."""
+
+    every_num_updates: PositiveInt
+    """Updates between two checkpoints."""
+    keep: PositiveInt
+    """Newest checkpoints that are kept."""
+
+
+@section
+class EvaluationConfig:
+    """How a policy is judged: fixed prompts and noise, deterministic sampler."""
+
+    num_steps: PositiveInt
+    """Denoising steps of the ODE."""
+    guidance_scale: GuidanceScale = 1.0
+    """Classifier-free guidance weight; 1 disables it."""
+    images_per_prompt: PositiveInt
+    """Images of each evaluation prompt."""
+    seed: NonNegativeInt
+    """Of the start noise; the same for every policy that is compared."""
+    micro_batch_size: PositiveInt
+    """Images that are denoised together."""
+    every_num_updates: PositiveInt
+    """Updates between two evaluations of a training run."""
+
+
+@section
+class RegistryConfig:
+    """Where a trained policy is registered."""
+
+    model_name: Name
+    """Registered model in MLflow."""
+    alias: Name
+    """Alias that the new version gets."""
+
+
+@section
+class AutoencoderConfig:
+    """Training of the base model's autoencoder."""
+
+    latent_channels: PositiveInt
+    """Channels of a latent."""
+    num_steps: PositiveInt
+    """Optimiser steps."""
+    batch_size: PositiveInt
+    """Images per step."""
+    learning_rate: PositiveFloat
+    """Peak learning rate of AdamW."""
+    kl_weight: NonNegativeFloat
+    """Weight of the KL of a latent element to N(0, 1) beside the L1 error."""
+
+
+@section
+class TransformerConfig:
+    """Shape and training of the base model's transformer and text encoders."""
+
+    num_layers: PositiveInt
+    """Transformer blocks."""
+    num_attention_heads: PositiveInt
+    """Heads per block."""
+    attention_head_dim: PositiveInt
+    """Channels per head."""
+    num_steps: PositiveInt
+    """Optimiser steps."""
+    batch_size: PositiveInt
+    """Images per step."""
+    learning_rate: PositiveFloat
+    """Peak learning rate of AdamW, for everything but the weight matrices of the blocks."""
+    muon_learning_rate: PositiveFloat
+    """Peak learning rate of Muon, for the matrices of attention and feed-forward; RMS-matched to AdamW."""
+    ema_decay: Fraction
+    """Weight of the old average per step; the average is what gets saved."""
+    caption_dropout: UnitInterval
+    """Share of the captions replaced by the empty one, for classifier-free guidance."""
+    decay_fraction: Annotated[float, Gt(0), Le(1)]
+    """Share of the steps, at the end, over which the learning rates fall linearly to 0; constant before."""
+    warmup_steps: PositiveInt
+    """Steps over which the learning rates rise."""
+    padded_every_num_steps: PositiveInt
+    """Every so many steps the text carries the zero tokens that the pipeline appends by default in place of T5's."""
+    shift: PositiveFloat
+    """Shift of the scheduler's noise levels towards noise."""
+    bfloat16: bool
+    """Whether the training runs under bfloat16 autocast; weights and optimiser are float32."""
+    compile: bool
+    """Whether torch.compile builds the transformer for training; needs a C++ compiler."""
+
+
+@section
+class PretrainEvaluationConfig:
+    """How the base model is judged once it is trained."""
+
+    prompts_per_task: PositiveInt
+    """Prompts of each task, or all that the task has."""
+    images_per_prompt: PositiveInt
+    """Images of each prompt."""
+    num_steps: PositiveInt
+    """Denoising steps of the ODE."""
+    guidance_scales: Annotated[tuple[GuidanceScale, ...], MinLen(1)]
+    """Classifier-free guidance weights; one table row each."""
+
+
+@section
+class PretrainConfig:
+    """Training of the base model on rendered pictures of shapes."""
+
+    num_images: PositiveInt
+    """Rendered pictures that the transformer sees; the autoencoder sees the first of them as well."""
+    task_weights: TaskWeights
+    """Relative frequency of each GenEval task among the pictures."""
+    autoencoder: AutoencoderConfig
+    """The first half of the training."""
+    transformer: TransformerConfig
+    """The second half of the training."""
+    evaluation: PretrainEvaluationConfig
+    """What the training ends with."""

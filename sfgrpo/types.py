@@ -1,0 +1,137 @@
+"""Frozen containers that flow down the line: prompts, detections, trajectories, and what scoring makes of them.
+
+Dimension suffixes: `P` prompts, `G` images per prompt (the group), `N` = P*G, `K` denoising steps,
+`S` = K+1 states, `C H W` latent channels, height and width. Index 0 along K and S is pure noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+Relation = Literal["left of", "right of", "above", "below"]
+TAGS: tuple[Tag, ...] = get_args(Tag)
+RELATIONS: tuple[Relation, ...] = get_args(Relation)
+Box = tuple[float, float, float, float]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Clause:
+    """One object that a prompt asks for (include) or forbids (exclude)."""
+
+    class_name: str
+    count: int
+    color: str | None = None
+    position: tuple[Relation, int] | None = None
+    """Relation of this object to the include clause of the given index."""
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> Clause:
+        """Reads one item of GenEval's include or exclude list."""
+        unknown = set(metadata) - {"class", "count", "color", "position"}
+        if unknown:
+            raise ValueError(f"clause has unknown keys {sorted(unknown)}; allowed are class, count, color, position")
+        position = metadata.get("position")
+        if position is not None and position[0] not in RELATIONS:
+            raise ValueError(f"relation {position[0]!r} is unknown; allowed are {', '.join(RELATIONS)}")
+        return cls(
+            class_name=metadata["class"],
+            count=metadata["count"],
+            color=metadata.get("color"),
+            position=None if position is None else (position[0], position[1]),
+        )
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Writes the item as GenEval does: absent keys instead of nulls."""
+        metadata: dict[str, Any] = {"class": self.class_name, "count": self.count}
+        if self.color is not None:
+            metadata["color"] = self.color
+        if self.position is not None:
+            metadata["position"] = list(self.position)
+        return metadata
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A text prompt with GenEval's metadata, which says what a correct image shows."""
+
+    text: str
+    tag: Tag
+    include: tuple[Clause, ...]
+    exclude: tuple[Clause, ...] = ()
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> Prompt:
+        """Reads one line of a GenEval metadata file."""
+        if metadata["tag"] not in TAGS:
+            raise ValueError(f"tag {metadata['tag']!r} is unknown; allowed are {', '.join(TAGS)}")
+        return cls(
+            text=metadata["prompt"],
+            tag=metadata["tag"],
+            include=tuple(map(Clause.from_metadata, metadata["include"])),
+            exclude=tuple(map(Clause.from_metadata, metadata.get("exclude", ()))),
+        )
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Writes the line in GenEval's own key order."""
+        metadata: dict[str, Any] = {"tag": self.tag, "include": [clause.to_metadata() for clause in self.include]}
+        if self.exclude:
+            metadata["exclude"] = [clause.to_metadata() for clause in self.exclude]
+        return metadata | {"prompt": self.text}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Detection:
+    """One object that a detector found in an image."""
+
+    class_name: str
+    box: Box
+    """Left, top, right, bottom in pixels; y grows downward."""
+    score: float
+    """Confidence in 0..1."""
+    color: str | None = None
+    """Nearest named colour; None when the detector was not asked for one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning:
+    """What the transformer is told about N prompts: text tokens and their pooled summary."""
+
+    tokens: Tensor  # [N, L, D]
+    pooled: Tensor  # [N, E]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | Tensor | list[int]) -> Conditioning:
+        return Conditioning(tokens=self.tokens[rows], pooled=self.pooled[rows])
+
+    def to(self, device: device) -> Conditioning:
+        """Moves both tensors."""
+        return Conditioning(tokens=self.tokens.to(device), pooled=self.pooled.to(device))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """N denoising runs: every state, the velocity at it, and the log-prob of every step taken."""
+
+    latents_NSCHW: Tensor
+    velocities_NKCHW: Tensor
+    log_probs_NK: Tensor
+    """NaN where the step was deterministic: such a step has no density and is never trained."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch:
+    """What an update of the policy learns from."""
+
+    trajectory: Trajectory
+    conditioning: Conditioning
+    advantages_NK: Tensor
+    constant_N: Tensor
+    """True where a whole group had nothing to tell apart: no forward pass is spent on it."""

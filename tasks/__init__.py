@@ -1,0 +1,1 @@
+"""Prefect tasks: one per stage of the pipeline, each a supervised subprocess."""

@@ -1,0 +1,123 @@
+"""The stages of the pipeline as Prefect tasks: DVC decides whether a stage has to run, Prefect when and how often."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar, cast
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
+
+from tasks.supervisor import run_supervised
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+LOGS = Path("logs")
+METRICS = Path("reports/evaluate/metrics.json")
+REGISTRATION = Path("reports/registration.json")
+"""Written by `python -m sfgrpo register`; no output of DVC, since the registry is the truth."""
+BAD_CONFIG = 2
+"""Exit status of `python -m sfgrpo` when the parameters are wrong."""
+NUM_SHOWN_LINES = 20
+RETRY_DELAY_S = 5
+
+
+class StageError(RuntimeError):
+    """A stage failed; the message ends with the last lines that it printed."""
+
+    def __init__(self, stage: str, status: int, lines: Sequence[str]) -> None:
+        super().__init__(stage, status, lines)
+        self.stage = stage
+        self.status = status
+        self.lines = lines
+
+    def __str__(self) -> str:
+        shown = "\n".join(f"  {line}" for line in self.lines)
+        return f"stage {self.stage} failed with exit status {self.status}; its last lines were\n{shown}"
+
+
+def run_command(stage: str, command: Sequence[str]) -> bool:
+    """Runs a command under supervision and logs what it prints; returns whether it printed anything.
+
+    Raises:
+        StageError: the command failed. The exit status is that of the stage when DVC reports one.
+    """
+    logger = get_run_logger()
+    lines: deque[str] = deque(maxlen=NUM_SHOWN_LINES)
+
+    def show(line: str) -> None:
+        lines.append(line)
+        logger.info("%s", line)
+
+    # The stages are `python -m sfgrpo ...`: of all Pythons, they need this one.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    status = run_supervised(command, LOGS / f"{stage}.log", show, {**os.environ, "PATH": path})
+    if status:
+        reported = re.findall(r"exited with (\d+)", "\n".join(lines))
+        raise StageError(stage, int(reported[-1]) if reported else status, tuple(lines))
+    return bool(lines)
+
+
+def reproduce(stage: str) -> None:
+    """Brings one DVC stage up to date."""
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--quiet", "--single-item", stage]
+    if not run_command(stage, command):
+        get_run_logger().info("Nothing to do: the results are up to date or were restored from DVC's cache.")
+
+
+def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Tells whether a failure may pass by itself: wrong parameters stay wrong."""
+    error = state.result(raise_on_failure=False)
+    return not (isinstance(error, StageError) and error.status == BAD_CONFIG)
+
+
+def _stage_task(name: str) -> Callable[[Callable[Parameters, Result]], Task[Parameters, Result]]:
+    """Gives the options that all tasks share."""
+    return task(
+        name=name,
+        task_run_name=name,
+        retries=2,
+        retry_delay_seconds=RETRY_DELAY_S,
+        retry_condition_fn=worth_retrying,
+        cache_policy=NO_CACHE,
+    )
+
+
+@_stage_task("prompts")
+def prompts() -> None:
+    """Writes the prompt sets."""
+    reproduce("prompts")
+
+
+@_stage_task("train")
+def train() -> None:
+    """Trains the policy; a retry goes on from the last checkpoint."""
+    reproduce("train")
+
+
+@_stage_task("evaluate")
+def evaluate() -> dict[str, Any]:
+    """Compares the policy with the base model; returns the metrics."""
+    reproduce("evaluate")
+    return cast(dict[str, Any], json.loads(METRICS.read_text(encoding="utf-8")))
+
+
+@_stage_task("register")
+def register() -> dict[str, Any]:
+    """Registers the policy; returns name, number and alias of the version.
+
+    It is no DVC stage: DVC would skip it, or restore it from a cache, on a machine whose registry knows nothing of it.
+    It is a process of its own so that the flow never holds a model, and is killed and retried like the other stages.
+    """
+    REGISTRATION.unlink(missing_ok=True)
+    run_command("register", [sys.executable, "-m", "sfgrpo", "register"])
+    return cast(dict[str, Any], json.loads(REGISTRATION.read_text(encoding="utf-8")))

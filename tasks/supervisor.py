@@ -1,0 +1,159 @@
+"""Runs a command so that, whatever ends the run, no process of it stays behind.
+
+`dvc repro` leaves its stage running when it is told to stop, and torch starts every rank in a session of its own, out
+of reach of whoever kills the process group. The command is therefore the child of a supervisor (this file, run as a
+program), to which Linux hands every orphaned descendant. The supervisor ends them all when it is told to stop and when
+its own parent dies. If the supervisor itself is killed, its mark in their environment still tells what it left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+import psutil  # type: ignore[import-untyped]
+
+MARK = "STAGE_SUPERVISOR"
+"""Environment variable `<pid> <start time> <folder>` of every process below a supervisor."""
+GRACE_S = 15.0
+"""Time between SIGTERM and SIGKILL; Prefect gives a cancelled flow 30 s in all."""
+POLL_S = 0.2
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def run_supervised(
+    command: Sequence[str], log: Path, on_line: Callable[[str], None], environment: Mapping[str, str] | None = None
+) -> int:
+    """Runs a command in the working directory and returns its exit status; ends it if this call is interrupted.
+
+    What it prints goes to the file `log`, and from there to `on_line`: a child that held the output of the calling
+    process would hide that process's death from Prefect.
+    """
+    end_leftovers(Path.cwd())
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as sink, log.open(encoding="utf-8", errors="replace") as source:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        try:
+            for line in _follow(source, supervisor):
+                on_line(line)
+        finally:
+            if supervisor.poll() is None:
+                supervisor.terminate()
+                supervisor.wait()
+    return supervisor.returncode
+
+
+def end_leftovers(folder: Path) -> list[int]:
+    """Ends what dead supervisors of this folder left behind; returns the process ids."""
+    leftovers = [process for process in psutil.process_iter() if _is_leftover(process, folder)]
+    end(lambda: [process for process in leftovers if _runs(process)])
+    return [process.pid for process in leftovers]
+
+
+def end(remaining: Callable[[], list[psutil.Process]]) -> None:
+    """Sends SIGTERM to all that remains, and SIGKILL to what still does after the grace time."""
+    _signal_all(remaining(), signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    while remaining() and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    # A process may have started another one meanwhile, hence more than once.
+    for _ in range(10):
+        if not (stubborn := remaining()):
+            return
+        _signal_all(stubborn, signal.SIGKILL)
+        time.sleep(POLL_S)
+
+
+def main(parent_pid: int, command: Sequence[str]) -> int:
+    """Supervises a command until it ends or this process is told to stop; returns the command's exit status."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _stop)
+    _become_reaper()
+    if os.getppid() != parent_pid:
+        return 128 + signal.SIGTERM
+    me = psutil.Process()
+    mark = f"{me.pid} {me.create_time()} {Path.cwd()}"
+    try:
+        status = subprocess.Popen(command, env={**os.environ, MARK: mark}).wait()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        end(_living_descendants)
+    return status if status >= 0 else 128 - status
+
+
+def _follow(source: TextIO, supervisor: subprocess.Popen[bytes]) -> Iterator[str]:
+    """Yields the lines of a growing file, without line ends and without empty ones, until the supervisor is done."""
+    rest = ""
+    done = False
+    while not done:
+        done = supervisor.poll() is not None
+        *lines, rest = (rest + source.read()).split("\n")
+        yield from (line.rstrip() for line in lines if line.strip())
+        if not done:
+            time.sleep(POLL_S)
+    if rest.strip():
+        yield rest.rstrip()
+
+
+def _is_leftover(process: psutil.Process, folder: Path) -> bool:
+    try:
+        pid, start, marked_folder = process.environ()[MARK].split(" ", 2)
+    except (KeyError, ValueError, psutil.Error, OSError):
+        return False
+    with contextlib.suppress(psutil.Error):
+        if psutil.Process(int(pid)).create_time() == float(start):
+            return False
+    return Path(marked_folder) == folder
+
+
+def _living_descendants() -> list[psutil.Process]:
+    """Lists all descendants that still run, and buries the dead ones."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return [process for process in psutil.Process().children(recursive=True) if _runs(process)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _signal_all(processes: Sequence[psutil.Process], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
+
+
+def _become_reaper() -> None:
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,21 @@
+"""Gains are differences of neighbouring rewards, in generation order."""
+
+from __future__ import annotations
+
+import torch
+
+from sfgrpo.gains import step_gains
+
+
+def test_gain_is_the_later_reward_minus_the_earlier() -> None:
+    rewards = torch.tensor([[0.0, 0.5, 0.25, 1.0], [1.0, 1.0, 0.0, 0.0]])
+    torch.testing.assert_close(step_gains(rewards), torch.tensor([[0.5, -0.25, 0.75], [0.0, -1.0, 0.0]]))
+
+
+def test_gains_sum_to_the_last_reward_minus_the_first() -> None:
+    rewards = torch.rand(24, 11)
+    torch.testing.assert_close(step_gains(rewards).sum(1), rewards[:, -1] - rewards[:, 0])
+
+
+def test_constant_reward_gains_nothing() -> None:
+    torch.testing.assert_close(step_gains(torch.full((3, 11), 0.3)), torch.zeros(3, 10), rtol=0, atol=0)

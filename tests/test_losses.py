@@ -1,0 +1,79 @@
+"""The clipped surrogate has PPO's values and gradients, and its metrics are what they say."""
+
+from __future__ import annotations
+
+import math
+
+import oracles
+import pytest
+import torch
+
+from sfgrpo.losses import clipped_surrogate
+
+
+def test_loss_equals_ppo_by_its_cases() -> None:
+    log_prob, old_log_prob, advantage = torch.randn(3, 40).unbind()
+    result = clipped_surrogate(log_prob, old_log_prob, advantage, 0.2)
+    expected = oracles.clipped_surrogate(log_prob.tolist(), old_log_prob.tolist(), advantage.tolist(), 0.2)
+    torch.testing.assert_close(result.loss, torch.tensor(expected))
+
+
+def test_ratio_one_gives_minus_the_advantage_and_the_policy_gradient() -> None:
+    log_prob = torch.randn(5, 4, requires_grad=True)
+    advantage = torch.randn(5, 4)
+    result = clipped_surrogate(log_prob, log_prob.detach(), advantage, 1e-4)
+    result.loss.sum().backward()
+    torch.testing.assert_close(result.loss, -advantage)
+    torch.testing.assert_close(log_prob.grad, -advantage)
+
+
+@pytest.mark.parametrize(("shift", "advantage"), [(0.5, 1.0), (-0.5, -1.0)])
+def test_ratio_that_went_far_enough_has_no_gradient(shift: float, advantage: float) -> None:
+    log_prob = torch.full((3,), shift, requires_grad=True)
+    clipped_surrogate(log_prob, torch.zeros(3), torch.full((3,), advantage), 0.2).loss.sum().backward()
+    torch.testing.assert_close(log_prob.grad, torch.zeros(3), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("shift", "advantage"), [(0.5, -1.0), (-0.5, 1.0)])
+def test_ratio_that_went_the_wrong_way_keeps_its_gradient(shift: float, advantage: float) -> None:
+    log_prob = torch.full((3,), shift, requires_grad=True)
+    clipped_surrogate(log_prob, torch.zeros(3), torch.full((3,), advantage), 0.2).loss.sum().backward()
+    torch.testing.assert_close(log_prob.grad, torch.full((3,), -advantage * math.exp(shift)))
+
+
+def test_log_ratio_is_clamped_before_exp() -> None:
+    log_prob = torch.tensor([1000.0, -1000.0], requires_grad=True)
+    result = clipped_surrogate(log_prob, torch.zeros(2), torch.tensor([-1.0, -1.0]), 0.2)
+    result.loss.sum().backward()
+    torch.testing.assert_close(result.loss, torch.tensor([math.exp(20), 0.8]))
+    assert bool(log_prob.grad.isfinite().all())
+
+
+def test_metrics_have_hand_values() -> None:
+    ratio = torch.tensor([0.5, 1.0, 1.1, 2.0])
+    result = clipped_surrogate(ratio.log(), torch.zeros(4), torch.ones(4), 0.2)
+    torch.testing.assert_close(result.ratio_mean, torch.tensor(1.15))
+    torch.testing.assert_close(result.ratio_deviation, torch.tensor(1.0))
+    torch.testing.assert_close(result.clip_fraction, torch.tensor(0.5))
+    expected_kl = (0.6 - math.log(0.5) - math.log(1.1) - math.log(2)) / 4
+    torch.testing.assert_close(result.approx_kl, torch.tensor(expected_kl))
+
+
+def test_only_the_loss_carries_a_gradient() -> None:
+    log_prob = torch.randn(4, requires_grad=True)
+    result = clipped_surrogate(log_prob, torch.zeros(4), torch.ones(4), 0.2)
+    metrics = (result.ratio_mean, result.ratio_deviation, result.clip_fraction, result.approx_kl)
+    assert result.loss.requires_grad and not any(metric.requires_grad for metric in metrics)
+
+
+def test_unchanged_policy_has_no_deviation_at_all() -> None:
+    log_prob = torch.randn(50)
+    result = clipped_surrogate(log_prob, log_prob.clone(), torch.randn(50), 1e-4)
+    assert result.ratio_deviation == 0 and result.clip_fraction == 0 and result.approx_kl == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_log_prob_that_is_not_a_number_is_refused(value: float) -> None:
+    old_log_prob = torch.tensor([0.0, value, 0.0])
+    with pytest.raises(ValueError, match="1 of 3 log-ratios are NaN or infinite"):
+        clipped_surrogate(torch.zeros(3), old_log_prob, torch.ones(3), 0.2)
