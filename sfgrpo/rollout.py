@@ -71,7 +71,7 @@ def _roll_out_batch(
         x = sample_step(step, noise_NKCHW[:, k])
         stochastic = bool((step.std > 0).all())
         log_probs.append(
-            gaussian_log_prob(x, step.mean, step.std) if stochastic else torch.full((len(x),), float("nan"))
+            gaussian_log_prob(x, step.mean, step.std) if stochastic else torch.full_like(sigma, float("nan"))
         )
         states.append(x)
         velocities.append(velocity)

@@ -34,13 +34,10 @@ def estimate_states(
     States of different noise levels share batches, since the transformer takes one time per sample.
     """
     grids = substep_sigmas(sigmas_S, num_substeps)
+    lengths = torch.tensor([len(grid) - 1 for grid in grids], device=sigmas_S.device)[states_M]
+    sigmas = torch.nn.utils.rnn.pad_sequence(grids, batch_first=True)[states_M]
     x = trajectory.latents_NSCHW[rows_M, states_M]
     velocity = trajectory.velocities_NKCHW[rows_M, states_M]
-    lengths = torch.tensor([len(grid) - 1 for grid in grids])[states_M]
-    padded = torch.zeros(len(grids), num_substeps + 1)
-    for state, grid in enumerate(grids):
-        padded[state, : len(grid)] = grid
-    sigmas = padded[states_M]
     for substep in range(int(lengths.max())):
         active = (lengths > substep).nonzero().flatten()
         if substep > 0:
@@ -55,11 +52,9 @@ def estimate_states(
                     for part in row_slices(len(active), micro_batch_size)
                 ]
             )
-        step = (sigmas[active, substep] - sigmas[active, substep + 1]).view(-1, 1, 1, 1)
-        final = sigmas[active, substep + 1] == 0
-        moved = x[active] - step * velocity[: len(active)]
-        exact = clean_estimate(x[active], velocity[: len(active)], sigmas[active, substep])
-        x[active] = torch.where(final.view(-1, 1, 1, 1), exact, moved)
+        # From sigma to 0 the Euler step is the clean estimate x - sigma v itself.
+        drop = sigmas[active, substep] - sigmas[active, substep + 1]
+        x[active] = clean_estimate(x[active], velocity, drop)
     return x
 
 
@@ -85,7 +80,7 @@ def score_states(
     pairs = [
         (row, state) for state in range(num_states - 1) for row in range(0, num_images, group_size if state == 0 else 1)
     ]
-    rows_M, states_M = torch.tensor(pairs).unbind(dim=1)
+    rows_M, states_M = torch.tensor(pairs, device=sigmas_S.device).unbind(dim=1)
     estimates = estimate_states(
         policy,
         trajectory,
@@ -98,7 +93,7 @@ def score_states(
         micro_batch_size=micro_batch_size,
     )
     rewards_NS = torch.empty(num_images, num_states)
-    rewards_NS[rows_M, states_M] = score_latents(
+    rewards_NS[rows_M.cpu(), states_M.cpu()] = score_latents(
         policy, estimates, [prompts[row] for row in rows_M.tolist()], reward, micro_batch_size
     )
     rewards_NS[:, 0] = rewards_NS[::group_size, 0].repeat_interleave(group_size)

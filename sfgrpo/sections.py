@@ -216,6 +216,8 @@ class RegistryConfig:
 class AutoencoderConfig:
     """Training of the base model's autoencoder."""
 
+    num_images: PositiveInt
+    """Rendered pictures, a set of their own."""
     latent_channels: PositiveInt
     """Channels of a latent."""
     num_steps: PositiveInt
@@ -283,7 +285,7 @@ class PretrainConfig:
     """Training of the base model on rendered pictures of shapes."""
 
     num_images: PositiveInt
-    """Rendered pictures that the transformer sees; the autoencoder sees the first of them as well."""
+    """Rendered pictures that the transformer is trained on."""
     task_weights: TaskWeights
     """Relative frequency of each GenEval task among the pictures."""
     autoencoder: AutoencoderConfig

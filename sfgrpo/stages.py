@@ -26,7 +26,7 @@ from sfgrpo.files import atomic_directory, sha256_of_file, verify_manifest
 from sfgrpo.prompts import read_prompts, write_prompts
 from sfgrpo.provenance import provenance_tags
 from sfgrpo.sections import PolicyConfig
-from sfgrpo.types import Prompt, Tag
+from sfgrpo.types import TAGS, Prompt, Tag
 
 if TYPE_CHECKING:
     from sfgrpo.evaluation import Evaluation
@@ -49,7 +49,7 @@ GRID_ROWS_PER_TASK = 2
 
 def pretrain(config: PretrainStage, environment: Environment) -> None:
     """Trains the base model of the shapes world and publishes it with its card; hours on two cores, resumable."""
-    from sfgrpo.shapes.pretrain import pretrain_base_model
+    from sfgrpo.pretrain import pretrain_base_model
 
     folder = environment.scratch_dir / f"pretrain-{config_digest(config)[:16]}"
     _use_threads(environment)
@@ -162,16 +162,13 @@ def _publish_training(
         shutil.copytree(folder / "best", partial / "adapter")
         (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     with atomic_directory(TRAIN_REPORT) as partial:
-        (partial / "history.jsonl").write_text(_json_lines(history), encoding="utf-8")
-        (partial / "evaluations.jsonl").write_text(_json_lines(evaluations), encoding="utf-8")
+        flat = [{"update": evaluation["update"], **evaluation["metrics"]} for evaluation in evaluations]
+        (partial / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+        (partial / "evaluations.json").write_text(json.dumps(flat, indent=1) + "\n", encoding="utf-8")
         summary = {"best_update": record["update"], **best["metrics"]}
         (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         for grid in sorted(folder.glob("samples_*.png")):
             shutil.copy(grid, partial / grid.name)
-
-
-def _json_lines(records: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def evaluate(config: EvaluateStage, environment: Environment) -> None:
@@ -245,7 +242,7 @@ def register(config: RegisterStage, environment: Environment) -> None:
             num_inference_steps=config.evaluation.num_steps,
             guidance_scale=config.evaluation.guidance_scale,
         ),
-        metrics={name: metrics[name] for name in metrics if name.startswith("geneval/") and "_" not in name[-7:]},
+        metrics={name: metrics[name] for name in ("geneval/overall", *(f"geneval/{tag}" for tag in TAGS))},
         provenance=provenance_tags(Path.cwd(), TRAINING_PROMPTS),
         run_id=record["mlflow_run_id"],
     )
@@ -256,8 +253,11 @@ def register(config: RegisterStage, environment: Environment) -> None:
 def _load_policy(config: PolicyConfig, seed: int, environment: Environment) -> SD3Policy:
     import torch
 
+    from diffusers.utils.logging import disable_progress_bar
+
     from sfgrpo.policies.sd3 import SD3Policy
 
+    disable_progress_bar()
     policy = SD3Policy.from_pretrained(
         config.pretrained,
         revision=config.revision,

@@ -113,7 +113,7 @@ class RecordingTracker(Tracker):
 class MlflowTracker(Tracker):
     """Records to MLflow; the run is created by the first thing recorded, so that a skipped stage leaves none.
 
-    An earlier run is reopened when `run_id` names it or, failing that, when it carries `key` and never finished.
+    An earlier run is reopened when `run_id` names it or, failing that, when it carries the same `key`.
     """
 
     def __init__(
@@ -209,8 +209,9 @@ class MlflowTracker(Tracker):
         run = find_run(client, self._wanted_run_id) if self._wanted_run_id else None
         if run is None and self._key is not None:
             experiment_id = find_or_create_experiment(client, self._uri, self._experiment)
-            wanted = f"tags.`{KEY_TAG}` = '{self._key}' and attributes.status != 'FINISHED'"
-            run = next(iter(client.search_runs([experiment_id], wanted, max_results=1)), None)
+            run = next(
+                iter(client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{self._key}'", max_results=1)), None
+            )
         if run is not None:
             client.update_run(run.info.run_id, status="RUNNING")
             self._last_steps = {}
@@ -256,7 +257,7 @@ def connect(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):
+    for name in ("alembic", "mlflow.pyfunc", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     database = sqlite_path(uri)
     if database is not None and not database.exists():

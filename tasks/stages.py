@@ -23,10 +23,20 @@ Result = TypeVar("Result")
 
 LOGS = Path("logs")
 METRICS = Path("reports/evaluate/metrics.json")
-REGISTRATION = Path("reports/registration.json")
+REGISTRATION = Path("reports/registered.json")
 """Written by `python -m sfgrpo register`; no output of DVC, since the registry is the truth."""
 BAD_CONFIG = 2
 """Exit status of `python -m sfgrpo` when the parameters are wrong."""
+DVC_ADVICE = (
+    "Generating lock file",
+    "Updating lock file",
+    "To track the changes with git",
+    "git add ",
+    "To enable auto staging",
+    "dvc config core.autostage",
+    "Use `dvc push`",
+)
+"""How the lines start that DVC prints around every stage; `--quiet` would hide its errors as well."""
 NUM_SHOWN_LINES = 20
 RETRY_DELAY_S = 5
 
@@ -45,8 +55,8 @@ class StageError(RuntimeError):
         return f"stage {self.stage} failed with exit status {self.status}; its last lines were\n{shown}"
 
 
-def run_command(stage: str, command: Sequence[str]) -> bool:
-    """Runs a command under supervision and logs what it prints; returns whether it printed anything.
+def run_command(stage: str, command: Sequence[str]) -> None:
+    """Runs a command under supervision and logs what it prints, but for DVC's advice.
 
     Raises:
         StageError: the command failed. The exit status is that of the stage when DVC reports one.
@@ -55,8 +65,9 @@ def run_command(stage: str, command: Sequence[str]) -> bool:
     lines: deque[str] = deque(maxlen=NUM_SHOWN_LINES)
 
     def show(line: str) -> None:
-        lines.append(line)
-        logger.info("%s", line)
+        if not line.strip().startswith(DVC_ADVICE):
+            lines.append(line)
+            logger.info("%s", line)
 
     # The stages are `python -m sfgrpo ...`: of all Pythons, they need this one.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -64,14 +75,11 @@ def run_command(stage: str, command: Sequence[str]) -> bool:
     if status:
         reported = re.findall(r"exited with (\d+)", "\n".join(lines))
         raise StageError(stage, int(reported[-1]) if reported else status, tuple(lines))
-    return bool(lines)
 
 
 def reproduce(stage: str) -> None:
     """Brings one DVC stage up to date."""
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--quiet", "--single-item", stage]
-    if not run_command(stage, command):
-        get_run_logger().info("Nothing to do: the results are up to date or were restored from DVC's cache.")
+    run_command(stage, [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage])
 
 
 def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:

@@ -15,8 +15,8 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parents[1]
 DEFINITION = ("dvc.yaml", "params.yaml", "prefect.toml", ".dvcignore", ".gitignore", ".dvc/config")
 
-STUB = '''
-import json, os, pathlib, shutil, sys
+STUB = """
+import json, os, pathlib, sys
 
 stage = sys.argv[1]
 with open("calls.txt", "a") as calls:
@@ -29,13 +29,16 @@ if failure.exists():
 
 OUTPUTS = {
     "prompts": {"data/prompts/train.jsonl": "{}\\n", "data/prompts/evaluation.jsonl": "{}\\n"},
-    "train": {"models/policy/training.json": "{}", "reports/train/summary.json": json.dumps({"reward": 0.5})},
+    "train": {
+        "models/policy/training.json": pathlib.Path("params.yaml").read_text(),
+        "reports/train/summary.json": json.dumps({"reward": 0.5}),
+    },
     "evaluate": {
         "reports/evaluate/metrics.json": json.dumps({"after": {"overall": 0.5}}),
         "reports/evaluate/table.md": "| task | before | after |\\n|---|---|---|\\n| overall | 0.10 | 0.50 |\\n",
         "reports/evaluate/samples.png": "no picture",
     },
-    "register": {"reports/registration.json": json.dumps({"name": "stub", "version": 7, "alias": "challenger"})},
+    "register": {"reports/registered.json": json.dumps({"name": "stub", "version": 7, "alias": "challenger"})},
 }
 if stage == "train" and pathlib.Path("crash_once").exists():
     progress = pathlib.Path(".scratch/progress")
@@ -50,7 +53,7 @@ for name, text in OUTPUTS[stage].items():
     path = pathlib.Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-'''
+"""
 
 
 def read_definition() -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from numpy.typing import NDArray
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfgrpo.policies.base import Policy
@@ -19,6 +22,7 @@ from sfgrpo.types import Conditioning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER = "default"
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 
 class SD3Policy(Policy):
@@ -48,6 +52,8 @@ class SD3Policy(Policy):
         self._resolution = resolution
         self._max_sequence_length = max_sequence_length
         self._dtype = dtype
+        if max_sequence_length == 0:
+            pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
         for module in (pipeline.transformer, pipeline.vae, *self._text_encoders()):
             module.requires_grad_(False)
             module.eval()
@@ -66,7 +72,7 @@ class SD3Policy(Policy):
     ) -> SD3Policy:
         """Loads a pipeline from a folder or from the Hugging Face hub (`revision` pins the latter)."""
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            pretrained, revision=revision, torch_dtype=DTYPES[dtype], use_safetensors=True
+            pretrained, revision=revision, dtype=DTYPES[dtype], use_safetensors=True
         )
         return cls(pipeline, dtype=DTYPES[dtype], **options)  # type: ignore[arg-type]
 
@@ -157,14 +163,17 @@ class SD3Policy(Policy):
     def save_adapter(self, folder: Path) -> None:
         """Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights` reads in plain diffusers."""
         transformer = self.pipeline.transformer
-        metadata = {
-            key: sorted(value) if isinstance(value, set) else value
+        weights = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+        settings = {
+            f"transformer.{key}": sorted(value) if isinstance(value, set) else value
             for key, value in transformer.peft_config[ADAPTER].to_dict().items()
         }
-        StableDiffusion3Pipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
-            transformer_lora_adapter_metadata=metadata,
+        # Not by pipeline.save_lora_weights: safetensors writes several metadata keys in any order, so equal weights
+        # would give different files, and every digest of them would differ.
+        save_file(
+            {f"transformer.{name}": value.detach().cpu().contiguous() for name, value in weights.items()},
+            folder / WEIGHTS_NAME,
+            {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, sort_keys=True)},
         )
 
     def load_adapter(self, folder: Path) -> None:

@@ -42,6 +42,8 @@ class FlowRecipe:
     """Share of captions replaced by the empty one, which guidance needs."""
     padded_every_num_steps: int
     """Every so many steps the text is followed by the pipeline's default padding, so that plain calls work too."""
+    bfloat16: bool
+    """Whether forward and backward run under bfloat16 autocast; weights and optimisers stay float32."""
     compile: bool
     """Whether torch.compile builds the transformer (needs a C++ compiler)."""
 
@@ -141,7 +143,9 @@ class FlowTraining:
             rows = torch.randint(len(latents), (size,), generator=generator)
             dropped = torch.rand(size, generator=generator) < self.recipe.caption_dropout
             ids = token_ids[torch.where(dropped, empty, prompt_ids[rows])]
-            loss = self.loss(latents[rows], ids, PADDING_TOKENS if padded else 0, generator)
+            # Autocast keeps its casts of the weights until its block ends, so every step needs a block of its own.
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
+                loss = self.loss(latents[rows], ids, PADDING_TOKENS if padded else 0, generator)
             loss.backward()
             nn.utils.clip_grad_norm_(self._parameters, 1.0)
             for optimizer, rate in self._optimizers.values():

@@ -13,7 +13,14 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from sfgrpo.shapes.prompts import all_prompts
 
@@ -83,12 +90,25 @@ def _build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection
     return CLIPTextModelWithProjection(config)
 
 
+def _build_silent_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
+    """Makes the T5 that is none: 1,568 weights whose last scale is zero, so that every token comes out as zeros.
+
+    Those are the zeros that the pipeline puts in place of an absent T5. It is here because diffusers loads a
+    StableDiffusion3Pipeline without T5 only for a caller who passes `text_encoder_3=None, tokenizer_3=None`.
+    """
+    tokenizer = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=2 * TEXT_WIDTH, d_kv=1, d_ff=1, num_layers=1, num_heads=1)
+    encoder = T5EncoderModel(config)
+    torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return encoder, tokenizer
+
+
 def build_pipeline(
     autoencoder: AutoencoderKL, *, num_layers: int, num_attention_heads: int, attention_head_dim: int, shift: float
 ) -> StableDiffusion3Pipeline:
     """Assembles the pipeline around a trained autoencoder; transformer and text encoders start at random.
 
-    Weights follow torch's global generator: seed it first. There is no T5 encoder.
+    Weights follow torch's global generator: seed it first. There is no T5 encoder, only a silent stand-in.
     """
     tokenizer = build_tokenizer()
     channels = autoencoder.config.latent_channels
@@ -109,14 +129,16 @@ def build_pipeline(
     )
     torch.nn.init.zeros_(transformer.proj_out.weight)
     torch.nn.init.zeros_(transformer.proj_out.bias)
+    text_encoder, text_encoder_2 = _build_text_encoder(tokenizer), _build_text_encoder(tokenizer)
+    text_encoder_3, tokenizer_3 = _build_silent_t5()
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift),
         vae=autoencoder,
-        text_encoder=_build_text_encoder(tokenizer),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        text_encoder_2=_build_text_encoder(tokenizer),
+        text_encoder_2=text_encoder_2,
         tokenizer_2=build_tokenizer(),
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
     )

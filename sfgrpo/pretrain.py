@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from sfgrpo.shapes.autoencoder import (
     train_autoencoder,
 )
 from sfgrpo.shapes.dataset import Pictures, render_pictures
-from sfgrpo.shapes.flow import FlowRecipe, FlowTraining, tokenize
+from sfgrpo.shapes.flow import PADDING_TOKENS, FlowRecipe, FlowTraining, tokenize
 from sfgrpo.shapes.pipeline import build_pipeline
 from sfgrpo.shapes.prompts import all_prompts
 from sfgrpo.shapes.world import IMAGE_SIZE
@@ -43,15 +44,18 @@ LOG_EVERY_NUM_STEPS = 100
 
 
 def pretrain_base_model(config: PretrainConfig, seed: int, folder: Path) -> None:
-    """Trains the base model into `BASE_MODEL`; what is done is kept in `folder`, so a second call goes on from there."""
+    """Trains the base model into `BASE_MODEL`; `folder` keeps what is done, and a second call goes on from there."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = render_pictures(config.num_images, config.task_weights, seed)
+    # Three sets of their own: seeds that follow one another.
     fresh = render_pictures(NUM_SURVIVAL_IMAGES, config.task_weights, seed + 1).images
+    pictures = render_pictures(config.num_images, config.task_weights, seed + 2)
     autoencoder = _trained_autoencoder(config, pictures, seed, folder)
     pipeline = _trained_pipeline(config.transformer, autoencoder, pictures, seed, folder)
-    tables = _judged(pipeline, config)
-    with atomic_directory(BASE_MODEL) as partial:
+    with atomic_directory(folder / "pipeline") as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
+    tables = _judged(folder / "pipeline", config)
+    with atomic_directory(BASE_MODEL) as partial:
+        shutil.copytree(folder / "pipeline", partial, dirs_exist_ok=True)
         survival = detection_survival(autoencoder, fresh)
         (partial / "README.md").write_text(_card(config, seed, survival, tables, folder), encoding="utf-8")
         write_manifest(partial)
@@ -61,12 +65,13 @@ def pretrain_base_model(config: PretrainConfig, seed: int, folder: Path) -> None
 def _trained_autoencoder(config: PretrainConfig, pictures: Pictures, seed: int, folder: Path) -> AutoencoderKL:
     finished = folder / "autoencoder"
     if not finished.exists():
-        torch.manual_seed(seed)
-        autoencoder = build_autoencoder(config.autoencoder.latent_channels)
         recipe = config.autoencoder
+        images = render_pictures(recipe.num_images, config.task_weights, seed).images
+        torch.manual_seed(seed)
+        autoencoder = build_autoencoder(recipe.latent_channels)
         steps = train_autoencoder(
             autoencoder,
-            pictures.images,
+            images,
             num_steps=recipe.num_steps,
             batch_size=recipe.batch_size,
             learning_rate=recipe.learning_rate,
@@ -103,6 +108,7 @@ def _trained_pipeline(
         ema_decay=config.ema_decay,
         caption_dropout=config.caption_dropout,
         padded_every_num_steps=config.padded_every_num_steps,
+        bfloat16=config.bfloat16,
         compile=config.compile,
     )
     training = FlowTraining(pipeline, recipe)
@@ -111,7 +117,7 @@ def _trained_pipeline(
         training.load(state)
     latents = encode_images(autoencoder, pictures.images)
     steps = training.run(latents, pictures.prompt_index, tokenize(pipeline, pictures.prompts), seed)
-    with _clocked(folder, "flow"), torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+    with _clocked(folder, "flow"):
         _follow("flow", _saving(training, steps, state), config.num_steps)
     training.use_averaged_weights()
     return pipeline
@@ -147,12 +153,12 @@ def _clocked(folder: Path, name: str) -> Iterator[None]:
         path.write_text(json.dumps(seconds))
 
 
-def _judged(pipeline: StableDiffusion3Pipeline, config: PretrainConfig) -> dict[str, GenEvalTable]:
+def _judged(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]:
     """Gives the GenEval-shapes table, one row per guidance scale, on the first prompts of every task."""
     evaluation = config.evaluation
     prompts = [prompt for prompts in all_prompts().values() for prompt in _spread(prompts, evaluation.prompts_per_task)]
-    policy = SD3Policy(
-        pipeline,
+    policy = SD3Policy.from_pretrained(
+        pretrained,
         resolution=IMAGE_SIZE,
         max_sequence_length=0,
         lora_rank=1,
@@ -173,7 +179,6 @@ def _judged(pipeline: StableDiffusion3Pipeline, config: PretrainConfig) -> dict[
         ).table
         for scale in evaluation.guidance_scales
     }
-    pipeline.transformer.delete_adapters("default")
     return tables
 
 
@@ -204,8 +209,8 @@ pipeline = DiffusionPipeline.from_pretrained("models/shapes-base")
 pipeline("a photo of a red circle", guidance_scale=4.5, max_sequence_length=0).images[0].save("circle.png")
 ```
 
-`max_sequence_length=0` leaves out the {256} zero tokens that the pipeline appends in place of a T5 encoder's. The model
-has seen both; without them a call is several times faster.
+`max_sequence_length=0` leaves out the {PADDING_TOKENS} zero tokens that the pipeline appends in place of T5's.
+The model has seen both; without them a call is several times faster.
 
 | | |
 |---|---|
@@ -217,8 +222,8 @@ has seen both; without them a call is several times faster.
 | Time | autoencoder {seconds["autoencoder"] / 60:.0f} min, flow model {seconds["flow"] / 60:.0f} min |
 | Machine | {machine} |
 
-GenEval-shapes: up to {config.evaluation.prompts_per_task} prompts a task, {config.evaluation.images_per_prompt} images a \
-prompt, {config.evaluation.num_steps} Euler steps, official verdict, standard error by prompt:
+GenEval-shapes: up to {config.evaluation.prompts_per_task} prompts a task, {config.evaluation.images_per_prompt} \
+images a prompt, {config.evaluation.num_steps} Euler steps, official verdict, standard error by prompt:
 
 {markdown_table(tables)}
 """
