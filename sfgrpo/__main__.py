@@ -30,8 +30,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m sfgrpo",
         description="Fine-tunes flow-matching text-to-image models with Stepwise-Flow-GRPO, one stage at a time.",
         epilog="The stages run in the order prompts, train, evaluate, register; `dvc repro` runs the first three, "
-        "`make demo` all. Values live in params.yaml; where things run, in MLFLOW_TRACKING_URI, SFGRPO_SCRATCH, "
-        "SFGRPO_DEVICE and SFGRPO_NUM_THREADS. Exit status: 0 done, 1 failed, 2 wrong configuration.",
+        "`make demo` all. Values live in params.yaml; where things run, in MLFLOW_TRACKING_URI, MLFLOW_RUN_ID, "
+        "SFGRPO_SCRATCH, SFGRPO_DEVICE and SFGRPO_NUM_THREADS. Exit status: 0 done, 1 failed, 2 wrong configuration.",
     )
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, text in HELP.items():

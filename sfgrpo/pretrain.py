@@ -205,12 +205,12 @@ meant to be here, good at single objects and weak at positions and attribute bin
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("models/shapes-base")
+pipeline = DiffusionPipeline.from_pretrained("models/shapes-base", text_encoder_3=None, tokenizer_3=None)
 pipeline("a photo of a red circle", guidance_scale=4.5, max_sequence_length=0).images[0].save("circle.png")
 ```
 
-`max_sequence_length=0` leaves out the {PADDING_TOKENS} zero tokens that the pipeline appends in place of T5's.
-The model has seen both; without them a call is several times faster.
+The arguments about T5 leave out the {PADDING_TOKENS} zero tokens that its silent stand-in appends. The model has seen
+both; without them a call is several times faster, and with them none of the three is needed.
 
 | | |
 |---|---|

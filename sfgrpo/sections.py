@@ -252,8 +252,8 @@ class TransformerConfig:
     """Weight of the old average per step; the average is what gets saved."""
     caption_dropout: UnitInterval
     """Share of the captions replaced by the empty one, for classifier-free guidance."""
-    decay_fraction: Annotated[float, Gt(0), Le(1)]
-    """Share of the steps, at the end, over which the learning rates fall linearly to 0; constant before."""
+    decay_fraction: UnitInterval
+    """Share of the steps, at the end, over which the learning rates fall linearly to 0; 0 keeps them constant."""
     warmup_steps: PositiveInt
     """Steps over which the learning rates rise."""
     padded_every_num_steps: PositiveInt

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from sfgrpo.types import TAGS, Prompt, Tag
 if TYPE_CHECKING:
     from sfgrpo.evaluation import Evaluation
     from sfgrpo.policies.sd3 import SD3Policy
+    from sfgrpo.rewards import Reward
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +71,10 @@ def prompts(config: PromptsStage, environment: Environment) -> None:
 def _shapes_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
     from sfgrpo.shapes.prompts import sample_training_prompts, split_prompts
 
-    training, evaluation = split_prompts(config.prompts.num_evaluation, config.seed)
-    drawn = sample_training_prompts(training, config.prompts.task_weights, config.prompts.num_train, config.seed)
+    with _blaming("prompts.num_evaluation"):
+        training, evaluation = split_prompts(config.prompts.num_evaluation, config.seed)
+    with _blaming("prompts.task_weights"):
+        drawn = sample_training_prompts(training, config.prompts.task_weights, config.prompts.num_train, config.seed)
     return drawn, [prompt for prompts in evaluation.values() for prompt in prompts]
 
 
@@ -87,13 +91,14 @@ def _geneval_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
             f"geneval it must be {counts}"
         )
     names = (GENEVAL / "object_names.txt").read_text(encoding="utf-8").split("\n")
-    training = training_prompts(
-        [name for name in names if name],
-        evaluation,
-        num_prompts=config.prompts.num_train,
-        weights=config.prompts.task_weights,
-        seed=config.seed,
-    )
+    with _blaming("prompts.task_weights"):
+        training = training_prompts(
+            [name for name in names if name],
+            evaluation,
+            num_prompts=config.prompts.num_train,
+            weights=config.prompts.task_weights,
+            seed=config.seed,
+        )
     return list(training), evaluation
 
 
@@ -106,7 +111,8 @@ def train(config: TrainStage, environment: Environment) -> None:
     from sfgrpo.trainer import Materials, Trainer
 
     BatchArithmetic(config=config)
-    reward = build_reward(config.reward.name)
+    with _blaming("reward.name"):
+        reward = build_reward(config.reward.name)
     _check_pretrained(config.policy)
     _use_threads(environment)
     key = _run_key(config)
@@ -175,14 +181,17 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
     """Judges base model and trained policy on the same prompts and noise; writes table, metrics and sample grid."""
     from sfgrpo.geneval.table import markdown_table
     from sfgrpo.report import pick_rows, sample_grid
+    from sfgrpo.rewards import build_reward
 
+    with _blaming("reward.name"):
+        rewards = build_reward(config.reward.name), build_reward("likeness")
     _check_pretrained(config.policy)
     _use_threads(environment)
     asked = read_prompts(EVALUATION_PROMPTS)
     policy = _load_policy(config.policy, config.seed, environment)
-    evaluations = {"base model": _evaluated(policy, asked, config)}
+    evaluations = {"base model": _evaluated(policy, asked, rewards, config)}
     policy.load_adapter(POLICY / "adapter")
-    evaluations["trained policy"] = _evaluated(policy, asked, config)
+    evaluations["trained policy"] = _evaluated(policy, asked, rewards, config)
     table = markdown_table({name: evaluation.table for name, evaluation in evaluations.items()})
     metrics = {name.split()[-1]: evaluation.to_dict() for name, evaluation in evaluations.items()}
     base, trained = metrics["model"], metrics["policy"]
@@ -200,7 +209,9 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
     print(f"{table}\n\nGenEval overall {gain:+.3f}; samples in {EVALUATE_REPORT / 'samples.png'}")
 
 
-def _evaluated(policy: SD3Policy, asked: Sequence[Prompt], config: EvaluateStage) -> Evaluation:
+def _evaluated(
+    policy: SD3Policy, asked: Sequence[Prompt], rewards: Sequence[Reward], config: EvaluateStage
+) -> Evaluation:
     from sfgrpo.evaluation import evaluate_policy
     from sfgrpo.rewards import build_reward
 
@@ -208,7 +219,7 @@ def _evaluated(policy: SD3Policy, asked: Sequence[Prompt], config: EvaluateStage
         policy,
         asked,
         build_reward("geneval_strict"),
-        (build_reward(config.reward.name), build_reward("likeness")),
+        rewards,
         images_per_prompt=config.evaluation.images_per_prompt,
         num_steps=config.evaluation.num_steps,
         guidance_scale=config.evaluation.guidance_scale,
@@ -252,7 +263,6 @@ def register(config: RegisterStage, environment: Environment) -> None:
 
 def _load_policy(config: PolicyConfig, seed: int, environment: Environment) -> SD3Policy:
     import torch
-
     from diffusers.utils.logging import disable_progress_bar
 
     from sfgrpo.policies.sd3 import SD3Policy
@@ -276,15 +286,24 @@ def _load_policy(config: PolicyConfig, seed: int, environment: Environment) -> S
     return policy
 
 
+@contextlib.contextmanager
+def _blaming(parameter: str) -> Iterator[None]:
+    """Words a `ValueError` of the block as the wrong value of a parameter that it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{parameter}: {error}") from error
+
+
 def _check_pretrained(config: PolicyConfig) -> None:
-    """Refuses a base model folder that is absent or damaged; a hub name, "owner/name", is left to diffusers."""
+    """Refuses a base model folder that is absent or damaged; a hub name, which has a revision, is diffusers' matter."""
     folder = Path(config.pretrained)
     if (folder / "manifest.json").exists():
         verify_manifest(folder)
-    elif not (folder / "model_index.json").exists() and (folder.exists() or config.pretrained.count("/") != 1):
+    elif config.revision is None and not (folder / "model_index.json").exists():
         raise ConfigError(
-            f"policy.pretrained: {config.pretrained} is neither a folder with model_index.json nor a hub name; "
-            "`git checkout` restores the shipped one, `dvc repro -f pretrain` trains it anew"
+            f"policy.pretrained: {config.pretrained} is no folder with a model_index.json; `git checkout` restores the "
+            "shipped one, and a model of the hub needs its policy.revision"
         )
 
 

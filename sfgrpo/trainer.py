@@ -128,7 +128,7 @@ class Trainer:
         )
         with _timed("update", timings):
             metrics = update_policy(self._policy, self._optimizer, batch, self._objective, self._accelerator)
-        if not self._sampler_changed and metrics["optim/grad_norm"] > 0:
+        if not self._sampler_changed and bool(batch.advantages_NK[:, list(self._objective.trained_steps)].any()):
             require_changed_sampler(self._policy, batch, self._objective)
             self._sampler_changed = True
         constant = float(advantages.constant_N.float().mean())

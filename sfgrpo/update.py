@@ -49,7 +49,8 @@ def update_policy(
     count as the zeros that they are and cost nothing. The first step is on-policy, so its ratio must be 1.
 
     Raises:
-        CanaryError: the ratio of the first step is off 1 by more than `ratio_tolerance`, or is not a number.
+        CanaryError: the ratio of the first step is off 1 by more than `ratio_tolerance`; no trainable parameter takes
+            part in the loss; or the gradient is not finite.
     """
     shares = torch.arange(len(batch.constant_N), device=batch.constant_N.device).chunk(objective.steps_per_update)
     collected: list[Mapping[str, float]] = []
@@ -63,6 +64,8 @@ def update_policy(
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, reduction="sum"
             )
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
+        if not grad_norm.isfinite():
+            raise CanaryError(f"the norm of the gradient is {float(grad_norm)}: lower update.learning_rate")
         if grad_norm > 0:
             optimizer.step()
         optimizer.zero_grad()
@@ -82,10 +85,12 @@ def _accumulate_gradients(
     """Adds the gradient of a share's loss into the parameters, one micro-batch of one step at a time."""
     num_terms = share_size * len(objective.trained_steps) * accelerator.num_processes
     losses: list[PolicyLoss] = []
-    kls = [torch.zeros(1, device=policy.device)]
+    kls: list[Tensor] = []
     for step in objective.trained_steps:
         for part in row_slices(len(rows), objective.micro_batch_size):
             surrogate, kl = _step_loss(policy, batch, rows[part], step, objective)
+            if not surrogate.loss.requires_grad:
+                raise CanaryError("no trainable parameter takes part in the loss: the adapter is not attached")
             accelerator.backward((surrogate.loss + objective.kl_coef * kl).sum() / num_terms)
             losses.append(surrogate)
             kls.append(kl.detach())
@@ -95,7 +100,7 @@ def _accumulate_gradients(
         "policy/ratio_deviation": max([float(loss.ratio_deviation) for loss in losses], default=0.0),
         "policy/clip_fraction": _mean([loss.clip_fraction for loss in losses]),
         "policy/approx_kl": _mean([loss.approx_kl for loss in losses]),
-        "policy/kl_reference": float(torch.cat(kls).mean()),
+        "policy/kl_reference": float(torch.cat(kls).mean()) if kls else 0.0,
     }
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("maths", {"schedule", "sde", "estimates", "gains", "advantages", "losses"}),
     ("adapters", {"policies", "rewards", "geneval", "shapes", "prompts"}),
     ("steps", {"rollout", "scoring", "update", "evaluation"}),
-    ("run", {"ema", "checkpoint", "tracking", "registry", "serving", "trainer", "progress"}),
+    ("run", {"ema", "checkpoint", "tracking", "registry", "serving", "trainer", "progress", "report", "pretrain"}),
     ("doors", {"stages", "__main__"}),
 )
 """Members of a layer import lower layers; a folder counts as one member."""
@@ -37,7 +37,7 @@ SIBLINGS = {
     "scoring": {"rollout"},
     "update": {"rollout", "scoring"},
     "evaluation": {"rollout", "scoring"},
-    "trainer": {"ema", "checkpoint", "tracking", "progress"},
+    "trainer": {"ema", "checkpoint", "tracking", "progress", "report"},
     "registry": {"tracking", "serving"},
     "__main__": {"stages"},
 }

@@ -71,8 +71,10 @@ class SD3Policy(Policy):
         cls, pretrained: str | Path, *, revision: str | None = None, dtype: str = "float32", **options: object
     ) -> SD3Policy:
         """Loads a pipeline from a folder or from the Hugging Face hub (`revision` pins the latter)."""
+        # A T5 that is not used is not even read: SD3's has 9.5 GB, and a pipeline may come without one.
+        left_out = {"text_encoder_3": None, "tokenizer_3": None} if options["max_sequence_length"] == 0 else {}
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            pretrained, revision=revision, dtype=DTYPES[dtype], use_safetensors=True
+            pretrained, revision=revision, dtype=DTYPES[dtype], use_safetensors=True, **left_out
         )
         return cls(pipeline, dtype=DTYPES[dtype], **options)  # type: ignore[arg-type]
 

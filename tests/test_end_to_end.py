@@ -1,0 +1,209 @@
+"""The real line with real Prefect, DVC and MLflow on a clone of the repository: killed, resumed, registered once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from stub_pipeline import ROOT, change_param
+from tiny_run import write_params
+
+from sfgrpo.environment import Environment
+from sfgrpo.registry import PNG_SIGNATURE, draw
+from sfgrpo.tracking import connect
+from sfgrpo.types import TAGS
+
+pytestmark = [
+    pytest.mark.slow,
+    # Not ours to mend: SQLAlchemy's, MLflow's and diffusers' own deprecations and advice.
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*Any type hint is inferred:UserWarning"
+    ),
+]
+
+MODEL = "sfgrpo-shapes"
+NUM_UPDATES = 4
+SMALL: Mapping[str, Any] = {
+    "prompts.num_train": 50,
+    "prompts.num_evaluation": dict.fromkeys(TAGS, 1),
+    "sampling.num_steps": 4,
+    "rollout.prompts_per_update": 4,
+    "rollout.group_size": 8,
+    "rollout.micro_batch_size": 32,
+    "update.num_updates": NUM_UPDATES,
+    "update.steps_per_update": 2,
+    "update.trained_steps": None,
+    "update.micro_batch_size": 16,
+    "checkpoint.every_num_updates": 1,
+    "evaluation.num_steps": 2,
+    "evaluation.images_per_prompt": 1,
+    "evaluation.every_num_updates": 2,
+    "registry.model_name": MODEL,
+    "registry.alias": "challenger",
+}
+TIMEOUT_S = 300
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Clone:
+    """A copy of the repository, with its own Git history, DVC cache, Prefect server and MLflow store."""
+
+    folder: Path
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Starts `python -m ...` in the clone, as a user's shell would."""
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=self.folder,
+            env=user_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *arguments: str) -> str:
+        """Runs `python -m ...` in the clone; returns what it prints, once it has succeeded."""
+        return finished(self.start(*arguments))
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    """Waits for a process and returns what it printed; fails, leaving nothing behind, unless it succeeds."""
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        # Its supervisors see to the rest.
+        process.kill()
+    assert process.returncode == 0, output
+    return output
+
+
+def user_environment() -> dict[str, str]:
+    """Gives the environment of a user who has activated the virtual environment and set nothing else."""
+    ours = {str(field.validation_alias) for field in Environment.model_fields.values()}
+    foreign = ("PREFECT_", "MLFLOW_", "DVC_", "PYTEST_", "PYTHONPATH", "OMP_NUM_THREADS", "GIT_")
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(foreign) and key not in ours}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return inherited | {"PATH": path, "SFGRPO_DEVICE": "cpu"}
+
+
+def build_clone(folder: Path) -> Clone:
+    """Copies what Git has, or would add, commits it, and makes the numbers small."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    write_params(folder, SMALL)
+    identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
+    for arguments in (["init"], ["add", "--all"], [*identity, "commit", "--message", "Clone"]):
+        subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True)
+    return Clone(folder=folder)
+
+
+def kill_training(clone: Clone, flow: subprocess.Popen[str]) -> None:
+    """Waits for the first checkpoint of the flow's training, then kills the process that trains."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not list(clone.folder.glob(".scratch/train-*/checkpoints/update-*")):
+        assert flow.poll() is None, finished(flow)
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.02)
+    trainers = []
+    for process in psutil.Process(flow.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[1:] == ["-m", "sfgrpo", "train"]:
+                trainers.append(process)
+    (trainer,) = trainers
+    trainer.send_signal(signal.SIGKILL)
+
+
+def ran_stages(output: str) -> list[str]:
+    """Lists the stages that DVC ran."""
+    lines = (line.strip() for line in output.splitlines())
+    return [line.split("'")[1] for line in lines if line.startswith("Running stage '")]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """The clone after a flow whose training was killed, and what that flow printed."""
+
+    clone: Clone
+    output: str
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
+    clone = build_clone(tmp_path_factory.mktemp("clone"))
+    flow = clone.start("flows.train_policy")
+    try:
+        kill_training(clone, flow)
+    except BaseException:
+        flow.terminate()
+        raise
+    return Line(clone=clone, output=finished(flow))
+
+
+def test_flow_ends_with_a_registered_version(line):
+    assert line.output.strip().endswith(f"model version 1 registered: {MODEL}@challenger")
+    assert "| trained policy |" in line.output
+
+
+def test_killed_training_was_resumed_by_the_retry(line):
+    log = (line.clone.folder / "logs/train.log").read_text()
+    assert "resuming after update " in log
+    history = json.loads((line.clone.folder / "reports/train/history.json").read_text())
+    assert [metrics["update"] for metrics in history] == list(range(1, NUM_UPDATES + 1))
+
+
+def test_killed_training_and_its_retry_are_one_run_without_gaps(line):
+    record = json.loads((line.clone.folder / "models/policy/training.json").read_text())
+    client = connect(line.clone.uri)
+    experiment = client.get_experiment_by_name("sfgrpo")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_id, run.info.status) == (record["mlflow_run_id"], "FINISHED")
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "reward/mean")]
+    assert sorted(steps) == list(range(1, NUM_UPDATES + 1))
+
+
+def test_repro_after_the_flow_runs_nothing_and_status_is_clean(line):
+    assert ran_stages(line.clone.run("dvc", "repro")) == []
+    assert "Data and pipelines are up to date." in line.clone.run("dvc", "status")
+
+
+def test_version_is_found_by_name_and_alias_and_draws(line):
+    client = connect(line.clone.uri)
+    version = client.get_model_version_by_alias(MODEL, "challenger")
+    assert int(version.version) == int(client.get_model_version(MODEL, "1").version) == 1
+    assert {"git_commit", "prompts_sha256", "geneval/overall"} <= version.tags.keys()
+    (image,) = draw(line.clone.uri, f"models:/{MODEL}@challenger", ["a photo of a red circle"], num_inference_steps=2)
+    assert image.startswith(PNG_SIGNATURE)
+
+
+def test_second_flow_trains_nothing_and_registers_no_duplicate(line):
+    output = line.clone.run("flows.train_policy")
+    assert "Running stage" not in output
+    assert output.strip().endswith(f"model version 1 registered: {MODEL}@challenger")
+    assert len(connect(line.clone.uri).search_model_versions(f"name = '{MODEL}'")) == 1
+
+
+def test_changed_update_parameter_repeats_training_and_evaluation_only(line, tmp_path):
+    shutil.copytree(line.clone.folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".prefect"))
+    clone = Clone(folder=tmp_path)
+    change_param(tmp_path, "update", "num_updates", 1)
+    assert ran_stages(clone.run("dvc", "repro")) == ["train", "evaluate"]

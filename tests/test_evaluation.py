@@ -1,0 +1,116 @@
+"""Evaluation: the sampler that people use, on noise that is the same for everyone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import Light, disturb, make_tiny_pipeline, make_tiny_policy, tiny_prompts
+
+from sfgrpo.evaluation import Evaluation, draw_images, evaluate_policy
+from sfgrpo.policies.base import Policy
+from sfgrpo.random import gaussian_noise
+from sfgrpo.rewards.base import Reward
+from sfgrpo.types import Prompt
+
+PROMPTS = tiny_prompts(3)
+PER_PROMPT = 2
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return make_tiny_policy()
+
+
+class Scripted(Reward):
+    """Says what it was told to say, and remembers what it was asked."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = torch.tensor(values, dtype=torch.float32)
+        self.asked: list[Prompt] = []
+
+    @property
+    def name(self) -> str:
+        return "scripted"
+
+    def __call__(self, images, prompts):
+        self.asked = list(prompts)
+        return self.values
+
+
+def evaluated(policy: Policy, verdict: Reward, rewards: tuple[Reward, ...] = (), **changes) -> Evaluation:
+    options = {"num_steps": 2, "guidance_scale": 1.0, "seed": 7, "micro_batch_size": 4} | changes
+    return evaluate_policy(policy, PROMPTS, verdict, rewards, images_per_prompt=PER_PROMPT, **options)
+
+
+def drawn(policy: Policy, texts: list[str], **changes) -> np.ndarray:
+    options = {"num_steps": 3, "guidance_scale": 1.0, "seed": 7, "micro_batch_size": 8} | changes
+    return draw_images(policy, policy.encode(texts), **options)
+
+
+def largest_difference(first: np.ndarray, second: np.ndarray) -> int:
+    """Compares in steps of 1/255; other batch sizes round differently by one."""
+    return int(np.abs(first.astype(int) - second.astype(int)).max())
+
+
+def test_table_and_rewards_are_those_of_the_verdicts():
+    verdict = Scripted([1, 0, 1, 1, 0, 0])
+    evaluation = evaluated(make_tiny_policy(), verdict, (Light(),))
+    assert evaluation.images.shape == (6, 32, 32, 3) and evaluation.images.dtype == np.uint8
+    assert evaluation.correct.tolist() == [[True, False], [True, True], [False, False]]
+    assert verdict.asked == [prompt for prompt in PROMPTS for _ in range(PER_PROMPT)]
+    metrics = evaluation.to_dict()
+    assert metrics["geneval/overall"] == metrics["geneval/counting"] == pytest.approx(0.5)
+    assert metrics["geneval/num_images"] == 6 and metrics["geneval/num_prompts"] == 3
+    assert metrics["evaluation/light"] == pytest.approx(evaluation.images.mean() / 255, abs=1e-5)
+
+
+def test_images_are_those_of_the_plain_pipeline(policy):
+    texts = [prompt.text for prompt in PROMPTS]
+    plain = make_tiny_pipeline()
+    plain.register_modules(text_encoder_3=None, tokenizer_3=None)
+    plain.set_progress_bar_config(disable=True)
+    for scale in (1.0, 3.0):
+        images = plain(
+            texts,
+            num_inference_steps=3,
+            guidance_scale=scale,
+            max_sequence_length=0,
+            latents=gaussian_noise(7, "evaluation", 0, range(3), policy.latent_shape),
+            output_type="np",
+        ).images
+        assert largest_difference(drawn(policy, texts, guidance_scale=scale), (images * 255).round()) <= 1
+
+
+def test_two_policies_are_judged_on_the_same_noise(policy):
+    other = make_tiny_policy(seed=5)
+    starts: list[torch.Tensor] = []
+    for one in (policy, other):
+        hook = one.module.register_forward_pre_hook(
+            lambda module, positional, named: starts.append(named["hidden_states"]), with_kwargs=True
+        )
+        drawn(one, ["a photo of a ring"] * 3, num_steps=2)
+        hook.remove()
+    assert torch.equal(starts[0], starts[2]) and not torch.equal(starts[1], starts[0])
+    assert not torch.equal(starts[0][0], starts[0][1])
+
+
+def test_adapter_changes_the_images(policy):
+    before = drawn(policy, ["a photo of a ring"])
+    other = make_tiny_policy()
+    assert np.array_equal(drawn(other, ["a photo of a ring"]), before)
+    disturb(other)
+    assert not np.array_equal(drawn(other, ["a photo of a ring"]), before)
+
+
+def test_batch_size_changes_no_image(policy):
+    texts = [prompt.text for prompt in PROMPTS] * 2
+    together = drawn(policy, texts)
+    for size in (1, 4):
+        assert largest_difference(drawn(policy, texts, micro_batch_size=size), together) <= 1
+
+
+def test_seed_changes_every_image(policy):
+    texts = [prompt.text for prompt in PROMPTS]
+    first, second = drawn(policy, texts), drawn(policy, texts, seed=8)
+    assert not any(np.array_equal(one, other) for one, other in zip(first, second, strict=True))

@@ -1,0 +1,101 @@
+"""The pages keep what they promise: links that lead somewhere, commands that exist, every metric with its line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from tiny_run import ROOT, TINY, build_tiny_project, inside, write_params
+
+from sfgrpo.__main__ import main
+from sfgrpo.types import TAGS
+
+# Not ours to mend: deprecations of diffusers and of what it imports.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/metrics.md", "docs/full_scale.md")
+METRICS = ROOT / "docs/metrics.md"
+PLACEHOLDERS = {
+    "<kk>": r"\d\d",
+    "<task>": f"(?:{'|'.join(TAGS)})",
+    "<reward>": "[a-z_]+",
+    "<metric>": ".+",
+}
+
+
+def links(page: str) -> list[str]:
+    """Lists where the links of a page lead, without those to other sites and to places on the page itself."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [target.partition("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
+
+
+def documented() -> list[str]:
+    """Lists the metric keys of the page."""
+    return re.findall(r"^\| `([^`]+)` \|", METRICS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def pattern(key: str) -> re.Pattern[str]:
+    parts = re.split(r"(<\w+>)", key)
+    return re.compile("".join(PLACEHOLDERS[part] if part in PLACEHOLDERS else re.escape(part) for part in parts))
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    folder = tmp_path_factory.mktemp("tiny")
+    build_tiny_project(folder)
+    with inside(folder) as tracker:
+        assert main(["train"]) == 0
+    return set(tracker.metrics)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    missing = [target for target in links(page) if not ((ROOT / page).parent / target).exists()]
+    assert not missing
+
+
+def test_every_page_is_checked():
+    found = {str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/**/*.md") for path in ROOT.glob(pattern)}
+    assert found == set(PAGES)
+
+
+@pytest.mark.parametrize("command", ["make demo", "make test"])
+def test_readme_names_the_commands(command):
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_targets_of_make_exist(page):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    code = re.findall(r"```.*?```|`[^`]+`", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = {target for piece in code for target in re.findall(r"\bmake ([a-z]+)", piece)}
+    assert named <= targets
+
+
+def test_every_logged_metric_has_one_line(logged):
+    keys = documented()
+    lines = {metric: [key for key in keys if pattern(key).fullmatch(metric)] for metric in logged}
+    assert {metric: found for metric, found in lines.items() if len(found) != 1} == {}
+
+
+def test_every_line_is_of_a_metric_that_is_logged(logged):
+    # `final/` is logged by registration, whose tests are in test_registry.py.
+    keys = [key for key in documented() if not key.startswith("final/")]
+    assert [key for key in keys if not any(pattern(key).fullmatch(metric) for metric in logged)] == []
+    assert len(set(documented())) == len(documented())
+
+
+def test_terminal_credit_logs_what_the_page_says(tmp_path):
+    build_tiny_project(tmp_path)
+    write_params(tmp_path, {**TINY, "advantage.credit": "terminal"})
+    with inside(tmp_path) as tracker:
+        assert main(["train"]) == 0
+    stepwise = [
+        line.split("`")[1]
+        for line in METRICS.read_text(encoding="utf-8").splitlines()
+        if line.endswith("stepwise credit only |")
+    ]
+    assert len(stepwise) == 3
+    assert not [metric for metric in tracker.metrics for key in stepwise if pattern(key).fullmatch(metric)]
+    assert "reward/mean" in tracker.metrics

@@ -1,0 +1,279 @@
+"""The stages on a tiny pipeline: what they write, what they refuse, and how a training survives what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from tiny import Light
+from tiny_run import RECORD, ROOT, TINY, build_tiny_project, inside, numbers_of, read_history, write_params
+from torch import Tensor
+
+from sfgrpo.__main__ import main
+from sfgrpo.checkpoint import latest_checkpoint
+from sfgrpo.files import verify_manifest
+from sfgrpo.geneval.prompts import twin_key
+from sfgrpo.prompts import read_prompts
+from sfgrpo.tracking import RecordingTracker
+from sfgrpo.types import TAGS, Prompt
+
+# Not ours to mend: deprecations of diffusers and of what it imports.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+GENEVAL_COUNTS = {
+    "single_object": 80,
+    "two_object": 99,
+    "counting": 80,
+    "colors": 94,
+    "position": 100,
+    "color_attr": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    build_tiny_project(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture
+def tracker(folder: Path) -> Iterator[RecordingTracker]:
+    with inside(folder) as tracker:
+        yield tracker
+
+
+def checkpoints(folder: Path) -> Path:
+    (found,) = (folder / ".scratch").glob("train-*/checkpoints")
+    return found
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def assert_error(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
+    """Checks that what was printed ends with one error, and with which."""
+    printed = capsys.readouterr().err
+    assert re.search(f"error: .*{complaint}", printed.splitlines()[-1]), printed
+
+
+def prompt_sets(folder: Path) -> tuple[list[Prompt], list[Prompt]]:
+    """Reads the training and the evaluation prompts."""
+    return read_prompts(folder / "data/prompts/train.jsonl"), read_prompts(folder / "data/prompts/evaluation.jsonl")
+
+
+def failing(kind: str) -> type[Light]:
+    """Makes a reward that fails in its own way as soon as there is a checkpoint to keep."""
+
+    class Failing(Light):
+        def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
+            rewards = super().__call__(images, prompts)
+            if not list(Path(".scratch").glob("train-*/checkpoints/update-*")):
+                return rewards
+            if kind == "raise":
+                raise RuntimeError("the lamp is broken")
+            if kind == "nan":
+                rewards[1] = float("nan")
+            return rewards[:-1] if kind == "count" else rewards
+
+    return Failing
+
+
+def test_prompts_are_written_as_asked(folder, tracker):
+    training, evaluation = prompt_sets(folder)
+    assert len(training) == TINY["prompts.num_train"]
+    assert [prompt.tag for prompt in evaluation] == list(TAGS)
+    assert sorted(path.name for path in Path("data/prompts").iterdir()) == ["evaluation.jsonl", "train.jsonl"]
+
+
+def test_shipped_parameters_train_on_no_evaluation_prompt_nor_its_twin(tmp_path, capsys):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    with inside(tmp_path):
+        assert main(["prompts"]) == 0
+    training, evaluation = prompt_sets(tmp_path)
+    assert set(map(twin_key, training)).isdisjoint(map(twin_key, evaluation))
+    assert f"{len(training)} training prompts" in capsys.readouterr().out
+
+
+@pytest.fixture
+def geneval(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "data/geneval", tmp_path / "data/geneval")
+    changes = {"prompts.source": "geneval", "prompts.num_train": 300, "prompts.num_evaluation": GENEVAL_COUNTS}
+    write_params(tmp_path, changes)
+    return tmp_path
+
+
+def test_geneval_prompts_are_the_published_ones_and_not_trained_on(geneval):
+    with inside(geneval):
+        assert main(["prompts"]) == 0
+    training, evaluation = prompt_sets(geneval)
+    assert evaluation == read_prompts(geneval / "data/geneval/evaluation_metadata.jsonl")
+    assert len(training) == 300
+    assert set(map(twin_key, training)).isdisjoint(map(twin_key, evaluation))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"prompts.num_evaluation.colors": 10}, "prompts.num_evaluation: .*with prompts.source geneval it must be"),
+        ({"prompts.source": "shapes", "prompts.num_evaluation.colors": 94}, "prompts.num_evaluation: 80 .* asked of"),
+        ({"prompts.task_weights.single_object": 1}, "prompts.task_weights: all 80 prompts .* are held out"),
+    ],
+)
+def test_impossible_prompt_counts_are_wrong_parameters(geneval, capsys, changes, complaint):
+    params = {"prompts.source": "geneval", "prompts.num_evaluation": dict(GENEVAL_COUNTS)}
+    write_params(geneval, params | changes)
+    with inside(geneval):
+        assert main(["prompts"]) == 2
+    assert_error(capsys, complaint)
+
+
+def test_training_publishes_the_best_adapter_with_its_reports(folder, tracker):
+    assert main(["train"]) == 0
+    record = json.loads(Path("models/policy/training.json").read_text())
+    assert Path("models/policy/adapter/pytorch_lora_weights.safetensors").exists()
+    assert (record["num_updates"], record["images"], record["mlflow_run_id"]) == (3, 18, "recorded")
+    evaluations = json.loads(Path("reports/train/evaluations.json").read_text())
+    assert [evaluation["update"] for evaluation in evaluations] == [0, 2, 3]
+    assert json.loads(Path("reports/train/summary.json").read_text())["best_update"] == record["update"]
+    assert [path.name for path in sorted(Path("reports/train").glob("*.png"))] == [
+        f"samples_{update:06d}.png" for update in (0, 2, 3)
+    ]
+
+
+def test_training_is_tracked(folder, tracker):
+    assert main(["train"]) == 0
+    assert tracker.status == "FINISHED"
+    assert [step for step, _ in tracker.metrics["reward/mean"]] == [1, 2, 3]
+    assert [step for step, _ in tracker.metrics["geneval/overall"]] == [0, 2, 3]
+    assert tracker.params["sampling.num_steps"] == "3"
+    assert {"git_commit", "prompts_sha256", "best_update"} <= tracker.tags.keys()
+    assert [(name, context) for name, context, _ in tracker.prompts] == [
+        ("training-prompts", "training"),
+        ("evaluation-prompts", "evaluation"),
+    ]
+
+
+def test_tiny_training_gives_the_recorded_numbers(folder, tracker):
+    assert main(["train"]) == 0
+    recorded = json.loads(RECORD.read_text())
+    assert len(recorded) == TINY["update.num_updates"]
+    for found, expected in zip(numbers_of(folder), recorded, strict=True):
+        # Another processor adds up in another order.
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), "CONTRIBUTING.md says how to record anew"
+
+
+def test_finished_training_is_not_repeated(folder, tracker):
+    assert main(["train"]) == 0
+    shutil.rmtree("models/policy")
+    with inside(folder, failing("raise")):
+        assert main(["train"]) == 0
+    assert Path("models/policy/adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        ("nan", r"reward light gave nan for image 1 \('a photo of .*'\)"),
+        ("count", r"reward light gave \[\d+\] torch.float32 for \d+ images from \['a photo of .*'\] on"),
+        ("raise", r"reward light failed on image 0 \('a photo of .*'\): the lamp is broken"),
+    ],
+)
+def test_failing_reward_stops_the_training_and_costs_no_checkpoint(folder, capsys, caplog, kind, complaint):
+    caplog.set_level("INFO")
+    with inside(folder, failing(kind)) as tracker:
+        assert main(["train"]) == 1
+    assert_error(capsys, complaint)
+    assert tracker.status == "FAILED"
+    verify_manifest(checkpoints(folder) / "update-000001")
+    with inside(folder):
+        assert main(["train"]) == 0
+    assert "resuming after update 1 from update-000001" in caplog.text
+    assert [metrics["update"] for metrics in read_history(folder)] == [1, 2, 3]
+
+
+def test_damaged_newest_checkpoint_gives_way_to_the_one_before(folder, tracker, caplog):
+    caplog.set_level("INFO")
+    assert main(["train"]) == 0
+    expected = read_history(folder)
+    flip_a_byte(checkpoints(folder) / "update-000003/state.safetensors")
+    assert main(["train"]) == 0
+    assert "checkpoint update-000003 is skipped" in caplog.text
+    assert "resuming after update 2 from update-000002" in caplog.text
+    assert read_history(folder) == expected
+    assert latest_checkpoint(checkpoints(folder)).name == "update-000003"
+
+
+def test_evaluation_compares_before_and_after(folder, tracker):
+    assert main(["train"]) == 0
+    assert main(["evaluate"]) == 0
+    metrics = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    gain = metrics["policy"]["geneval/overall"] - metrics["base"]["geneval/overall"]
+    assert metrics["gain"]["geneval/overall"] == gain
+    assert metrics["base"]["geneval/num_images"] == len(TAGS) * TINY["evaluation.images_per_prompt"]
+    table = Path("reports/evaluate/table.md").read_text()
+    assert "| base model |" in table
+    assert "| trained policy |" in table
+    with Image.open("reports/evaluate/samples.png") as grid:
+        assert grid.format == "PNG"
+
+
+def test_evaluation_judges_the_published_adapter(folder, tracker):
+    """The base model with the adapter of update 0, which changes nothing, scores as the base model does."""
+    write_params(folder, {**TINY, "update.num_updates": 1, "evaluation.every_num_updates": 1})
+    assert main(["train"]) == 0
+    assert json.loads(Path("models/policy/training.json").read_text())["update"] == 0
+    assert main(["evaluate"]) == 0
+    metrics = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    assert metrics["policy"] == metrics["base"]
+
+
+def test_registration_before_training_names_the_cure(folder, tracker, capsys):
+    assert main(["register"]) == 1
+    assert_error(capsys, "training.json does not exist; run `dvc repro` first")
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_unknown_reward_is_a_wrong_parameter(folder, tracker, capsys, stage):
+    write_params(folder, {**TINY, "reward.name": "beauty"})
+    assert main([stage]) == 2
+    assert_error(capsys, "reward.name: reward 'beauty' is unknown; allowed are .*geneval")
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+@pytest.mark.parametrize("name", ["models/absent", "models", "absent"])
+def test_absent_base_model_is_a_wrong_parameter(folder, tracker, capsys, stage, name):
+    write_params(folder, {**TINY, "policy.pretrained": name})
+    assert main([stage]) == 2
+    assert_error(capsys, f"policy.pretrained: {name} is no folder with a model_index.json; `git checkout` restores")
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_flipped_byte_of_the_base_model_is_found_before_it_loads(folder, tracker, capsys, stage):
+    weights = Path("models/tiny/transformer/diffusion_pytorch_model.safetensors")
+    listed = json.loads(Path("models/tiny/manifest.json").read_text())["files"]
+    expected = listed["transformer/diffusion_pytorch_model.safetensors"]["sha256"]
+    flip_a_byte(weights)
+    assert main([stage]) == 1
+    assert_error(capsys, f"{weights} is damaged: expected sha256 {expected} of .*, found sha256")
+
+
+def test_training_leaves_the_base_model_alone(folder, tracker):
+    assert main(["train"]) == 0
+    verify_manifest(Path("models/tiny"))

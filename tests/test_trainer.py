@@ -1,0 +1,435 @@
+"""Whole runs of the trainer on a tiny policy: what is recorded, evaluated, kept, and that a crash changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from ruamel.yaml import YAML
+from test_checkpoint import assert_same
+from tiny import LORA_TARGETS, Light, build_tiny_pipeline, counted_passes, make_tiny_policy, tiny_prompts
+
+import sfgrpo.trainer
+from sfgrpo.batches import BatchArithmetic
+from sfgrpo.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint
+from sfgrpo.config import TrainStage
+from sfgrpo.errors import CanaryError
+from sfgrpo.evaluation import draw_images
+from sfgrpo.files import write_manifest
+from sfgrpo.policies.base import Policy
+from sfgrpo.prompts import write_prompts
+from sfgrpo.rewards.base import Reward
+from sfgrpo.shapes.prompts import all_prompts
+from sfgrpo.tracking import RecordingTracker
+from sfgrpo.trainer import Materials, Trainer
+from sfgrpo.types import Prompt
+from sfgrpo.validation import validated
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_UPDATES, NUM_STEPS, GROUP_SIZE, NUM_IMAGES = 5, 3, 3, 6
+TRAINING, EVALUATION = tiny_prompts(6)[:4], tiny_prompts(6)[4:]
+
+SMALL: dict[str, dict[str, Any]] = {
+    "policy": {"dtype": "float32", "lora_rank": 2, "lora_alpha": 4, "lora_targets": list(LORA_TARGETS)},
+    "sampling": {"sampler": "flow_sde", "num_steps": NUM_STEPS, "noise_level": 0.7, "guidance_scale": 1.0},
+    "rollout": {"prompts_per_update": 2, "group_size": GROUP_SIZE, "micro_batch_size": NUM_IMAGES},
+    "estimates": {"num_substeps": 2},
+    "reward": {"name": "geneval"},
+    "advantage": {"credit": "joint", "std": "group"},
+    "update": {
+        "num_updates": NUM_UPDATES,
+        "steps_per_update": 2,
+        "learning_rate": 1e-2,
+        "clip_range": 3e-3,
+        "kl_coef": 0.0,
+        "trained_steps": None,
+        "micro_batch_size": GROUP_SIZE,
+    },
+    "ema": {"decay": 0.5},
+    "checkpoint": {"every_num_updates": 2, "keep": 9},
+    "evaluation": {
+        "num_steps": 2,
+        "guidance_scale": 1.0,
+        "images_per_prompt": 1,
+        "micro_batch_size": 8,
+        "every_num_updates": 2,
+    },
+}
+"""What differs from the shipped parameters, or must not follow them."""
+
+
+def small_params(**changes: dict[str, Any]) -> dict[str, Any]:
+    params = YAML(typ="safe").load(ROOT / "params.yaml")
+    for sections in (SMALL, changes):
+        for name, values in sections.items():
+            params[name] |= values
+    return params
+
+
+def small_config(**changes: dict[str, Any]) -> TrainStage:
+    params = small_params(**changes)
+    return validated(TrainStage, {field.name: params[field.name] for field in dataclasses.fields(TrainStage)}, "test")
+
+
+class Half(Light):
+    """Finds the first half of the images right, by default, and remembers all that it was shown."""
+
+    def __init__(self, *shares: float) -> None:
+        self.shares = list(shares)
+        self.shown: list[Any] = []
+
+    def __call__(self, images, prompts):
+        self.shown.append(images)
+        share = self.shares.pop(0) if self.shares else 0.5
+        return (torch.arange(len(images)) < share * len(images)).float()
+
+
+class Watchful(Light):
+    """Light that remembers every prompt it was asked about."""
+
+    def __init__(self) -> None:
+        self.asked: list[Prompt] = []
+
+    def __call__(self, images, prompts):
+        self.asked += prompts
+        return super().__call__(images, prompts)
+
+
+class Flat(Light):
+    """Likes everything alike."""
+
+    def __call__(self, images, prompts):
+        return torch.full((len(images),), 0.25)
+
+
+class Stopping(RecordingTracker):
+    """Stops the process's work, as Ctrl-C does, when an update is recorded."""
+
+    def __init__(self, update: int) -> None:
+        super().__init__()
+        self.update = update
+
+    def log_metrics(self, metrics, step):
+        if "reward/mean" in metrics and step == self.update:
+            raise KeyboardInterrupt
+        super().log_metrics(metrics, step)
+
+
+def trainer_in(folder: Path, config: TrainStage | None = None, policy: Policy | None = None, **changes: Any) -> Trainer:
+    materials = Materials(
+        prompts=TRAINING,
+        evaluation_prompts=EVALUATION,
+        reward=Light(),
+        verdict=Half(),
+        held_out=Light(),
+        folder=folder,
+        tracker=RecordingTracker(),
+    )
+    return Trainer(
+        config or small_config(), policy or make_tiny_policy(), dataclasses.replace(materials, **changes), Accelerator()
+    )
+
+
+def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leaves out what the clock said."""
+    return [
+        {
+            key: timeless([value])[0] if isinstance(value, dict) else value
+            for key, value in record.items()
+            if not key.startswith("time/")
+        }
+        for record in records
+    ]
+
+
+def adapter_of(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in policy.adapter_parameters().items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A finished run with its folder, which several tests look at."""
+
+    trainer: Trainer
+    policy: Policy
+    tracker: RecordingTracker
+    verdict: Half
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of 5 updates, evaluated after 0, 2, 4 and 5, of which the evaluation after 2 finds most images right."""
+    folder, policy = tmp_path_factory.mktemp("run"), make_tiny_policy()
+    tracker, verdict = RecordingTracker(), Half(0.0, 1.0, 0.5, 1.0)
+    trainer = trainer_in(folder, policy=policy, tracker=tracker, verdict=verdict)
+    trainer.run()
+    return Run(trainer=trainer, policy=policy, tracker=tracker, verdict=verdict, folder=folder)
+
+
+def test_every_update_is_recorded(run):
+    assert [record["update"] for record in run.trainer.history] == [1, 2, 3, 4, 5]
+    for record in run.trainer.history:
+        assert record.keys() >= {
+            "reward/mean",
+            "reward/std",
+            "reward/start",
+            "gain/mean",
+            *(f"gain/step_{step:02d}/abs_mean" for step in range(NUM_STEPS)),
+            "groups/constant_fraction",
+            "policy/loss",
+            "policy/ratio_mean",
+            "policy/ratio_deviation_first_pass",
+            "policy/clip_fraction",
+            "optim/grad_norm",
+            "time/rollout_s",
+            "time/score_s",
+            "time/update_s",
+        }
+        # Not 0, because the batches of rollout and update differ.
+        assert record["policy/ratio_deviation_first_pass"] < 1e-5
+        total = record["reward/start"] + NUM_STEPS * record["gain/mean"]
+        assert record["reward/mean"] == pytest.approx(total, abs=1e-5)
+    assert [step for step, _ in run.tracker.metrics["reward/mean"]] == [1, 2, 3, 4, 5]
+
+
+def test_evaluations_come_first_when_due_and_last(run):
+    assert [record["update"] for record in run.trainer.evaluations] == [0, 2, 4, 5]
+    for record in run.trainer.evaluations:
+        assert record["metrics"].keys() >= {"geneval/overall", "evaluation/light", "time/evaluation_s"}
+    assert [step for step, _ in run.tracker.metrics["geneval/overall"]] == [0, 2, 4, 5]
+    assert [(key, step) for key, step, _ in run.tracker.images] == [("samples", step) for step in (0, 2, 4, 5)]
+    assert all(path.exists() for _, _, path in run.tracker.images)
+
+
+def test_checkpoints_come_when_due_and_last(run):
+    assert [path.name for path in sorted((run.folder / "checkpoints").iterdir())] == [
+        "update-000002",
+        "update-000004",
+        "update-000005",
+    ]
+    state = load_checkpoint(latest_checkpoint(run.folder / "checkpoints"))
+    assert_same(dict(state.adapter), adapter_of(run.policy))
+    assert list(state.history) == run.trainer.history
+    assert state.extra["evaluations"] == run.trainer.evaluations
+
+
+def test_best_evaluation_is_the_earliest_of_the_highest_and_its_adapter_is_kept(run):
+    assert run.trainer.best["update"] == 2
+    kept = make_tiny_policy(seed=3)
+    kept.load_adapter(run.folder / "best")
+    state = load_checkpoint(checkpoint_path(run.folder / "checkpoints", 2))
+    averages = {name.removeprefix("average."): value for name, value in state.ema.items() if name != "num_updates"}
+    assert_same(adapter_of(kept), averages)
+    assert any(not torch.equal(value, state.adapter[name]) for name, value in averages.items())
+
+
+def test_averaged_adapter_is_the_one_that_is_judged(run):
+    kept, options = make_tiny_policy(), small_config().evaluation
+    kept.load_adapter(run.folder / "best")
+    images = draw_images(
+        kept,
+        kept.encode([prompt.text for prompt in EVALUATION]),
+        num_steps=options.num_steps,
+        guidance_scale=1.0,
+        seed=options.seed,
+        micro_batch_size=8,
+    )
+    assert (images == run.verdict.shown[1]).all()
+    assert (run.verdict.shown[0] != run.verdict.shown[1]).any()
+
+
+def test_start_noise_belongs_to_the_group_and_step_noise_to_the_image(tmp_path, monkeypatch):
+    rolled_out = []
+
+    def watched(*arguments, **options):
+        rolled_out.append(arguments[2:4])
+        return original(*arguments, **options)
+
+    original = sfgrpo.trainer.roll_out
+    monkeypatch.setattr(sfgrpo.trainer, "roll_out", watched)
+    trainer_in(tmp_path, small_config(update={"num_updates": 2})).run()
+    for start, noise in rolled_out:
+        groups = start.unflatten(0, (2, GROUP_SIZE))
+        assert torch.equal(groups, groups[:, :1].expand_as(groups))
+        assert not torch.equal(groups[0], groups[1])
+        assert len(torch.unique(noise.flatten(1), dim=0)) == NUM_IMAGES
+    assert not torch.equal(rolled_out[0][0], rolled_out[1][0])
+    assert not torch.equal(rolled_out[0][1], rolled_out[1][1])
+
+
+def without_evaluation(asked: list[Prompt]) -> int:
+    return sum(prompt in TRAINING for prompt in asked)
+
+
+def test_stepwise_credit_scores_every_state_at_the_announced_cost(tmp_path):
+    config, reward, policy = small_config(update={"num_updates": 1}), Watchful(), make_tiny_policy()
+    trainer = trainer_in(tmp_path, config, policy, reward=reward)
+    with counted_passes(policy) as sizes:
+        trainer.run()
+    assert without_evaluation(reward.asked) == 2 + NUM_IMAGES * NUM_STEPS
+    evaluations = 2 * len(EVALUATION) * config.evaluation.num_steps
+    canary, trained = 1, NUM_STEPS - 1
+    per_image = NUM_STEPS + BatchArithmetic(config=config).estimate_passes + trained
+    assert sum(sizes) == evaluations + canary + round(NUM_IMAGES * per_image)
+
+
+def test_terminal_credit_scores_final_images_only(tmp_path):
+    config = small_config(advantage={"credit": "terminal"}, update={"num_updates": 1})
+    reward, policy = Watchful(), make_tiny_policy()
+    trainer = trainer_in(tmp_path, config, policy, reward=reward)
+    with counted_passes(policy) as sizes:
+        trainer.run()
+    assert without_evaluation(reward.asked) == NUM_IMAGES
+    assert sum(sizes) == 2 * len(EVALUATION) * config.evaluation.num_steps + 1 + NUM_IMAGES * (2 * NUM_STEPS - 1)
+    assert not [key for key in trainer.history[0] if key.startswith("gain/") or key == "reward/start"]
+
+
+@pytest.mark.parametrize("credit", ["joint", "per_step", "step_mean", "terminal"])
+def test_reward_that_never_differs_changes_nothing_and_raises_no_alarm(tmp_path, credit):
+    policy = make_tiny_policy()
+    start = adapter_of(policy)
+    trainer = trainer_in(
+        tmp_path, small_config(advantage={"credit": credit}, update={"num_updates": 2}), policy, reward=Flat()
+    )
+    trainer.run()
+    assert [record["groups/constant_fraction"] for record in trainer.history] == [1.0, 1.0]
+    assert_same(adapter_of(policy), start)
+
+
+def test_adapter_that_does_not_learn_stops_the_run(tmp_path):
+    config = small_config(update={"learning_rate": 1e-30})
+    with pytest.raises(CanaryError, match=r"not attached to the policy, or update\.learning_rate is too small"):
+        trainer_in(tmp_path, config).run()
+
+
+def test_adapter_that_is_cut_off_stops_the_run(tmp_path):
+    policy = make_tiny_policy()
+    trainer = trainer_in(tmp_path, policy=policy)
+    policy.pipeline.transformer.disable_adapters()
+    with pytest.raises(CanaryError, match="no trainable parameter takes part in the loss"):
+        trainer.run()
+
+
+def test_training_raises_what_is_rewarded(tmp_path):
+    config = small_config(
+        rollout={"group_size": 12, "micro_batch_size": 24},
+        update={"num_updates": 16, "learning_rate": 3e-2, "clip_range": 0.2, "micro_batch_size": 12},
+        checkpoint={"every_num_updates": 16},
+        evaluation={"every_num_updates": 16, "images_per_prompt": 8},
+    )
+    trainer = trainer_in(tmp_path, config)
+    trainer.run()
+    before, after = (record["metrics"]["evaluation/light"] for record in trainer.evaluations)
+    assert after > before + 0.004
+
+
+@pytest.mark.parametrize("stopped_at", [1, 3, 4])
+def test_stopped_run_ends_as_if_it_had_never_been_stopped(run, tmp_path, stopped_at, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        trainer_in(tmp_path, tracker=Stopping(stopped_at), verdict=Half(0.0, 1.0)).run()
+    torch.manual_seed(99)
+    shares = (0.0, 1.0, 0.5, 1.0) if stopped_at < 2 else (0.5, 1.0)
+    trainer = trainer_in(tmp_path, policy=make_tiny_policy(seed=0), verdict=Half(*shares))
+    assert trainer.update_index == (stopped_at - 1) // 2 * 2
+    trainer.run()
+    ours, theirs = (load_checkpoint(latest_checkpoint(folder / "checkpoints")) for folder in (tmp_path, run.folder))
+    for field in ("update_index", "adapter", "ema", "optimizer", "config"):
+        assert_same(getattr(ours, field), getattr(theirs, field))
+    assert timeless(trainer.history) == timeless(run.trainer.history)
+    assert timeless(trainer.evaluations) == timeless(run.trainer.evaluations)
+    ours, theirs = ((folder / "best" / "pytorch_lora_weights.safetensors") for folder in (tmp_path, run.folder))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_finished_run_has_nothing_left_to_do(run):
+    class Untouched(Reward):
+        name = "untouched"
+
+        def __call__(self, images, prompts):
+            raise AssertionError("a finished run was scored again")
+
+    trainer = trainer_in(run.folder, reward=Untouched(), verdict=Untouched(), held_out=Untouched())
+    trainer.run()
+    assert trainer.history == run.trainer.history and trainer.best == run.trainer.best
+
+
+def lay_out(folder: Path) -> Path:
+    """Makes a working directory in which `python -m sfgrpo train` finds a small run, and GenEval something correct."""
+    folder.mkdir()
+    build_tiny_pipeline(folder / "pipeline", blobs=True)
+    write_manifest(folder / "pipeline")
+    easy = [
+        prompt for prompt in all_prompts()["single_object"] if prompt.include[0].class_name in ("square", "triangle")
+    ]
+    for name, prompts in (("train", TRAINING), ("evaluation", easy)):
+        write_prompts(folder / f"data/prompts/{name}.jsonl", prompts)
+    params = small_params(
+        policy={"pretrained": "pipeline"},
+        rollout={"group_size": 12, "micro_batch_size": 24},
+        update={"num_updates": 30, "clip_range": 0.1, "micro_batch_size": 12},
+        checkpoint={"every_num_updates": 1, "keep": 2},
+        evaluation={"every_num_updates": 6, "images_per_prompt": 16, "micro_batch_size": 32},
+    )
+    # JSON is YAML.
+    (folder / "params.yaml").write_text(json.dumps(params))
+    return folder
+
+
+@contextlib.contextmanager
+def training_in(folder: Path):
+    """Starts the real thing, with its progress as a stream and its log in a file."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SFGRPO_NUM_THREADS": "1"}
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "SFGRPO_SCRATCH", "SFGRPO_DEVICE"):
+        environment.pop(name, None)
+    with (folder / "log").open("a") as log:
+        command = [sys.executable, "-m", "sfgrpo", "train"]
+        with subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+
+def finished(process: subprocess.Popen, folder: Path) -> tuple[bytes, bytes]:
+    """Waits for the end of a training; reads the adapter that it published and the one that it ended with."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output + (folder / "log").read_text()
+    (published,) = (folder / "models/policy/adapter").iterdir()
+    (last,) = folder.glob(".scratch/train-*/checkpoints/update-000030/adapter.safetensors")
+    return published.read_bytes(), last.read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_training_publishes_the_same_adapter(tmp_path):
+    whole, parts = lay_out(tmp_path / "whole"), lay_out(tmp_path / "parts")
+    moments = random.Random(0)
+    with training_in(whole) as uninterrupted:
+        for _ in range(2):
+            with training_in(parts) as process:
+                assert any(line.startswith("update ") for line in process.stdout), (parts / "log").read_text()
+                time.sleep(moments.uniform(0.0, 0.3))
+                process.kill()
+                assert process.wait() == -signal.SIGKILL, "the training was over before it was killed"
+        assert not (parts / "models").exists()
+        with training_in(parts) as process:
+            adapters = finished(process, parts)
+        assert adapters == finished(uninterrupted, whole)
+    assert "resuming after update" in (parts / "log").read_text()
+    assert "resuming after update" not in (whole / "log").read_text()
+    record, expected = (json.loads((folder / "models/policy/training.json").read_text()) for folder in (parts, whole))
+    assert record["run_key"] == expected["run_key"] and record["update"] == expected["update"]
