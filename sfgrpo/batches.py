@@ -20,7 +20,7 @@ class BatchArithmetic:
         prompts, steps = self.config.rollout.prompts_per_update, self.config.update.steps_per_update
         if prompts % (self.num_processes * steps):
             raise ConfigError(
-                f"launch.num_processes * update.steps_per_update = {self.num_processes} * {steps} does "
+                f"processes * update.steps_per_update = {self.num_processes} * {steps} does "
                 f"not divide rollout.prompts_per_update = {prompts}; every process takes whole groups in every "
                 f"optimiser step, so use a multiple of {self.num_processes * steps} prompts"
             )

@@ -104,8 +104,6 @@ STAGES: Mapping[str, type[Stage]] = {
     "evaluate": EvaluateStage,
     "register": RegisterStage,
 }
-DVC_ONLY_SECTIONS = ("launch",)
-"""Sections that say how a stage is started; `dvc.yaml` reads them and the stages do not."""
 
 
 @overload
@@ -130,7 +128,7 @@ def load_config(stage: str, path: Path) -> Stage:
         raise ConfigError(f"{stage!r} is no stage; allowed are {', '.join(STAGES)}")
     values = read_mapping(path)
     names = {stage: [field.name for field in dataclasses.fields(schema)] for stage, schema in STAGES.items()}
-    known = [*dict.fromkeys(name for fields in names.values() for name in fields), *DVC_ONLY_SECTIONS]
+    known = list(dict.fromkeys(name for fields in names.values() for name in fields))
     if unknown := [str(key) for key in values if key not in known]:
         raise ConfigError("\n".join(f"{path}: {key}: {unknown_key(key, known)}" for key in unknown))
     return validated(STAGES[stage], {key: values[key] for key in names[stage] if key in values}, str(path))

@@ -111,6 +111,12 @@ def train(config: TrainStage, environment: Environment) -> None:
     from sfgrpo.trainer import Materials, Trainer
 
     BatchArithmetic(config=config)
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"{accelerator.num_processes} processes were launched, but this version trains in one; start "
+            "`python -m sfgrpo train` without a launcher"
+        )
     with _blaming("reward.name"):
         reward = build_reward(config.reward.name)
     _check_pretrained(config.policy)
@@ -139,7 +145,7 @@ def train(config: TrainStage, environment: Environment) -> None:
             folder=folder,
             tracker=tracker,
         )
-        trainer = Trainer(config, _load_policy(config.policy, config.seed, environment), materials, Accelerator())
+        trainer = Trainer(config, _load_policy(config.policy, config.seed, environment), materials, accelerator)
         trainer.run()
         best = trainer.best
         record = {

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 from sfgrpo import sections
 from sfgrpo.batches import BatchArithmetic
-from sfgrpo.config import DVC_ONLY_SECTIONS, STAGES, TrainStage, config_digest, load_config, to_flat_dict
+from sfgrpo.config import STAGES, TrainStage, config_digest, load_config, to_flat_dict
 from sfgrpo.environment import Environment, read_environment
 from sfgrpo.errors import ConfigError, SfgrpoError
 
@@ -50,7 +50,7 @@ def test_shipped_parameters_load_for_every_stage(stage):
 
 def test_shipped_parameters_are_exactly_the_sections_of_the_stages():
     known = {field.name for stage in STAGES.values() for field in dataclasses.fields(stage)}
-    assert set(SHIPPED) == known | set(DVC_ONLY_SECTIONS)
+    assert set(SHIPPED) == known
 
 
 def test_every_parameter_says_what_it_means():

@@ -17,9 +17,6 @@ from sfgrpo.files import verify_manifest
 from sfgrpo.pretrain import pretrain_base_model
 from sfgrpo.sections import PretrainConfig
 
-# Not ours to mend: diffusers' own deprecations.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
 
 @pytest.fixture
 def config(pytestconfig: pytest.Config) -> PretrainConfig:
