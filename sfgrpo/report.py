@@ -12,7 +12,7 @@ from sfgrpo.types import TAGS, Prompt
 
 CELL = 96
 GUTTER = 4
-LABEL_WIDTH = 330
+LABEL_WIDTH = 310
 HEADER_HEIGHT = 30
 
 

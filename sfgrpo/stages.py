@@ -274,17 +274,18 @@ def _load_policy(config: PolicyConfig, seed: int, environment: Environment) -> S
     from sfgrpo.policies.sd3 import SD3Policy
 
     disable_progress_bar()
-    policy = SD3Policy.from_pretrained(
-        config.pretrained,
-        revision=config.revision,
-        dtype=config.dtype,
-        resolution=config.resolution,
-        max_sequence_length=config.max_sequence_length,
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_targets=config.lora_targets,
-        seed=seed,
-    )
+    with _blaming("policy"):
+        policy = SD3Policy.from_pretrained(
+            config.pretrained,
+            revision=config.revision,
+            dtype=config.dtype,
+            resolution=config.resolution,
+            max_sequence_length=config.max_sequence_length,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_targets=config.lora_targets,
+            seed=seed,
+        )
     device = environment.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
