@@ -16,7 +16,7 @@ from sfgrpo.environment import read_environment
 from sfgrpo.errors import ConfigError, SfgrpoError
 
 HELP = {
-    "pretrain": "train the shapes base model from scratch (hours; the repository ships the result)",
+    "pretrain": "train the shapes base model from scratch (most of an hour on two cores; it ships trained)",
     "prompts": "write the training and evaluation prompts to data/prompts",
     "train": "train the adapter by Stepwise-Flow-GRPO; resumes an interrupted run by itself",
     "evaluate": "judge base model and trained policy by GenEval, before and after",

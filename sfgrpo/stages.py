@@ -50,7 +50,7 @@ GRID_ROWS_PER_TASK = 2
 
 
 def pretrain(config: PretrainStage, environment: Environment) -> None:
-    """Trains the base model of the shapes world and publishes it with its card; hours on two cores, resumable."""
+    """Trains the base model of the shapes world and publishes it with its card; resumable."""
     from sfgrpo.pretrain import pretrain_base_model
 
     folder = environment.scratch_dir / f"pretrain-{config_digest(config)[:16]}"
