@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from sfgrpo.config import load_config, to_flat_dict
@@ -50,25 +51,20 @@ def show(params: Path) -> None:
     print(f"\n{BatchArithmetic(config=config).explain()}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one stage and returns the exit status."""
-    chosen = _parser().parse_args(arguments)
+def prepare() -> None:
+    """Sets up logging; the bars and notices of other libraries would bury the one line per update."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for name in ("httpx", "matplotlib", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Their bars and notices would bury the one line per update.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        if chosen.stage == "show":
-            show(chosen.params)
-            return 0
-        config = load_config(chosen.stage, chosen.params)
-        environment = read_environment()
-        from sfgrpo import stages
 
-        getattr(stages, chosen.stage)(config, environment)
+
+def guarded(command: Callable[[], None]) -> int:
+    """Runs a command, words the errors that a user can mend, and returns the exit status."""
+    try:
+        command()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,6 +72,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def run(stage: str, params: Path) -> None:
+    """Runs one stage of the pipeline."""
+    config = load_config(stage, params)
+    environment = read_environment()
+    from sfgrpo import stages
+
+    getattr(stages, stage)(config, environment)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one stage and returns the exit status."""
+    chosen = _parser().parse_args(arguments)
+    prepare()
+    return guarded(lambda: show(chosen.params) if chosen.stage == "show" else run(chosen.stage, chosen.params))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sfgrpo.gains import step_gains
+from sfgrpo.gains import decayed_gains, step_gains
 
 Credit = Literal["joint", "per_step", "step_mean", "terminal"]
 Std = Literal["group", "global"]
@@ -35,10 +38,11 @@ def group_advantages(
     rewards_NS: Float[Tensor, "N S"],
     *,
     group_size: int,
-    num_steps: int,
+    states: Sequence[int],
     credit: Credit,
     std: Std,
     clip: float,
+    gae_lambda: float = 0.0,
     eps: float = 1e-4,
 ) -> Advantages:
     """Normalises the credit c of each step within its group, (c - mean) / (std + eps), and clips it to +-clip.
@@ -50,13 +54,21 @@ def group_advantages(
     `step_mean` gains; a mean per step, and the std of `joint`. Not in the paper
     `terminal`  final reward; one mean and std, the same number on every step. Flow-GRPO, arXiv:2505.05470
 
+    Steps between two scored states share what was gained between these.
+
     Args:
-        rewards_NS: reward of every state, S = num_steps + 1; under `terminal` S may be 1, the final state alone.
+        rewards_NS: reward of every scored state, the last being the image's.
+        states: their numbers, ascending from 0 to K; under `terminal` K alone will do.
         std: `group` as above, or `global` to take the std, not the mean, over all groups of the batch at once.
+        gae_lambda: share of the later gains in a step's own, see `decayed_gains`; of no effect under `terminal`.
         eps: 1e-4, as in Flow-GRPO's code; in units of the reward.
     """
-    _check_rewards(rewards_NS, group_size, num_steps, credit)
-    credit_NK = rewards_NS[:, -1:] if credit == "terminal" else step_gains(rewards_NS)
+    _check_rewards(rewards_NS, group_size, states, credit)
+    if credit == "terminal":
+        credit_NK, lengths = rewards_NS[:, -1:], [states[-1]]
+    else:
+        credit_NK = decayed_gains(step_gains(rewards_NS), gae_lambda)
+        lengths = [later - earlier for earlier, later in itertools.pairwise(states)]
     credit_PGK = credit_NK.reshape(-1, group_size, credit_NK.shape[1])
     mean_dims, std_dims = _DIMS[credit]
     if std == "global":
@@ -67,23 +79,21 @@ def group_advantages(
     scale = credit_PGK.std(std_dims, correction=0, keepdim=True)
     values_PGK = (centred / (scale + eps)).clamp(-clip, clip)
     return Advantages(
-        values_NK=values_PGK.flatten(0, 1).expand(-1, num_steps).contiguous(),
+        values_NK=values_PGK.flatten(0, 1).repeat_interleave(torch.tensor(lengths, device=scale.device), dim=1),
         constant_N=constant.flatten(1).all(dim=1).repeat_interleave(group_size),
     )
 
 
-def _check_rewards(rewards_NS: Tensor, group_size: int, num_steps: int, credit: Credit) -> None:
+def _check_rewards(rewards_NS: Tensor, group_size: int, states: Sequence[int], credit: Credit) -> None:
     num_samples, num_states = rewards_NS.shape
     if num_samples % group_size:
         raise ValueError(
             f"{num_samples} samples do not split into groups of {group_size}; pass whole groups, one after the other"
         )
-    allowed = {num_steps + 1, 1} if credit == "terminal" else {num_steps + 1}
-    if num_states not in allowed:
-        raise ValueError(
-            f"rewards of {num_states} states do not fit {num_steps} steps under credit {credit}; "
-            f"allowed are {sorted(allowed)} states"
-        )
+    if num_states != len(states):
+        raise ValueError(f"rewards of {num_states} states were given for the {len(states)} states {list(states)}")
+    if credit != "terminal" and (states[0] != 0 or len(states) < 2):
+        raise ValueError(f"states {list(states)} leave steps without a gain under credit {credit}; start them at 0")
     broken = (~rewards_NS.isfinite()).nonzero().tolist()
     if broken:
         raise ValueError(

@@ -61,11 +61,11 @@ class BatchArithmetic:
         The first velocity of a state is known from the rollout, and the substeps are capped by the steps that
         remain. The start state is shared, so its passes count once per group.
         """
-        if self.config.advantage.credit == "terminal":
-            return 0.0
         num_steps, substeps = self.config.sampling.num_steps, self.config.estimates.num_substeps
-        extra = [min(substeps, num_steps - state) - 1 for state in range(num_steps)]
-        return extra[0] / self.config.rollout.group_size + sum(extra[1:])
+        extra = {
+            state: min(substeps, num_steps - state) - 1 for state in self.config.scored_states if state < num_steps
+        }
+        return sum(extra.values()) - extra.get(0, 0) * (1 - 1 / self.config.rollout.group_size)
 
     def explain(self) -> str:
         """Words the arithmetic, one line for each phase, and names the parameters that have no effect."""
@@ -94,7 +94,8 @@ class BatchArithmetic:
     def _without_effect(self) -> list[str]:
         silent = []
         if self.config.advantage.credit == "terminal":
-            silent.append("estimates.num_substeps: terminal credit scores final images only")
+            silent.append("estimates: terminal credit scores final images only")
+            silent.append("advantage.gae_lambda: terminal credit has no gains")
         if self.config.update.kl_coef == 0:
             silent.append("update.kl_form: update.kl_coef is 0")
         return silent

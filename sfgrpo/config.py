@@ -32,7 +32,7 @@ from sfgrpo.sections import (
     UpdateConfig,
     section,
 )
-from sfgrpo.validation import read_mapping, unknown_key, validated
+from sfgrpo.validation import read_parameters, unknown_key, validated
 
 
 @section
@@ -75,6 +75,12 @@ class TrainStage:
     def trained_steps(self) -> tuple[int, ...]:
         """Denoising steps in the objective: those listed, or all but the last."""
         return self.update.trained_steps or tuple(range(self.sampling.num_steps - 1))
+
+    @property
+    def scored_states(self) -> tuple[int, ...]:
+        """States whose reward the credit needs: those listed, or all; under terminal credit the image alone."""
+        last = self.sampling.num_steps
+        return (last,) if self.advantage.credit == "terminal" else self.estimates.states or tuple(range(last + 1))
 
 
 @section
@@ -119,14 +125,14 @@ def load_config(stage: Literal["register"], path: Path) -> RegisterStage: ...
 @overload
 def load_config(stage: str, path: Path) -> Stage: ...
 def load_config(stage: str, path: Path) -> Stage:
-    """Reads what `stage` needs from the parameter file.
+    """Reads what `stage` needs from the parameter file, and from the files that it extends.
 
     Raises `ConfigError` with one line for each problem, opening with the file and the dotted path of the parameter.
     The sections of other stages are not checked, but a section that no stage knows is an error.
     """
     if stage not in STAGES:
         raise ConfigError(f"{stage!r} is no stage; allowed are {', '.join(STAGES)}")
-    values = read_mapping(path)
+    values = read_parameters(path)
     names = {stage: [field.name for field in dataclasses.fields(schema)] for stage, schema in STAGES.items()}
     known = list(dict.fromkeys(name for fields in names.values() for name in fields))
     if unknown := [str(key) for key in values if key not in known]:
@@ -170,6 +176,14 @@ def _sampling_conflicts(config: TrainStage) -> Iterator[str]:
         yield (
             f"update.trained_steps: {list(steps)} is not an ascending list of steps in 0..sampling.num_steps - 2 = "
             f"0..{last - 1}; the last step, {last}, has no density under every sampler and is never trained"
+        )
+    states = config.estimates.states
+    if states is not None and (
+        list(states) != sorted(set(states)) or (states[0], states[-1]) != (0, sampling.num_steps)
+    ):
+        yield (
+            f"estimates.states: {list(states)} is not an ascending list from 0 to sampling.num_steps = "
+            f"{sampling.num_steps}; the first is the shared start state, the last the image, use null for all"
         )
     if config.advantage.std == "global" and config.advantage.credit != "terminal":
         yield (

@@ -1,9 +1,8 @@
-"""Judges a policy on fixed prompts and fixed noise with the deterministic sampler that people use."""
+"""Judges a policy on fixed prompts and fixed noise, by the deterministic sampler that people use and by any other."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,7 +13,7 @@ from sfgrpo.geneval.table import GenEvalTable, summarise
 from sfgrpo.policies.base import Policy
 from sfgrpo.random import gaussian_noise
 from sfgrpo.rewards.base import Reward, checked_rewards
-from sfgrpo.rollout import row_slices
+from sfgrpo.rollout import roll_out, row_slices
 from sfgrpo.types import Conditioning, Prompt
 
 
@@ -42,17 +41,31 @@ def draw_images(
     guidance_scale: float,
     seed: int,
     micro_batch_size: int,
+    sampler: str = "ode",
+    noise_level: float = 0.0,
 ) -> NDArray[np.uint8]:
-    """Draws one image per row of `conditioning` by Euler steps; row i starts from noise i of the seed's stream."""
-    sigmas = policy.sigmas(num_steps).to(policy.device)
+    """Draws one image per row of `conditioning`; row i takes noise i of the seed's streams, whatever the policy."""
+    sigmas, shape = policy.sigmas(num_steps).to(policy.device), policy.latent_shape
     images = []
     for rows in row_slices(len(conditioning), micro_batch_size):
         indices = range(rows.start, rows.stop)
-        x = gaussian_noise(seed, "evaluation", 0, indices, policy.latent_shape).to(policy.device)
-        for sigma, sigma_next in itertools.pairwise(sigmas):
-            velocity = policy.velocity(x, sigma.expand(len(x)), conditioning[rows], guidance_scale)
-            x = x + (sigma_next - sigma) * velocity
-        images.append(policy.decode(x))
+        start = gaussian_noise(seed, "evaluation", 0, indices, shape)
+        if sampler == "ode":
+            step_noise = torch.zeros(()).expand(len(indices), num_steps, *shape)
+        else:
+            step_noise = gaussian_noise(seed, "evaluation_steps", 0, indices, (num_steps, *shape))
+        trajectory = roll_out(
+            policy,
+            conditioning[rows],
+            start.to(policy.device),
+            step_noise.to(policy.device),
+            sigmas,
+            sampler=sampler,
+            noise_level=noise_level,
+            guidance_scale=guidance_scale,
+            micro_batch_size=micro_batch_size,
+        )
+        images.append(policy.decode(trajectory.latents_NSCHW[:, -1]))
     return np.concatenate(images)
 
 
@@ -91,3 +104,36 @@ def evaluate_policy(
         table=summarise([prompt.tag for prompt in prompts], correct),
         rewards={reward.name: float(checked_rewards(reward, images, asked).mean()) for reward in rewards},
     )
+
+
+def mean_rewards(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    *,
+    images_per_prompt: int,
+    num_steps: int,
+    guidance_scale: float,
+    seed: int,
+    micro_batch_size: int,
+    sampler: str,
+    noise_level: float,
+) -> dict[str, float]:
+    """Gives the mean of every reward over the images that a sampler draws, by the reward's name.
+
+    With the sampler of the training it tells what training improves; the prompts, unlike those of an update, are
+    the same every time, and so is the noise.
+    """
+    asked = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    conditioning = policy.encode([prompt.text for prompt in prompts])
+    images = draw_images(
+        policy,
+        conditioning[torch.arange(len(prompts)).repeat_interleave(images_per_prompt)],
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        micro_batch_size=micro_batch_size,
+        sampler=sampler,
+        noise_level=noise_level,
+    )
+    return {reward.name: float(checked_rewards(reward, images, asked).mean()) for reward in rewards}

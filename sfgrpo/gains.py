@@ -13,3 +13,16 @@ def step_gains(rewards_NS: Float[Tensor, "N S"]) -> Float[Tensor, "N K"]:
     to image. Our states count up, and this is the same difference: later state minus earlier state.
     """
     return rewards_NS[:, 1:] - rewards_NS[:, :-1]
+
+
+def decayed_gains(gains_NK: Float[Tensor, "N K"], gae_lambda: float) -> Float[Tensor, "N K"]:
+    """Gives sum_j lambda^j g_{k+j}: generalised advantage estimation whose value of a state is its clean estimate's.
+
+    0 leaves the gains as they are, 1 gives r_K - r_k, the final reward less a baseline of the state. What lies between
+    trades the bias of the estimate for the variance of all later steps.
+    Source: Schulman et al., arXiv:1506.02438, with discount 1.
+    """
+    credit = gains_NK.clone()
+    for k in reversed(range(gains_NK.shape[1] - 1)):
+        credit[:, k] += gae_lambda * credit[:, k + 1]
+    return credit

@@ -11,6 +11,7 @@ from sfgrpo.estimates import clean_estimate, substep_sigmas
 from sfgrpo.policies.base import Policy
 from sfgrpo.rewards.base import Reward, checked_rewards
 from sfgrpo.rollout import row_slices
+from sfgrpo.timing import PhaseClock
 from sfgrpo.types import Conditioning, Prompt, Trajectory
 
 
@@ -66,49 +67,67 @@ def score_states(
     prompts: Sequence[Prompt],
     reward: Reward,
     sigmas_S: Tensor,
+    states: Sequence[int],
     *,
     group_size: int,
     num_substeps: int,
     guidance_scale: float,
     micro_batch_size: int,
+    clock: PhaseClock,
 ) -> Tensor:
-    """Rewards of every state, [N, S]: r_k = R(clean estimate of state k, prompt), and r_K of the image itself.
+    """Rewards of the named states, ascending to K: r_k = R(clean estimate of state k, prompt), and r_K of the image.
 
-    State 0 is shared by a group, so its reward is computed once per group and repeated.
+    State 0 is shared by a group, so its reward is computed once per group and repeated. Gives [N, len(states)]; the
+    phases of `clock` are estimates, decode and reward.
     """
-    num_images, num_states = trajectory.latents_NSCHW.shape[:2]
+    num_images, last = len(prompts), len(sigmas_S) - 1
+    columns = {state: column for column, state in enumerate(states)}
     pairs = [
-        (row, state) for state in range(num_states - 1) for row in range(0, num_images, group_size if state == 0 else 1)
+        (row, state)
+        for state in states
+        if state < last
+        for row in range(0, num_images, group_size if state == 0 else 1)
     ]
-    rows_M, states_M = torch.tensor(pairs, device=sigmas_S.device).unbind(dim=1)
-    estimates = estimate_states(
-        policy,
-        trajectory,
-        conditioning,
-        sigmas_S,
-        rows_M,
-        states_M,
-        num_substeps=num_substeps,
-        guidance_scale=guidance_scale,
-        micro_batch_size=micro_batch_size,
+    latents, rows = trajectory.latents_NSCHW[:, -1], list(range(num_images))
+    if pairs:
+        rows_M, states_M = torch.tensor(pairs, device=sigmas_S.device).unbind(dim=1)
+        with clock("estimates"):
+            estimates = estimate_states(
+                policy,
+                trajectory,
+                conditioning,
+                sigmas_S,
+                rows_M,
+                states_M,
+                num_substeps=num_substeps,
+                guidance_scale=guidance_scale,
+                micro_batch_size=micro_batch_size,
+            )
+        latents, rows = torch.cat([estimates, latents]), [*rows_M.tolist(), *rows]
+    pairs += [(row, last) for row in range(num_images)]
+    rewards_NS = torch.full((num_images, len(states)), float("nan"))
+    rewards_NS[rows, [columns[state] for _, state in pairs]] = score_latents(
+        policy, latents, [prompts[row] for row in rows], reward, micro_batch_size, clock
     )
-    rewards_NS = torch.empty(num_images, num_states)
-    rewards_NS[rows_M.cpu(), states_M.cpu()] = score_latents(
-        policy, estimates, [prompts[row] for row in rows_M.tolist()], reward, micro_batch_size
-    )
-    rewards_NS[:, 0] = rewards_NS[::group_size, 0].repeat_interleave(group_size)
-    rewards_NS[:, -1] = score_latents(policy, trajectory.latents_NSCHW[:, -1], prompts, reward, micro_batch_size)
+    if states[0] == 0:
+        rewards_NS[:, 0] = rewards_NS[::group_size, 0].repeat_interleave(group_size)
     return rewards_NS
 
 
 @torch.no_grad()
 def score_latents(
-    policy: Policy, latents: Tensor, prompts: Sequence[Prompt], reward: Reward, micro_batch_size: int
+    policy: Policy,
+    latents: Tensor,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    micro_batch_size: int,
+    clock: PhaseClock,
 ) -> Tensor:
     """Decodes clean latents and rewards the images, [N]."""
-    return torch.cat(
-        [
-            checked_rewards(reward, policy.decode(latents[part]), prompts[part])
-            for part in row_slices(len(latents), micro_batch_size)
-        ]
-    )
+    rewards = []
+    for part in row_slices(len(latents), micro_batch_size):
+        with clock("decode"):
+            images = policy.decode(latents[part])
+        with clock("reward"):
+            rewards.append(checked_rewards(reward, images, prompts[part]))
+    return torch.cat(rewards)

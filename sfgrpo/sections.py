@@ -114,6 +114,8 @@ class EstimatesConfig:
 
     num_substeps: PositiveInt
     """Euler substeps T' from a state to its clean estimate, capped by the steps that remain; 1 is Tweedie's formula."""
+    states: Annotated[tuple[NonNegativeInt, ...], MinLen(2)] | None = None
+    """States that are scored, ascending from 0 to K; steps between two of them share a gain; null is every state."""
 
 
 @section
@@ -134,6 +136,8 @@ class AdvantageConfig:
     """Whether the standard deviation is that of the group or of the whole rollout."""
     clip: PositiveFloat
     """Largest absolute advantage."""
+    gae_lambda: UnitInterval = 0.0
+    """Share of the later gains in a step's own; 0 is the paper's method, 1 the final reward less the state's own."""
 
 
 @section
@@ -200,6 +204,8 @@ class EvaluationConfig:
     """Images that are denoised together."""
     every_num_updates: PositiveInt
     """Updates between two evaluations of a training run."""
+    training_sampler: bool = False
+    """Whether a training run also measures the mean rewards of the noisy sampler that it trains with."""
 
 
 @section

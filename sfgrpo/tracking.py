@@ -24,6 +24,7 @@ Item = TypeVar("Item")
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 KEY_TAG = "sfgrpo.key"
+PARENT_TAG = "mlflow.parentRunId"
 IMAGE_TAG_PREFIX = "sfgrpo.image_step."
 MAX_ENTRIES_PER_REQUEST = 100
 """MLflow takes no more parameters or tags than this at once."""
@@ -124,12 +125,14 @@ class MlflowTracker(Tracker):
         run_name: str | None = None,
         run_id: str | None = None,
         key: str | None = None,
+        parent_run_id: str | None = None,
     ) -> None:
         """Connects to nothing yet; `key` identifies the work, such as a digest of everything that shapes it."""
         self._uri = uri
         self._experiment = experiment
         self._run_name = run_name
         self._wanted_run_id = run_id
+        self._tags = {KEY_TAG: key, PARENT_TAG: parent_run_id}
         self._key = key
         self._client: MlflowClient | None = None
         self._run: Run | None = None
@@ -219,7 +222,7 @@ class MlflowTracker(Tracker):
 
     def _created(self, client: MlflowClient) -> Run:
         experiment_id = find_or_create_experiment(client, self._uri, self._experiment)
-        tags = {} if self._key is None else {KEY_TAG: self._key}
+        tags = {name: value for name, value in self._tags.items() if value is not None}
         return client.create_run(experiment_id, run_name=self._run_name, tags=tags)
 
     def _last_step(self, key: str) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from sfgrpo.advantages import group_advantages
 from sfgrpo.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from sfgrpo.config import TrainStage, to_flat_dict
 from sfgrpo.ema import Ema
-from sfgrpo.evaluation import Evaluation, evaluate_policy
+from sfgrpo.evaluation import Evaluation, evaluate_policy, mean_rewards
 from sfgrpo.files import atomic_directory
 from sfgrpo.gains import step_gains
 from sfgrpo.policies.base import Policy
@@ -26,10 +25,11 @@ from sfgrpo.progress import Progress
 from sfgrpo.prompts import prompts_of_update
 from sfgrpo.random import gaussian_noise
 from sfgrpo.report import pick_rows, sample_grid
-from sfgrpo.rewards.base import Reward
+from sfgrpo.rewards.base import Reward, distinct_rewards
 from sfgrpo.rollout import roll_out
-from sfgrpo.scoring import score_latents, score_states
+from sfgrpo.scoring import score_states
 from sfgrpo.sde import trainable_steps
+from sfgrpo.timing import PhaseClock
 from sfgrpo.tracking import Tracker
 from sfgrpo.types import Conditioning, Prompt, RolloutBatch, Trajectory
 from sfgrpo.update import Objective, require_changed_sampler, update_policy
@@ -47,8 +47,8 @@ class Materials:
     """Trained on."""
     verdict: Reward
     """GenEval's verdict, 0 or 1, for the table."""
-    held_out: Reward
-    """Measured in evaluation only; training never sees it."""
+    held_out: Sequence[Reward]
+    """Measured in evaluation only; training sees none but `reward`, which may be listed again."""
     folder: Path
     """Resumable state: checkpoints, the best adapter, sample grids."""
     tracker: Tracker
@@ -85,6 +85,10 @@ class Trainer:
         """The evaluation with the highest GenEval score, the earliest of equals."""
         return max(self.evaluations, key=lambda evaluation: evaluation["metrics"]["geneval/overall"])
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Puts the averaged adapter, which is what gets published, into the policy for a block."""
+        return self._ema.swapped_in(self._policy.module)
+
     def run(self) -> None:
         """Trains to the last update, evaluating and saving on the way."""
         config = self._config
@@ -106,19 +110,19 @@ class Trainer:
     def _update(self, update_index: int) -> dict[str, float]:
         """Does one update: rollout, rewards of all states, advantages, optimiser steps."""
         config = self._config
-        timings: dict[str, float] = {}
+        clock = self._clock()
         prompts, conditioning = self._prompts_of(update_index)
-        with _timed("rollout", timings):
+        with clock("rollout"):
             trajectory = self._roll_out(update_index, conditioning)
-        with _timed("score", timings):
-            rewards_NS = self._score(trajectory, prompts, conditioning)
+        rewards_NS = self._score(trajectory, prompts, conditioning, clock)
         advantages = group_advantages(
             self._gathered(rewards_NS),
             group_size=config.rollout.group_size,
-            num_steps=config.sampling.num_steps,
+            states=config.scored_states,
             credit=config.advantage.credit,
             std=config.advantage.std,
             clip=config.advantage.clip,
+            gae_lambda=config.advantage.gae_lambda,
         )
         batch = RolloutBatch(
             trajectory=trajectory,
@@ -126,13 +130,17 @@ class Trainer:
             advantages_NK=advantages.values_NK[self._own_images].to(self._policy.device),
             constant_N=advantages.constant_N[self._own_images].to(self._policy.device),
         )
-        with _timed("update", timings):
+        with clock("update"):
             metrics = update_policy(self._policy, self._optimizer, batch, self._objective, self._accelerator)
         if not self._sampler_changed and bool(batch.advantages_NK[:, list(self._objective.trained_steps)].any()):
             require_changed_sampler(self._policy, batch, self._objective)
             self._sampler_changed = True
         constant = float(advantages.constant_N.float().mean())
-        return {**_reward_metrics(rewards_NS), "groups/constant_fraction": constant, **metrics, **timings}
+        rewards = _reward_metrics(rewards_NS, config.scored_states)
+        return {**rewards, "groups/constant_fraction": constant, **metrics, **clock.metrics()}
+
+    def _clock(self) -> PhaseClock:
+        return PhaseClock(torch.cuda.synchronize) if self._policy.device.type == "cuda" else PhaseClock()
 
     @property
     def _own_images(self) -> slice:
@@ -173,13 +181,11 @@ class Trainer:
             micro_batch_size=config.rollout.micro_batch_size,
         )
 
-    def _score(self, trajectory: Trajectory, prompts: Sequence[Prompt], conditioning: Conditioning) -> Tensor:
-        """Rewards every state, or the final one alone where the credit needs no other."""
+    def _score(
+        self, trajectory: Trajectory, prompts: Sequence[Prompt], conditioning: Conditioning, clock: PhaseClock
+    ) -> Tensor:
+        """Rewards the states that the credit needs."""
         config = self._config
-        if config.advantage.credit == "terminal":
-            final = trajectory.latents_NSCHW[:, -1]
-            reward, size = self._materials.reward, config.rollout.micro_batch_size
-            return score_latents(self._policy, final, prompts, reward, size)[:, None]
         return score_states(
             self._policy,
             trajectory,
@@ -187,36 +193,56 @@ class Trainer:
             prompts,
             self._materials.reward,
             self._objective.sigmas_S,
+            config.scored_states,
             group_size=config.rollout.group_size,
             num_substeps=config.estimates.num_substeps,
             guidance_scale=config.sampling.guidance_scale,
             micro_batch_size=config.rollout.micro_batch_size,
+            clock=clock,
         )
 
     def _evaluate(self) -> None:
         """Judges the averaged adapter, records it, and keeps it when it is the best so far."""
-        config, materials = self._config.evaluation, self._materials
-        started = time.perf_counter()
-        with self._ema.swapped_in(self._policy.module):
+        config, materials, clock = self._config.evaluation, self._materials, self._clock()
+        rewards = distinct_rewards(materials.reward, *materials.held_out)
+        with clock("evaluation"), self.averaged():
             evaluation = evaluate_policy(
                 self._policy,
                 materials.evaluation_prompts,
                 materials.verdict,
-                (materials.reward, materials.held_out),
+                rewards,
                 images_per_prompt=config.images_per_prompt,
                 num_steps=config.num_steps,
                 guidance_scale=config.guidance_scale,
                 seed=config.seed,
                 micro_batch_size=config.micro_batch_size,
             )
-            metrics = {**evaluation.to_dict(), "time/evaluation_s": time.perf_counter() - started}
+            noisy = self._noisy_rewards(rewards) if config.training_sampler else {}
+            metrics = {**evaluation.to_dict(), **{f"evaluation_noisy/{name}": value for name, value in noisy.items()}}
             self.evaluations.append({"update": self.update_index, "metrics": metrics})
             if self.best is self.evaluations[-1] and self._accelerator.is_main_process:
                 with atomic_directory(materials.folder / "best") as partial:
                     self._policy.save_adapter(partial)
+        metrics |= clock.metrics()
         materials.tracker.log_metrics(metrics, self.update_index)
         self._draw(evaluation)
         logger.info("update %d: GenEval %s", self.update_index, evaluation.table.overall)
+
+    def _noisy_rewards(self, rewards: Sequence[Reward]) -> dict[str, float]:
+        """Measures the policy as it is by the sampler of the training, on the evaluation's prompts."""
+        sampling, config = self._config.sampling, self._config.evaluation
+        return mean_rewards(
+            self._policy,
+            self._materials.evaluation_prompts,
+            rewards,
+            images_per_prompt=config.images_per_prompt,
+            num_steps=sampling.num_steps,
+            guidance_scale=sampling.guidance_scale,
+            seed=config.seed,
+            micro_batch_size=config.micro_batch_size,
+            sampler=sampling.sampler,
+            noise_level=sampling.noise_level,
+        )
 
     def _draw(self, evaluation: Evaluation) -> None:
         prompts = self._materials.evaluation_prompts
@@ -290,18 +316,12 @@ def _encode_in_batches(policy: Policy, texts: Sequence[str], batch_size: int = 1
     )
 
 
-def _reward_metrics(rewards_NS: Tensor) -> dict[str, float]:
-    """Summarises rewards and, where all states were scored, the gain of every step."""
+def _reward_metrics(rewards_NS: Tensor, states: Sequence[int]) -> dict[str, float]:
+    """Summarises rewards and, where further states were scored, the gains between them, by the step they start at."""
     metrics = {"reward/mean": float(rewards_NS[:, -1].mean()), "reward/std": float(rewards_NS[:, -1].std())}
     if rewards_NS.shape[1] == 1:
         return metrics
     gains_NK = step_gains(rewards_NS)
-    per_step = {f"gain/step_{k:02d}/abs_mean": float(gain.abs().mean()) for k, gain in enumerate(gains_NK.unbind(1))}
+    starts = zip(states[:-1], gains_NK.unbind(1), strict=True)
+    per_step = {f"gain/step_{state:02d}/abs_mean": float(gain.abs().mean()) for state, gain in starts}
     return {**metrics, "reward/start": float(rewards_NS[:, 0].mean()), "gain/mean": float(gains_NK.mean()), **per_step}
-
-
-@contextlib.contextmanager
-def _timed(phase: str, timings: dict[str, float]) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    timings[f"time/{phase}_s"] = time.perf_counter() - started

@@ -33,6 +33,37 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Reads a parameter file; one that `extends` another is that other with the values changed that it holds itself.
+
+    `extends: ../params.yaml` names a file from where the extending one lies, and that file may extend a third. Sections
+    merge, every other value replaces. Raises `ConfigError`, also where files extend one another in a circle.
+    """
+    files, layers = [path.resolve()], [read_mapping(path)]
+    while "extends" in layers[-1]:
+        name = layers[-1].pop("extends")
+        if not isinstance(name, str):
+            raise ConfigError(f"{files[-1]}: extends: {name!r} is no file name; write the path of a parameter file")
+        parent = (files[-1].parent / name).resolve()
+        if parent in files:
+            raise ConfigError(f"{files[-1]}: extends: {name} extends this file in turn; take one of the two lines out")
+        files.append(parent)
+        layers.append(read_mapping(parent))
+    merged: dict[str, Any] = {}
+    for layer in reversed(layers):
+        merged = _merged(merged, layer)
+    return merged
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], changes[key]) for key in changes if _mappings(base.get(key), changes[key])}
+    return {**base, **changes, **both}
+
+
+def _mappings(*values: object) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
 def unknown_key(key: str, allowed: Collection[str]) -> str:
     """Words the complaint about a key that no schema knows, with the nearest known one."""
     nearest = difflib.get_close_matches(key, allowed, n=1)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -55,8 +55,8 @@ class StageError(RuntimeError):
         return f"stage {self.stage} failed with exit status {self.status}; its last lines were\n{shown}"
 
 
-def run_command(stage: str, command: Sequence[str]) -> None:
-    """Runs a command under supervision and logs what it prints, but for DVC's advice.
+def run_command(stage: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    """Runs a command under supervision, with further environment variables, and logs what it prints, but for DVC's advice.
 
     Raises:
         StageError: the command failed. The exit status is that of the stage when DVC reports one.
@@ -71,15 +71,16 @@ def run_command(stage: str, command: Sequence[str]) -> None:
 
     # The stages are `python -m sfgrpo ...`: of all Pythons, they need this one.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    status = run_supervised(command, LOGS / f"{stage}.log", show, {**os.environ, "PATH": path})
+    status = run_supervised(command, LOGS / f"{stage}.log", show, {**os.environ, **(environment or {}), "PATH": path})
     if status:
         reported = re.findall(r"exited with (\d+)", "\n".join(lines))
         raise StageError(stage, int(reported[-1]) if reported else status, tuple(lines))
 
 
-def reproduce(stage: str) -> None:
-    """Brings one DVC stage up to date."""
-    run_command(stage, [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage])
+def reproduce(stage: str, file: str = "dvc.yaml", environment: Mapping[str, str] | None = None) -> None:
+    """Brings one DVC stage up to date; stages may run side by side."""
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", f"{file}:{stage}"]
+    run_command(stage, command, environment)
 
 
 def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -88,11 +89,13 @@ def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -
     return not (isinstance(error, StageError) and error.status == BAD_CONFIG)
 
 
-def _stage_task(name: str) -> Callable[[Callable[Parameters, Result]], Task[Parameters, Result]]:
-    """Gives the options that all tasks share."""
+def stage_task(
+    name: str, run_name: str | None = None
+) -> Callable[[Callable[Parameters, Result]], Task[Parameters, Result]]:
+    """Gives the options that all tasks share; `run_name` may hold parameters of the task in braces."""
     return task(
         name=name,
-        task_run_name=name,
+        task_run_name=run_name or name,
         retries=2,
         retry_delay_seconds=RETRY_DELAY_S,
         retry_condition_fn=worth_retrying,
@@ -100,26 +103,26 @@ def _stage_task(name: str) -> Callable[[Callable[Parameters, Result]], Task[Para
     )
 
 
-@_stage_task("prompts")
+@stage_task("prompts")
 def prompts() -> None:
     """Writes the prompt sets."""
     reproduce("prompts")
 
 
-@_stage_task("train")
+@stage_task("train")
 def train() -> None:
     """Trains the policy; a retry goes on from the last checkpoint."""
     reproduce("train")
 
 
-@_stage_task("evaluate")
+@stage_task("evaluate")
 def evaluate() -> dict[str, Any]:
     """Compares the policy with the base model; returns the metrics."""
     reproduce("evaluate")
     return cast(dict[str, Any], json.loads(METRICS.read_text(encoding="utf-8")))
 
 
-@_stage_task("register")
+@stage_task("register")
 def register() -> dict[str, Any]:
     """Registers the policy; returns name, number and alias of the version.
 

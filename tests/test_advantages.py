@@ -16,7 +16,7 @@ GROUP_SIZE, NUM_STEPS, NUM_PROMPTS = 6, 4, 3
 CREDITS = ("joint", "per_step", "step_mean", "terminal")
 CASES = list(itertools.product(CREDITS, ("group", "global")))
 
-normalise = functools.partial(group_advantages, group_size=GROUP_SIZE, num_steps=NUM_STEPS, clip=1e6)
+normalise = functools.partial(group_advantages, group_size=GROUP_SIZE, states=range(NUM_STEPS + 1), clip=1e6)
 
 
 def random_rewards() -> Tensor:
@@ -112,7 +112,7 @@ def test_terminal_credit_gives_every_step_the_standardised_final_reward() -> Non
     final = rewards[:, -1]
     expected = ((final - final.mean()) / (final.std(correction=0) + 1e-4))[:, None].expand(-1, NUM_STEPS)
     every_state = normalise(rewards, credit="terminal", std="group").values_NK
-    final_state_only = normalise(rewards[:, -1:], credit="terminal", std="group").values_NK
+    final_state_only = normalise(rewards[:, -1:], states=(NUM_STEPS,), credit="terminal", std="group").values_NK
     torch.testing.assert_close(every_state, expected)
     torch.testing.assert_close(final_state_only, every_state, rtol=0, atol=0)
 
@@ -120,7 +120,7 @@ def test_terminal_credit_gives_every_step_the_standardised_final_reward() -> Non
 def test_advantages_are_clipped_on_both_sides() -> None:
     rewards = torch.zeros(12, 1)
     rewards[0], rewards[6] = 1, -1
-    values = normalise(rewards, credit="terminal", std="group", clip=1.5).values_NK
+    values = normalise(rewards, states=(NUM_STEPS,), credit="terminal", std="group", clip=1.5).values_NK
     assert values.max() == 1.5 and values.min() == -1.5
 
 
@@ -173,7 +173,36 @@ def test_samples_that_do_not_fill_groups_are_refused() -> None:
         normalise(random_rewards()[:17], credit="joint", std="group")
 
 
-@pytest.mark.parametrize(("credit", "allowed"), [("joint", r"\[5\]"), ("terminal", r"\[1, 5\]")])
-def test_rewards_of_the_wrong_number_of_states_are_refused(credit: str, allowed: str) -> None:
-    with pytest.raises(ValueError, match=rf"rewards of 3 states do not fit 4 steps .* allowed are {allowed} states"):
+@pytest.mark.parametrize("credit", CREDITS)
+def test_rewards_of_the_wrong_number_of_states_are_refused(credit: str) -> None:
+    with pytest.raises(ValueError, match=r"rewards of 3 states were given for the 5 states \[0, 1, 2, 3, 4\]"):
         normalise(random_rewards()[:, :3], credit=credit, std="group")
+
+
+def test_gains_that_leave_out_the_first_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"states \[1, 2, 3, 4\] leave steps without a gain under credit joint"):
+        normalise(random_rewards()[:, 1:], states=(1, 2, 3, 4), credit="joint", std="group")
+
+
+@pytest.mark.parametrize("credit", ["joint", "per_step", "step_mean"])
+def test_steps_between_two_scored_states_share_what_was_gained_between_them(credit: str) -> None:
+    rewards = random_rewards()[:, [0, 1, NUM_STEPS]]
+    shared = normalise(rewards, states=(0, 1, NUM_STEPS), credit=credit, std="group").values_NK
+    two_steps = normalise(rewards, states=(0, 1, 2), credit=credit, std="group").values_NK
+    torch.testing.assert_close(shared, two_steps[:, [0, 1, 1, 1]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("credit", ["joint", "per_step", "step_mean"])
+def test_scoring_the_two_ends_alone_is_terminal_credit(credit: str) -> None:
+    rewards = random_rewards()
+    ends = normalise(rewards[:, [0, -1]], states=(0, NUM_STEPS), credit=credit, std="group").values_NK
+    terminal = normalise(rewards, credit="terminal", std="group").values_NK
+    torch.testing.assert_close(ends, terminal, rtol=1e-4, atol=1e-5)
+
+
+def test_lambda_one_credits_the_final_reward_less_that_of_the_state() -> None:
+    rewards = random_rewards()[:GROUP_SIZE]
+    left = rewards[:, -1:] - rewards[:, :-1]
+    expected = (left - left.mean(0)) / (left.std(0, correction=0) + 1e-4)
+    result = normalise(rewards, credit="per_step", std="group", gae_lambda=1.0).values_NK
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)

@@ -337,7 +337,7 @@ def test_explanation_shows_the_whole_equation_and_what_has_no_effect(tmp_path):
     assert "8 x 24 = 192 images" in text
     assert "60 updates x 192 images = 11,520 images" in text
     assert "trains steps 0..8" in text
-    assert "no effect   estimates.num_substeps" in text
+    assert "no effect   estimates: terminal credit" in text
 
 
 def test_explanation_lists_scattered_steps_and_guidance(tmp_path):

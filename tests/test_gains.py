@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from sfgrpo.gains import step_gains
+from sfgrpo.gains import decayed_gains, step_gains
 
 
 def test_gain_is_the_later_reward_minus_the_earlier() -> None:
@@ -19,3 +20,17 @@ def test_gains_sum_to_the_last_reward_minus_the_first() -> None:
 
 def test_constant_reward_gains_nothing() -> None:
     torch.testing.assert_close(step_gains(torch.full((3, 11), 0.3)), torch.zeros(3, 10), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.3, 1.0])
+def test_decayed_gains_are_the_sums_that_they_are_named_for(gae_lambda: float) -> None:
+    gains = torch.randn(5, 4)
+    expected = [[sum(gae_lambda**j * float(row[k + j]) for j in range(4 - k)) for k in range(4)] for row in gains]
+    torch.testing.assert_close(decayed_gains(gains, gae_lambda), torch.tensor(expected))
+
+
+def test_gains_are_left_alone_by_decay() -> None:
+    gains = torch.randn(5, 4)
+    before = gains.clone()
+    decayed_gains(gains, 0.5)
+    assert torch.equal(gains, before)

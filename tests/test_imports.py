@@ -14,12 +14,12 @@ REPOSITORY = Path(__file__).parent.parent
 
 LAYERS = (
     ("words", {"types", "errors", "sections", "validation", "config", "batches", "environment"}),
-    ("tools", {"files", "random", "signals", "provenance"}),
+    ("tools", {"files", "random", "signals", "provenance", "timing"}),
     ("maths", {"schedule", "sde", "estimates", "gains", "advantages", "losses"}),
     ("adapters", {"policies", "rewards", "geneval", "shapes", "prompts"}),
     ("steps", {"rollout", "scoring", "update", "evaluation"}),
     ("run", {"ema", "checkpoint", "tracking", "registry", "serving", "trainer", "progress", "report", "pretrain"}),
-    ("doors", {"stages", "__main__"}),
+    ("doors", {"assembly", "stages", "study", "__main__"}),
 )
 """Members of a layer import lower layers; a folder counts as one member."""
 
@@ -39,6 +39,8 @@ SIBLINGS = {
     "evaluation": {"rollout", "scoring"},
     "trainer": {"ema", "checkpoint", "tracking", "progress", "report"},
     "registry": {"tracking", "serving"},
+    "stages": {"assembly"},
+    "study": {"assembly", "__main__"},
     "__main__": {"stages"},
 }
 """Members of the same layer that a member may import all the same."""

@@ -15,6 +15,7 @@ from sfgrpo.estimates import substep_sigmas
 from sfgrpo.policies.base import Policy
 from sfgrpo.rollout import roll_out
 from sfgrpo.scoring import estimate_states, score_latents, score_states
+from sfgrpo.timing import PhaseClock
 from sfgrpo.types import Conditioning, Prompt, Trajectory
 
 NUM_PROMPTS, GROUP_SIZE, NUM_STEPS = 2, 3, 4
@@ -81,7 +82,9 @@ def estimated(line: Line, rows: list[int], states: list[int], num_substeps: int,
     )
 
 
-def scored(line: Line, reward=None, num_substeps: int = 2, micro_batch_size: int = 5, **changes) -> torch.Tensor:
+def scored(
+    line: Line, reward=None, num_substeps: int = 2, micro_batch_size: int = 5, states=range(NUM_STEPS + 1), **changes
+) -> torch.Tensor:
     return score_states(
         line.policy,
         changes.get("trajectory", line.trajectory),
@@ -89,10 +92,12 @@ def scored(line: Line, reward=None, num_substeps: int = 2, micro_batch_size: int
         line.prompts,
         reward or Light(),
         line.sigmas,
+        tuple(states),
         group_size=GROUP_SIZE,
         num_substeps=num_substeps,
         guidance_scale=1.0,
         micro_batch_size=micro_batch_size,
+        clock=changes.get("clock", PhaseClock()),
     )
 
 
@@ -168,7 +173,7 @@ def test_every_reward_is_that_of_its_state(line):
 
 
 def test_final_state_is_the_image_itself(line):
-    final = score_latents(line.policy, line.trajectory.latents_NSCHW[:, -1], line.prompts, Light(), NUM_IMAGES)
+    final = score_latents(line.policy, line.trajectory.latents_NSCHW[:, -1], line.prompts, Light(), 99, PhaseClock())
     torch.testing.assert_close(scored(line)[:, -1], final, rtol=0, atol=1e-3)
 
 
@@ -191,6 +196,21 @@ def test_start_state_is_rewarded_once_for_its_group(line):
     first = rewards[:, 0].reshape(NUM_PROMPTS, GROUP_SIZE)
     assert torch.equal(first, first[:, :1].expand_as(first))
     assert first[0, 0] != first[1, 0]
+
+
+@pytest.mark.parametrize("states", [(0, 2, NUM_STEPS), (0, NUM_STEPS), (1, NUM_STEPS), (NUM_STEPS,)])
+def test_states_that_are_left_out_cost_nothing_and_change_no_reward(line, states):
+    reward = Counting()
+    rewards = scored(line, reward, states=states)
+    torch.testing.assert_close(rewards, scored(line)[:, list(states)], rtol=0, atol=2e-3)
+    assert len(reward.seen) == sum(NUM_PROMPTS if state == 0 else NUM_IMAGES for state in states)
+
+
+def test_clock_tells_estimates_decoding_and_reward_apart(line):
+    clock = PhaseClock()
+    scored(line, clock=clock)
+    assert clock.seconds.keys() == {"estimates", "decode", "reward"}
+    assert min(clock.seconds.values()) > 0
 
 
 def test_micro_batches_change_no_reward(line):

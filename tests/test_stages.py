@@ -253,7 +253,7 @@ def test_registration_before_training_names_the_cure(folder, tracker, capsys):
 def test_unknown_reward_is_a_wrong_parameter(folder, tracker, capsys, stage):
     write_params(folder, {**TINY, "reward.name": "beauty"})
     assert main([stage]) == 2
-    assert_error(capsys, "reward.name: reward 'beauty' is unknown; allowed are .*geneval")
+    assert_error(capsys, "reward: reward 'beauty' is unknown; allowed are .*geneval")
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])

@@ -133,7 +133,7 @@ def trainer_in(folder: Path, config: TrainStage | None = None, policy: Policy | 
         evaluation_prompts=EVALUATION,
         reward=Light(),
         verdict=Half(),
-        held_out=Light(),
+        held_out=(Light(),),
         folder=folder,
         tracker=RecordingTracker(),
     )
@@ -195,7 +195,9 @@ def test_every_update_is_recorded(run):
             "policy/clip_fraction",
             "optim/grad_norm",
             "time/rollout_s",
-            "time/score_s",
+            "time/estimates_s",
+            "time/decode_s",
+            "time/reward_s",
             "time/update_s",
         }
         # Not 0, because the batches of rollout and update differ.
@@ -361,7 +363,7 @@ def test_finished_run_has_nothing_left_to_do(run):
         def __call__(self, images, prompts):
             raise AssertionError("a finished run was scored again")
 
-    trainer = trainer_in(run.folder, reward=Untouched(), verdict=Untouched(), held_out=Untouched())
+    trainer = trainer_in(run.folder, reward=Untouched(), verdict=Untouched(), held_out=(Untouched(),))
     trainer.run()
     assert trainer.history == run.trainer.history and trainer.best == run.trainer.best
 

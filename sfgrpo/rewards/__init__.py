@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sfgrpo.rewards.base import Reward, WeightedReward, checked_rewards
+from sfgrpo.rewards.base import Reward, WeightedReward, checked_rewards, distinct_rewards
 from sfgrpo.rewards.geneval import GenEvalReward, StrictGenEvalReward
 from sfgrpo.rewards.likeness import LikenessReward
 from sfgrpo.shapes.detector import detect_images
 
-__all__ = ["REWARDS", "Reward", "WeightedReward", "build_reward", "checked_rewards"]
+__all__ = ["REWARDS", "Reward", "WeightedReward", "build_reward", "checked_rewards", "distinct_rewards"]
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "geneval": lambda: GenEvalReward(detect_images),

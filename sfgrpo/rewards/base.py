@@ -87,6 +87,11 @@ def checked_rewards(reward: Reward, images: NDArray[np.uint8], prompts: Sequence
     return rewards
 
 
+def distinct_rewards(*rewards: Reward) -> tuple[Reward, ...]:
+    """Leaves out rewards of a name that came before."""
+    return tuple({reward.name: reward for reward in reversed(rewards)}.values())[::-1]
+
+
 def _first_failure(reward: Reward, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> int | None:
     """Finds the first image that the reward fails on alone, for the error message."""
     for index in range(len(images)):

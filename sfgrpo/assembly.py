@@ -1,0 +1,186 @@
+"""Builds what a stage works with from its configuration: prompts, policy, rewards, trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfgrpo.batches import BatchArithmetic
+from sfgrpo.config import PromptsStage, TrainStage, config_digest
+from sfgrpo.environment import Environment
+from sfgrpo.errors import ConfigError
+from sfgrpo.files import sha256_of_file, verify_manifest
+from sfgrpo.prompts import prompts_digest, read_prompts
+from sfgrpo.sections import PolicyConfig, RewardConfig
+from sfgrpo.types import Prompt, Tag
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from sfgrpo.policies.base import Policy
+    from sfgrpo.policies.sd3 import SD3Policy
+    from sfgrpo.rewards import Reward
+    from sfgrpo.tracking import Tracker
+    from sfgrpo.trainer import Trainer
+
+GENEVAL = Path("data/geneval")
+CODE = Path(__file__).parent
+
+
+def make_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
+    """Draws the training prompts and the evaluation prompts, none of which is trained on."""
+    return _shapes_prompts(config) if config.prompts.source == "shapes" else _geneval_prompts(config)
+
+
+def make_launcher(config: TrainStage) -> Accelerator:
+    """Makes accelerate's view of the processes, before anything expensive; refuses work that does not divide."""
+    from accelerate import Accelerator
+
+    BatchArithmetic(config=config)
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"{accelerator.num_processes} processes were launched, but this version trains in one; start "
+            "`python -m sfgrpo train` without a launcher"
+        )
+    return accelerator
+
+
+def make_reward(config: RewardConfig) -> Reward:
+    """Makes the training reward."""
+    from sfgrpo.rewards import build_reward
+
+    with blaming("reward"):
+        return build_reward(config.name)
+
+
+def make_trainer(
+    config: TrainStage,
+    accelerator: Accelerator,
+    policy: Policy,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    evaluation_prompts: Sequence[Prompt],
+    folder: Path,
+    tracker: Tracker,
+) -> Trainer:
+    """Makes the trainer, which goes on from the latest checkpoint in `folder`, if there is one."""
+    from sfgrpo.rewards import build_reward
+    from sfgrpo.trainer import Materials, Trainer
+
+    materials = Materials(
+        prompts=prompts,
+        evaluation_prompts=evaluation_prompts,
+        reward=reward,
+        verdict=build_reward("geneval_strict"),
+        held_out=(build_reward("geneval"), build_reward("likeness")),
+        folder=folder,
+        tracker=tracker,
+    )
+    return Trainer(config, policy, materials, accelerator)
+
+
+def make_policy(config: PolicyConfig, seed: int, environment: Environment) -> SD3Policy:
+    """Loads the pipeline onto the device, with a fresh adapter of the seed."""
+    import torch
+    from diffusers.utils.logging import disable_progress_bar
+
+    from sfgrpo.policies.sd3 import SD3Policy
+
+    disable_progress_bar()
+    with blaming("policy"):
+        policy = SD3Policy.from_pretrained(
+            config.pretrained,
+            revision=config.revision,
+            dtype=config.dtype,
+            resolution=config.resolution,
+            max_sequence_length=config.max_sequence_length,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_targets=config.lora_targets,
+            seed=seed,
+        )
+    device = environment.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy.pipeline.to(device)
+    return policy
+
+
+def check_pretrained(config: PolicyConfig) -> None:
+    """Refuses a base model folder that is absent or damaged; a hub name, which has a revision, is diffusers' matter."""
+    folder = Path(config.pretrained)
+    if (folder / "manifest.json").exists():
+        verify_manifest(folder)
+    elif config.revision is None and not (folder / "model_index.json").exists():
+        raise ConfigError(
+            f"policy.pretrained: {config.pretrained} is no folder with a model_index.json; `git checkout` restores the "
+            "shipped one, and a model of the hub needs its policy.revision"
+        )
+
+
+def run_key(config: TrainStage, prompts: Sequence[Prompt], evaluation_prompts: Sequence[Prompt]) -> str:
+    """Digests all that shapes a training: configuration, prompts, models, and the code of this package."""
+    models = [Path(folder) for folder in (config.policy.pretrained,) if folder is not None]
+    files = [*sorted(CODE.rglob("*.py")), *(file for model in models for file in sorted(model.rglob("*.safetensors")))]
+    lines = [
+        config_digest(config),
+        prompts_digest(prompts),
+        prompts_digest(evaluation_prompts),
+        *(f"{file.name} {sha256_of_file(file)}" for file in files),
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def use_threads(environment: Environment) -> None:
+    """Sets torch's CPU threads, where the environment asks for a number."""
+    if environment.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(environment.num_threads)
+
+
+@contextlib.contextmanager
+def blaming(parameter: str) -> Iterator[None]:
+    """Words a `ValueError` of the block as the wrong value of a parameter that it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{parameter}: {error}") from error
+
+
+def _shapes_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
+    from sfgrpo.shapes.prompts import sample_training_prompts, split_prompts
+
+    with blaming("prompts.num_evaluation"):
+        training, evaluation = split_prompts(config.prompts.num_evaluation, config.seed)
+    with blaming("prompts.task_weights"):
+        drawn = sample_training_prompts(training, config.prompts.task_weights, config.prompts.num_train, config.seed)
+    return drawn, [prompt for prompts in evaluation.values() for prompt in prompts]
+
+
+def _geneval_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
+    from sfgrpo.geneval.prompts import training_prompts
+
+    evaluation = read_prompts(GENEVAL / "evaluation_metadata.jsonl")
+    counts: dict[Tag, int] = dict.fromkeys(config.prompts.num_evaluation, 0)
+    for prompt in evaluation:
+        counts[prompt.tag] += 1
+    if counts != config.prompts.num_evaluation:
+        raise ConfigError(
+            f"prompts.num_evaluation: {config.prompts.num_evaluation} is not GenEval's own set; with prompts.source "
+            f"geneval it must be {counts}"
+        )
+    names = (GENEVAL / "object_names.txt").read_text(encoding="utf-8").split("\n")
+    with blaming("prompts.task_weights"):
+        training = training_prompts(
+            [name for name in names if name],
+            evaluation,
+            num_prompts=config.prompts.num_train,
+            weights=config.prompts.task_weights,
+            seed=config.seed,
+        )
+    return list(training), evaluation
