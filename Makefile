@@ -3,7 +3,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo repro test check format clean
+FORM ?= short
+.PHONY: help setup demo repro study test check format clean
 
 help: ## Lists the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -21,6 +22,9 @@ demo: setup ## Trains, evaluates and registers a policy
 
 repro: setup ## Brings the DVC stages up to date without Prefect
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+
+study: setup ## Compares Stepwise-Flow-GRPO with Flow-GRPO; FORM=long for the long form
+	@$(BIN)/python -m flows.study $(FORM)
 
 test: setup ## Runs every test
 	@$(BIN)/python -m pytest

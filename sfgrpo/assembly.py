@@ -54,7 +54,7 @@ def make_reward(config: RewardConfig) -> Reward:
     from sfgrpo.rewards import build_reward
 
     with blaming("reward"):
-        return build_reward(config.name)
+        return build_reward(config.name, pretrained=config.pretrained, revision=config.revision)
 
 
 def make_trainer(
@@ -124,8 +124,9 @@ def check_pretrained(config: PolicyConfig) -> None:
 
 def run_key(config: TrainStage, prompts: Sequence[Prompt], evaluation_prompts: Sequence[Prompt]) -> str:
     """Digests all that shapes a training: configuration, prompts, models, and the code of this package."""
-    models = [Path(folder) for folder in (config.policy.pretrained,) if folder is not None]
-    files = [*sorted(CODE.rglob("*.py")), *(file for model in models for file in sorted(model.rglob("*.safetensors")))]
+    models = [Path(folder) for folder in (config.policy.pretrained, config.reward.pretrained) if folder is not None]
+    code = sorted(path for path in CODE.rglob("*.py") if "study" not in path.relative_to(CODE).parts)
+    files = [*code, *(file for model in models for file in sorted(model.rglob("*.safetensors")))]
     lines = [
         config_digest(config),
         prompts_digest(prompts),

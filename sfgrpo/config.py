@@ -24,6 +24,7 @@ from sfgrpo.sections import (
     EvaluationConfig,
     PolicyConfig,
     PretrainConfig,
+    PretrainRewardConfig,
     PromptsConfig,
     RegistryConfig,
     RewardConfig,
@@ -41,6 +42,14 @@ class PretrainStage:
 
     seed: NonNegativeInt
     pretrain: PretrainConfig
+
+
+@section
+class PretrainRewardStage:
+    """Parameters of `pretrain_reward`, which makes the model behind the reward `clip`."""
+
+    seed: NonNegativeInt
+    pretrain_reward: PretrainRewardConfig
 
 
 @section
@@ -102,9 +111,10 @@ class RegisterStage:
     evaluation: EvaluationConfig
 
 
-Stage: TypeAlias = PretrainStage | PromptsStage | TrainStage | EvaluateStage | RegisterStage
+Stage: TypeAlias = PretrainStage | PretrainRewardStage | PromptsStage | TrainStage | EvaluateStage | RegisterStage
 STAGES: Mapping[str, type[Stage]] = {
     "pretrain": PretrainStage,
+    "pretrain_reward": PretrainRewardStage,
     "prompts": PromptsStage,
     "train": TrainStage,
     "evaluate": EvaluateStage,
@@ -114,6 +124,8 @@ STAGES: Mapping[str, type[Stage]] = {
 
 @overload
 def load_config(stage: Literal["pretrain"], path: Path) -> PretrainStage: ...
+@overload
+def load_config(stage: Literal["pretrain_reward"], path: Path) -> PretrainRewardStage: ...
 @overload
 def load_config(stage: Literal["prompts"], path: Path) -> PromptsStage: ...
 @overload

@@ -124,6 +124,10 @@ class RewardConfig:
 
     name: Name
     """Name in the table of rewards."""
+    pretrained: Name | None = None
+    """Folder or hub name of the model behind the reward; null for rewards that have none."""
+    revision: Name | None = None
+    """Hub commit; null for a folder."""
 
 
 @section
@@ -300,3 +304,29 @@ class PretrainConfig:
     """The second half of the training."""
     evaluation: PretrainEvaluationConfig
     """What the training ends with."""
+
+
+@section
+class PretrainRewardConfig:
+    """Training of the shapes world's CLIP, the model behind the reward `clip`."""
+
+    num_images: PositiveInt
+    """Rendered pictures."""
+    task_weights: TaskWeights
+    """Relative frequency of each GenEval task among the pictures and the batches."""
+    patch_size: PositiveInt
+    """Height and width of a patch in pixels."""
+    width: PositiveInt
+    """Channels of the vision transformer, a multiple of 16."""
+    num_layers: PositiveInt
+    """Layers of the vision transformer."""
+    num_steps: PositiveInt
+    """Optimiser steps."""
+    batch_size: PositiveInt
+    """Captioned pictures per step; pictures of other tasks come on top."""
+    learning_rate: PositiveFloat
+    """Peak learning rate of AdamW, for everything but the weight matrices of the layers."""
+    muon_learning_rate: PositiveFloat
+    """Peak learning rate of Muon, for the matrices of attention and feed-forward; RMS-matched to AdamW."""
+    simple_fraction: UnitInterval
+    """Share of the steps, at the start, that show one object only."""

@@ -21,6 +21,7 @@ from sfgrpo.assembly import (
 )
 from sfgrpo.config import (
     EvaluateStage,
+    PretrainRewardStage,
     PretrainStage,
     PromptsStage,
     RegisterStage,
@@ -60,6 +61,14 @@ def pretrain(config: PretrainStage, environment: Environment) -> None:
     folder = environment.scratch_dir / f"pretrain-{config_digest(config)[:16]}"
     use_threads(environment)
     pretrain_base_model(config.pretrain, config.seed, folder)
+
+
+def pretrain_reward(config: PretrainRewardStage, environment: Environment) -> None:
+    """Trains the model behind the reward `clip` and publishes it with its card."""
+    from sfgrpo.pretrain_reward import pretrain_reward_model
+
+    use_threads(environment)
+    pretrain_reward_model(config.pretrain_reward, config.seed)
 
 
 def prompts(config: PromptsStage, environment: Environment) -> None:

@@ -56,7 +56,7 @@ class StageError(RuntimeError):
 
 
 def run_command(stage: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    """Runs a command under supervision, with further environment variables, and logs what it prints, but for DVC's advice.
+    """Runs a command under supervision, with further environment variables, and logs its output, but for DVC's advice.
 
     Raises:
         StageError: the command failed. The exit status is that of the stage when DVC reports one.

@@ -232,5 +232,17 @@ def test_images_and_prompts_must_pair_up():
 
 
 def test_an_unknown_reward_is_refused_with_the_allowed_ones():
-    with pytest.raises(ValueError, match="reward 'beauty' is unknown; allowed are geneval, geneval_strict, likeness"):
+    allowed = "geneval, geneval_strict, likeness, clip"
+    with pytest.raises(ValueError, match=f"reward 'beauty' is unknown; allowed are {allowed}"):
         build_reward("beauty")
+
+
+def test_a_reward_with_a_model_needs_its_name():
+    with pytest.raises(ValueError, match=r"reward 'clip' has no model; set reward.pretrained, .* models/shapes-clip"):
+        build_reward("clip")
+
+
+@pytest.mark.parametrize("option", ["pretrained", "revision"])
+def test_a_reward_without_a_model_takes_none(option):
+    with pytest.raises(ValueError, match=r"reward 'geneval' has no model behind it; set reward\.pretrained .* to null"):
+        build_reward("geneval", **{option: "models/shapes-clip"})

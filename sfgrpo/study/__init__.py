@@ -1,0 +1,1 @@
+"""The study: both methods over rows and seeds, measured, drawn and written up."""

@@ -1,0 +1,273 @@
+"""A plan with its results, measured: what the tables, the figures and the sentences of a report are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+from sfgrpo.study.measures import (
+    CHEAPEST_COST_TARGET,
+    COST_TARGET,
+    COST_TARGET_SUBSTEPS,
+    PHASES,
+    SECONDS_TARGET,
+    UPDATES_TARGET,
+    Difference,
+    Reach,
+    difference,
+    median_ratio,
+    median_seconds,
+    reach,
+)
+from sfgrpo.study.paper import Column
+from sfgrpo.study.results import Cell, Key, Results, cells_of_row, curve_of, final_value
+from sfgrpo.types import TAGS
+
+if TYPE_CHECKING:
+    from sfgrpo.study.plan import Ablation, Pair, Plan
+
+Sampler = Literal["noisy", "noise-free"]
+Unit = Literal["updates", "seconds"]
+
+GENEVAL: tuple[Column, ...] = ("overall", *TAGS)
+TARGETS: Mapping[Unit, float] = {"updates": UPDATES_TARGET, "seconds": SECONDS_TARGET}
+PREFIXES: Mapping[Sampler, str] = {"noisy": "evaluation_noisy", "noise-free": "evaluation"}
+SAMPLING = ("num_steps", "noise_level", "guidance_scale")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """Time that Stepwise needs to reach where Flow-GRPO ends, as a share of Flow-GRPO's own, over seeds."""
+
+    sampler: Sampler
+    unit: Unit
+    reaches: Mapping[int, Reach]
+
+    @property
+    def median(self) -> float:
+        """Over seeds; infinite if most never arrive, NaN where Flow-GRPO gains nothing."""
+        return median_ratio(one.ratio for one in self.reaches.values())
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the median is within the target."""
+        return self.median <= TARGETS[self.unit]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PairSummary:
+    """Both methods on the same task."""
+
+    pair: Pair
+    flow_grpo: tuple[Cell, ...]
+    stepwise: tuple[Cell, ...]
+    ratios: tuple[Ratio, ...]
+    """Empty as long as no seed has both methods."""
+    cost: float
+    """Median seconds of an update over those of Flow-GRPO."""
+    geneval: Mapping[str, Difference]
+    """Of Stepwise over Flow-GRPO at the last evaluation: overall and every task."""
+
+    def ratio(self, sampler: Sampler, unit: Unit) -> Ratio | None:
+        """Picks a ratio."""
+        return next((one for one in self.ratios if (one.sampler, one.unit) == (sampler, unit)), None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AblationRow:
+    """One row of an ablation, against the first."""
+
+    cells: tuple[Cell, ...]
+    finals: Mapping[int, float]
+    """The ablation's metric at the last evaluation, by seed."""
+    difference: Difference | None
+    """None for the first row itself."""
+
+    @property
+    def label(self) -> str:
+        """The cells' own name of the row."""
+        return self.cells[0].label
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AblationSummary:
+    """Rows that differ in one thing."""
+
+    ablation: Ablation
+    sampler: Sampler
+    """Where the rows sample alike while they train, that sampler; otherwise the noise-free one, which all share."""
+    reward: str
+    rows: tuple[AblationRow, ...]
+    """Those with results, in the plan's order; nothing is compared if the first one of the plan is missing."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric that the rows are compared by."""
+        return f"{PREFIXES[self.sampler]}/{self.reward}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Median seconds of an update of a row."""
+
+    label: str
+    cells: tuple[Cell, ...]
+    phases: Mapping[str, float]
+    seconds: float
+    """Median of the sum, which is not the sum of the medians."""
+    ratio: float
+    """Over the Flow-GRPO row that trains on the same task; NaN without one."""
+    targets: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """All that a report says."""
+
+    plan: Plan
+    results: Results
+    pairs: tuple[PairSummary, ...]
+    ablations: tuple[AblationSummary, ...]
+    costs: tuple[Cost, ...]
+    missing: Mapping[Key, str]
+    """Planned cells without usable results, and why."""
+
+    @property
+    def planned(self) -> int:
+        """Number of planned cells."""
+        return len(rows_of(self.plan)) * len(self.plan.seeds)
+
+
+def rows_of(plan: Plan) -> list[str]:
+    """Lists every row of a plan once, pairs before ablations."""
+    pairs = [row for pair in plan.pairs for row in (pair.flow_grpo, pair.stepwise)]
+    return list(dict.fromkeys([*pairs, *(row for ablation in plan.ablations for row in ablation.rows)]))
+
+
+def summarise(plan: Plan, results: Results) -> Summary:
+    """Measures everything that a plan asks for and the results can answer."""
+    planned = [(row, seed) for row in rows_of(plan) for seed in plan.seeds]
+    return Summary(
+        plan=plan,
+        results=results,
+        pairs=tuple(_summarise_pair(plan, results, pair) for pair in plan.pairs),
+        ablations=tuple(_summarise_ablation(plan, results, ablation) for ablation in plan.ablations),
+        costs=_costs(plan, results),
+        missing={key: results.unusable.get(key, "not there yet") for key in planned if key not in results.cells},
+    )
+
+
+def seconds_per_update(cells: Iterable[Cell]) -> float:
+    """Gives the median seconds of an update of a row, over updates and seeds."""
+    return median_seconds([cell.history for cell in cells])
+
+
+def final_values(cells: Iterable[Cell], metric: str) -> dict[int, float]:
+    """Gives a metric at the last evaluation by seed, of the cells that have it."""
+    finals = {cell.seed: final_value(cell, metric) for cell in cells}
+    return {seed: value for seed, value in finals.items() if value is not None}
+
+
+def _summarise_pair(plan: Plan, results: Results, pair: Pair) -> PairSummary:
+    flow_grpo = cells_of_row(results, pair.flow_grpo, plan.seeds)
+    stepwise = cells_of_row(results, pair.stepwise, plan.seeds)
+    seconds = seconds_per_update(stepwise), seconds_per_update(flow_grpo)
+    ratios = []
+    for sampler in PREFIXES:
+        reaches = _reaches(stepwise, flow_grpo, sampler)
+        in_seconds = {seed: one.scaled(*seconds) for seed, one in reaches.items()}
+        ratios += [Ratio(sampler=sampler, unit="updates", reaches=reaches)] if reaches else []
+        ratios += [Ratio(sampler=sampler, unit="seconds", reaches=in_seconds)] if reaches else []
+    compared = {
+        name: difference(final_values(stepwise, f"geneval/{name}"), final_values(flow_grpo, f"geneval/{name}"))
+        for name in GENEVAL
+    }
+    return PairSummary(
+        pair=pair,
+        flow_grpo=flow_grpo,
+        stepwise=stepwise,
+        ratios=tuple(ratios),
+        cost=seconds[0] / seconds[1],
+        geneval={name: one for name, one in compared.items() if one is not None},
+    )
+
+
+def _reaches(stepwise: Iterable[Cell], flow_grpo: Iterable[Cell], sampler: Sampler) -> dict[int, Reach]:
+    baselines = {cell.seed: cell for cell in flow_grpo}
+    reaches = {}
+    for cell in stepwise:
+        if cell.seed not in baselines:
+            continue
+        metric = f"{PREFIXES[sampler]}/{baselines[cell.seed].reward}"
+        curve, baseline = curve_of(cell, metric), curve_of(baselines[cell.seed], metric)
+        if curve is not None and baseline is not None:
+            reaches[cell.seed] = reach(curve.updates, curve.values, baseline.updates, baseline.values)
+    return reaches
+
+
+def _summarise_ablation(plan: Plan, results: Results, ablation: Ablation) -> AblationSummary:
+    rows = [cells for row in ablation.rows if (cells := cells_of_row(results, row, plan.seeds))]
+    alike = len({(cells[0].sampler, *(cells[0].params.get(f"sampling.{name}") for name in SAMPLING)) for cells in rows})
+    sampler: Sampler = "noisy" if alike <= 1 else "noise-free"
+    reward = rows[0][0].reward if rows else ""
+    finals = [final_values(cells, f"{PREFIXES[sampler]}/{reward}") for cells in rows]
+    is_first_there = bool(rows) and rows[0][0].row == ablation.rows[0]
+    return AblationSummary(
+        ablation=ablation,
+        sampler=sampler,
+        reward=reward,
+        rows=tuple(
+            AblationRow(
+                cells=cells,
+                finals=values,
+                difference=difference(values, finals[0]) if is_first_there and values is not finals[0] else None,
+            )
+            for cells, values in zip(rows, finals, strict=True)
+        ),
+    )
+
+
+def _costs(plan: Plan, results: Results) -> tuple[Cost, ...]:
+    rows = {row: cells for row in rows_of(plan) if (cells := cells_of_row(results, row, plan.seeds))}
+    seconds = {row: seconds_per_update(cells) for row, cells in rows.items()}
+    baselines = {row: _baseline(plan, rows, row) for row in rows}
+    ratios = {row: seconds[row] / seconds[base] if base else math.nan for row, base in baselines.items()}
+    compared = [row for row, cells in rows.items() if cells[0].method == "stepwise" and not math.isnan(ratios[row])]
+    cheapest = min(compared, key=ratios.__getitem__, default=None)
+    return tuple(
+        Cost(
+            label=_told_apart(plan, rows, row),
+            cells=cells,
+            phases={phase: median_seconds([cell.history for cell in cells], phase) for phase in PHASES},
+            seconds=seconds[row],
+            ratio=ratios[row],
+            targets=(COST_TARGET,) * (row in compared and cells[0].num_substeps == COST_TARGET_SUBSTEPS)
+            + (CHEAPEST_COST_TARGET,) * (row == cheapest),
+        )
+        for row, cells in rows.items()
+    )
+
+
+def _told_apart(plan: Plan, rows: Mapping[str, tuple[Cell, ...]], row: str) -> str:
+    """Gives a row's label, with the title of its pair where another row has the same one."""
+    label = rows[row][0].label
+    titles = [pair.title for pair in plan.pairs if row in (pair.flow_grpo, pair.stepwise)]
+    is_alone = sum(cells[0].label == label for cells in rows.values()) == 1
+    return label if is_alone or not titles else f"{label} ({titles[0]})"
+
+
+def _baseline(plan: Plan, rows: Mapping[str, tuple[Cell, ...]], row: str) -> str | None:
+    """Names the Flow-GRPO row that a row's cost compares with: its pair's, or one that differs in the credit alone."""
+    for pair in plan.pairs:
+        if row in (pair.stepwise, pair.flow_grpo):
+            return pair.flow_grpo if pair.flow_grpo in rows else None
+    task = _task(rows[row][0])
+    return next(
+        (name for name, cells in rows.items() if cells[0].method == "flow_grpo" and _task(cells[0]) == task), None
+    )
+
+
+def _task(cell: Cell) -> tuple[object, ...]:
+    return cell.reward, cell.guidance_scale, cell.sampler, cell.num_steps, cell.images_per_update
