@@ -18,7 +18,7 @@ from sfgrpo.errors import ConfigError, SfgrpoError
 
 HELP = {
     "pretrain": "train the shapes base model from scratch (most of an hour on two cores; it ships trained)",
-    "pretrain_reward": "train the shapes world's CLIP, a reward model (some 20 minutes on one core; it ships trained)",
+    "pretrain_reward": "train the shapes world's CLIP, a reward model (some 15 minutes; it ships trained)",
     "prompts": "write the training and evaluation prompts to data/prompts",
     "train": "train the adapter by Stepwise-Flow-GRPO; resumes an interrupted run by itself",
     "evaluate": "judge base model and trained policy by GenEval, before and after",

@@ -67,7 +67,7 @@ class Trainer:
             weight_decay=update.weight_decay,
         )
         self._ema = Ema(policy.adapter_parameters(), config.ema.decay)
-        self._objective = _objective(config, policy)
+        self._objective = objective_of(config, policy)
         self._texts = sorted({prompt.text for prompt in materials.prompts})
         self._encoded = _encode_in_batches(policy, self._texts)
         self.history: list[dict[str, Any]] = []
@@ -287,7 +287,8 @@ class Trainer:
         logger.info("resuming after update %d from %s", state.update_index, path.name)
 
 
-def _objective(config: TrainStage, policy: Policy) -> Objective:
+def objective_of(config: TrainStage, policy: Policy) -> Objective:
+    """Gathers what an update maximises from the configuration and the policy's schedule."""
     sigmas = policy.sigmas(config.sampling.num_steps).to(policy.device)
     sampling, update = config.sampling, config.update
     steps = trainable_steps(sampling.sampler, sigmas, sampling.noise_level, update.trained_steps)

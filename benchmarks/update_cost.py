@@ -1,0 +1,224 @@
+"""What one update costs, phase by phase, and what each saving saves: `python -m benchmarks.update_cost [ROW]`.
+
+ROW is a parameter file of experiments/shapes. The naive update scores every state of every image by itself, always with
+all substeps, from a velocity of its own, and encodes the prompts anew; the savings are then switched on one after the
+other. Variants take turns, and medians over the rounds are printed, because machines are noisy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from sfgrpo import scoring
+from sfgrpo.assembly import make_launcher, make_policy, make_prompts, make_reward, use_threads
+from sfgrpo.config import TrainStage, load_config
+from sfgrpo.environment import read_environment
+from sfgrpo.policies.base import Policy
+from sfgrpo.random import gaussian_noise
+from sfgrpo.rewards import Reward
+from sfgrpo.rollout import roll_out, row_slices
+from sfgrpo.scoring import score_latents, score_states
+from sfgrpo.timing import PhaseClock
+from sfgrpo.trainer import objective_of
+from sfgrpo.types import Conditioning, Prompt, RolloutBatch, Trajectory
+from sfgrpo.update import update_policy
+
+PHASES = ("encode", "rollout", "estimates", "decode", "reward", "update")
+ROUNDS = 5
+SUBSTEPS = 5
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """Which savings an update makes."""
+
+    stepwise: bool = True
+    num_substeps: int = SUBSTEPS
+    shared_start: bool = True
+    capped: bool = True
+    mixed_batches: bool = True
+    kept_velocity: bool = True
+    kept_texts: bool = True
+    dropped_groups: bool = True
+    states: tuple[int, ...] | None = None
+
+
+NAIVE = Variant(
+    shared_start=False, capped=False, mixed_batches=False, kept_velocity=False, kept_texts=False, dropped_groups=False
+)
+SAVINGS: Mapping[str, Mapping[str, object]] = {
+    "1. start state estimated once a group": {"shared_start": True},
+    "2. substeps capped by the steps that remain": {"capped": True},
+    "3. states of all noise levels in one batch": {"mixed_batches": True},
+    "4. first velocity kept from the rollout": {"kept_velocity": True},
+    "5. prompts encoded once a run": {"kept_texts": True},
+    "6. constant groups left out of the update": {"dropped_groups": True},
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """Everything an update needs."""
+
+    config: TrainStage
+    policy: Policy
+    reward: Reward
+    prompts: Sequence[Prompt]
+
+    def run(self, variant: Variant) -> dict[str, float]:
+        """Does one update and gives the seconds of its phases."""
+        config, policy, clock = self.config, self.policy, PhaseClock()
+        sampling, size = config.sampling, config.rollout.micro_batch_size
+        texts = [prompt.text for prompt in self.prompts]
+        with clock("encode") if not variant.kept_texts else contextlib.nullcontext():
+            conditioning = policy.encode(texts)
+        objective = objective_of(config, policy)
+        groups, group_size = config.rollout.prompts_per_update, config.rollout.group_size
+        start = gaussian_noise(0, "start_noise", 0, range(groups), policy.latent_shape)
+        noise = gaussian_noise(0, "step_noise", 0, range(len(texts)), (sampling.num_steps, *policy.latent_shape))
+        with clock("rollout"):
+            trajectory = roll_out(
+                policy,
+                conditioning,
+                start.repeat_interleave(group_size, 0),
+                noise,
+                objective.sigmas_S,
+                sampler=sampling.sampler,
+                noise_level=sampling.noise_level,
+                guidance_scale=sampling.guidance_scale,
+                micro_batch_size=size,
+            )
+        if variant.stepwise:
+            rewards_NS = self._scored(variant, trajectory, conditioning, objective.sigmas_S, clock)
+        else:
+            final = trajectory.latents_NSCHW[:, -1]
+            rewards_NS = score_latents(policy, final, self.prompts, self.reward, size, clock)[:, None]
+        by_group = rewards_NS.reshape(groups, -1)
+        constant = (by_group.amax(1) == by_group.amin(1)).repeat_interleave(group_size)
+        advantages = torch.randn(len(texts), sampling.num_steps, generator=torch.Generator().manual_seed(0))
+        batch = RolloutBatch(
+            trajectory=trajectory,
+            conditioning=conditioning,
+            advantages_NK=advantages,
+            constant_N=constant if variant.dropped_groups else torch.zeros_like(constant),
+        )
+        optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=1e-9)
+        with clock("update"):
+            update_policy(policy, optimizer, batch, objective, make_launcher(config))
+        return {phase: clock.seconds.get(phase, 0.0) for phase in PHASES}
+
+    def _scored(
+        self, variant: Variant, trajectory: Trajectory, conditioning: Conditioning, sigmas_S: Tensor, clock: PhaseClock
+    ) -> Tensor:
+        config = self.config
+        num_steps, group_size = config.sampling.num_steps, config.rollout.group_size
+        states = variant.states or tuple(range(num_steps + 1))
+        if not variant.kept_velocity:
+            with clock("estimates"):
+                self._velocities_anew(trajectory, conditioning, sigmas_S, range(num_steps))
+        with _substeps(variant.capped):
+            calls = [states] if variant.mixed_batches else [(state,) for state in states]
+            return torch.cat(
+                [
+                    score_states(
+                        self.policy,
+                        trajectory,
+                        conditioning,
+                        self.prompts,
+                        self.reward,
+                        sigmas_S,
+                        part,
+                        group_size=group_size if variant.shared_start else 1,
+                        num_substeps=variant.num_substeps,
+                        guidance_scale=config.sampling.guidance_scale,
+                        micro_batch_size=config.rollout.micro_batch_size,
+                        clock=clock,
+                    )
+                    for part in calls
+                ],
+                dim=1,
+            )
+
+    @torch.no_grad()
+    def _velocities_anew(
+        self, trajectory: Trajectory, conditioning: Conditioning, sigmas_S: Tensor, states: Sequence[int]
+    ) -> None:
+        scale, size = self.config.sampling.guidance_scale, self.config.rollout.micro_batch_size
+        for state in states:
+            for rows in row_slices(len(conditioning), size):
+                x = trajectory.latents_NSCHW[rows, state]
+                self.policy.velocity(x, sigmas_S[state].expand(len(x)), conditioning[rows], scale)
+
+
+@contextlib.contextmanager
+def _substeps(capped: bool) -> Iterator[None]:
+    """Lets estimates run as many substeps as asked for, also where fewer schedule steps remain."""
+
+    def uncapped(sigmas_S: Tensor, num_substeps: int) -> list[Tensor]:
+        return [sigma * torch.linspace(1, 0, num_substeps + 1) for sigma in sigmas_S[:-1]]
+
+    with contextlib.nullcontext() if capped else mock.patch.object(scoring, "substep_sigmas", uncapped):
+        yield
+
+
+def variants(states: tuple[int, ...] | None) -> dict[str, Variant]:
+    """Lists what is compared: Flow-GRPO, naive Stepwise, the savings added up, and cheaper estimates on top."""
+    named = {"Flow-GRPO": Variant(stepwise=False), f"Stepwise, T' = {SUBSTEPS}, naive": NAIVE}
+    saved = NAIVE
+    for name, change in SAVINGS.items():
+        saved = dataclasses.replace(saved, **change)  # type: ignore[arg-type]
+        named[name] = saved
+    return named | {
+        "T' = 2": dataclasses.replace(saved, num_substeps=2),
+        "T' = 1": dataclasses.replace(saved, num_substeps=1),
+        "T' = 1, states of the trained steps": dataclasses.replace(saved, num_substeps=1, states=states),
+        "T' = 1, every other state": dataclasses.replace(saved, num_substeps=1, states=(0, 2, 4, 6, 8)),
+    }
+
+
+def table(seconds: Mapping[str, Mapping[str, float]]) -> str:
+    """Lays the seconds out as Markdown, with the ratio to the first row."""
+    base = sum(next(iter(seconds.values())).values())
+    lines = [["Update", *PHASES, "total s", "x Flow-GRPO"], ["---", *["---:"] * (len(PHASES) + 2)]]
+    for name, phases in seconds.items():
+        total = sum(phases.values())
+        cells = [f"{phases[phase]:.2f}" if phases[phase] else "-" for phase in PHASES]
+        lines.append([name, *cells, f"{total:.2f}", f"{total / base:.2f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def measured(run: Callable[[Variant], dict[str, float]], named: Mapping[str, Variant]) -> dict[str, dict[str, float]]:
+    """Runs all variants in turn, `ROUNDS` times after one for warmth, and gives the median seconds of every phase."""
+    rounds = [{name: run(variant) for name, variant in named.items()} for _ in range(ROUNDS + 1)][1:]
+    return {
+        name: {phase: statistics.median(each[name][phase] for each in rounds) for phase in PHASES} for name in named
+    }
+
+
+def main(row: str = "stepwise_unguided_geneval") -> None:
+    """Measures and prints."""
+    path, environment = Path("experiments/shapes") / f"{row}.yaml", read_environment()
+    config = load_config("train", path)
+    use_threads(environment)
+    pool, _ = make_prompts(load_config("prompts", path))
+    prompts = [pool[index] for index in range(config.rollout.prompts_per_update)]
+    bench = Bench(
+        config=config,
+        policy=make_policy(config.policy, 0, environment),
+        reward=make_reward(config.reward),
+        prompts=[prompt for prompt in prompts for _ in range(config.rollout.group_size)],
+    )
+    print(table(measured(bench.run, variants(config.estimates.states))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])
