@@ -14,6 +14,7 @@ from sfgrpo.errors import ConfigError
 from sfgrpo.study.plan import load_plan
 from tasks.stages import StageError
 from tasks.study import cell, report
+from tasks.supervisor import stop_all
 
 NUM_CELLS = len(psutil.Process().cpu_affinity())
 """Cells that run at once, with one thread each: that gives more images per second than threads that share a cell."""
@@ -25,7 +26,11 @@ def study(form: str = "short") -> None:
     refuse_inside_stage()
     plan = load_plan(form)
     futures = [cell.submit(plan.form, row, seed) for seed in plan.seeds for row in plan.rows]
-    wait(futures)
+    try:
+        wait(futures)
+    except BaseException:
+        stop_all()
+        raise
     for future in futures:
         future.result()
     report(plan.form)

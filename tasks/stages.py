@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from tasks.supervisor import run_supervised
+from tasks.supervisor import is_stopping, run_supervised
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -84,9 +84,9 @@ def reproduce(stage: str, file: str = "dvc.yaml", environment: Mapping[str, str]
 
 
 def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Tells whether a failure may pass by itself: wrong parameters stay wrong."""
+    """Tells whether a failure may pass by itself: wrong parameters stay wrong, and who was told to stop stops."""
     error = state.result(raise_on_failure=False)
-    return not (isinstance(error, StageError) and error.status == BAD_CONFIG)
+    return not is_stopping() and not (isinstance(error, StageError) and error.status == BAD_CONFIG)
 
 
 def stage_task(

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ MARK = "STAGE_SUPERVISOR"
 GRACE_S = 15.0
 """Time between SIGTERM and SIGKILL; Prefect gives a cancelled flow 30 s in all."""
 POLL_S = 0.2
+STOPPED = 128 + signal.SIGTERM
+"""Exit status of a command that was told to stop."""
+_stopping = threading.Event()
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -36,9 +40,13 @@ def run_supervised(
 ) -> int:
     """Runs a command in the working directory and returns its exit status; ends it if this call is interrupted.
 
+    After `stop_all` it starts nothing and returns `STOPPED`.
+
     What it prints goes to the file `log`, and from there to `on_line`: a child that held the output of the calling
     process would hide that process's death from Prefect.
     """
+    if _stopping.is_set():
+        return STOPPED
     end_leftovers(Path.cwd())
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as sink, log.open(encoding="utf-8", errors="replace") as source:
@@ -57,6 +65,17 @@ def run_supervised(
                 supervisor.terminate()
                 supervisor.wait()
     return supervisor.returncode
+
+
+def stop_all() -> None:
+    """Ends the commands of all threads of this process, for good: an interrupt reaches the main thread only."""
+    _stopping.set()
+    _signal_all([child for child in psutil.Process().children() if _supervises(child)], signal.SIGTERM)
+
+
+def is_stopping() -> bool:
+    """Tells whether `stop_all` was called."""
+    return _stopping.is_set()
 
 
 def end_leftovers(folder: Path) -> list[int]:
@@ -110,6 +129,13 @@ def _follow(source: TextIO, supervisor: subprocess.Popen[bytes]) -> Iterator[str
             time.sleep(POLL_S)
     if rest.strip():
         yield rest.rstrip()
+
+
+def _supervises(process: psutil.Process) -> bool:
+    try:
+        return __file__ in process.cmdline()
+    except psutil.Error:
+        return False
 
 
 def _is_leftover(process: psutil.Process, folder: Path) -> bool:

@@ -68,7 +68,7 @@ def build_stub_pipeline(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     stages = read_definition()["stages"]
-    outputs = {output for name in stages if name != "pretrain" for output in stages[name]["outs"]}
+    outputs = {output for name in stages if not stages[name].get("frozen") for output in stages[name]["outs"]}
     for dependency in {path for stage in stages.values() for path in stage["deps"]} - outputs:
         path = folder / dependency
         path = path if path.suffix else path / "content"

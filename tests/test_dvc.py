@@ -113,8 +113,9 @@ def test_outs_are_the_folders_that_the_stages_write():
     }
 
 
-def test_only_the_base_model_is_frozen_and_kept_by_git():
-    assert [stage for stage in DEFINED if DEFINED[stage].get("frozen")] == ["pretrain"]
+def test_only_shipped_models_are_frozen_and_kept_by_git():
+    assert [stage for stage in DEFINED if DEFINED[stage].get("frozen")] == ["pretrain", "pretrain_reward"]
+    assert DEFINED["pretrain_reward"]["outs"] == [{"models/shapes-clip": {"cache": False}}]
     assert DEFINED["pretrain"]["outs"] == [{"models/shapes-base": {"cache": False}}]
 
 

@@ -18,7 +18,21 @@ LAYERS = (
     ("maths", {"schedule", "sde", "estimates", "gains", "advantages", "losses"}),
     ("adapters", {"policies", "rewards", "geneval", "shapes", "prompts"}),
     ("steps", {"rollout", "scoring", "update", "evaluation"}),
-    ("run", {"ema", "checkpoint", "tracking", "registry", "serving", "trainer", "progress", "report", "pretrain", "pretrain_reward"}),
+    (
+        "run",
+        {
+            "ema",
+            "checkpoint",
+            "tracking",
+            "registry",
+            "serving",
+            "trainer",
+            "progress",
+            "report",
+            "pretrain",
+            "pretrain_reward",
+        },
+    ),
     ("doors", {"assembly", "stages", "study", "__main__"}),
 )
 """Members of a layer import lower layers; a folder counts as one member."""

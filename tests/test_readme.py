@@ -96,6 +96,6 @@ def test_terminal_credit_logs_what_the_page_says(tmp_path):
         for line in METRICS.read_text(encoding="utf-8").splitlines()
         if line.endswith("stepwise credit only |")
     ]
-    assert len(stepwise) == 3
+    assert len(stepwise) == 4
     assert not [metric for metric in tracker.metrics for key in stepwise if pattern(key).fullmatch(metric)]
     assert "reward/mean" in tracker.metrics

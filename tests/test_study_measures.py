@@ -106,9 +106,19 @@ def test_ratio_compares_when_both_reach_where_the_baseline_ends():
 
 
 def test_baseline_counts_from_when_it_first_is_as_good_as_at_its_end():
-    one = reach([0, 10], [0.0, 1.0], [0, 10, 20, 30], [0.0, 2.0, 1.5, 1.0])
-    assert one.baseline == 5.0
-    assert one.ratio == 2.0
+    one = reach([0, 10], [0.0, 3.0], [0, 10, 20, 30], [0.0, 2.0, 1.5, 1.0])
+    assert (one.target, one.candidate, one.baseline) == (1.5, 5.0, 10.0)
+
+
+def test_peak_that_is_not_held_reaches_nothing():
+    held = reach([0, 10, 20, 30], [0.0, 1.0, 1.0, 1.0], [0, 30], [0.0, 1.0])
+    peak = reach([0, 10, 20, 30], [0.0, 1.0, 0.2, 0.6], [0, 30], [0.0, 1.0])
+    assert held.candidate == 10.0
+    assert peak.candidate is None
+
+
+def test_falling_curve_is_its_mean_from_the_start():
+    assert reach([0, 10], [0.9, 0.7], [0, 10], [0.0, 0.75]).candidate == 0.0
 
 
 def test_ratio_is_infinite_for_who_never_arrives_and_nothing_where_the_baseline_gains_nothing():

@@ -70,6 +70,7 @@ TINY: Mapping[str, Any] = {
     "evaluation.images_per_prompt": 2,
     "evaluation.micro_batch_size": 12,
     "evaluation.every_num_updates": 2,
+    "evaluation.training_sampler": True,
 }
 """What differs from the shipped parameters, or must not follow them."""
 

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from sfgrpo.study.measures import PHASES, WINDOW, first_reached, gain_magnitudes, running_mean, spread
+from sfgrpo.study.measures import PHASES, WINDOW, gain_magnitudes, reach, running_mean, spread
 from sfgrpo.study.results import Cell, Curve, Results, curve_of
 from sfgrpo.study.summary import (
     PREFIXES,
@@ -353,16 +353,18 @@ def _running_reward(axes: Axes, cells: Sequence[Cell], factor: float) -> None:
 
 
 def _mark_crossing(axes: Axes, rows: Mapping[str, Sequence[Cell]], metric: str, factors: Mapping[str, float]) -> None:
-    """Draws a line, at the reward where the mean curve of Flow-GRPO ends, between where both mean curves reach it."""
+    """Draws a line, at the reward where the mean curve of Flow-GRPO ends, between where both mean curves reach it.
+
+    The curves are made rising, as for the ratios, so that a point may lie off a curve that falls.
+    """
     curves = {method: _curves(cells, metric) for method, cells in rows.items()}
     if not all(curves.values()):
         return
     means = {method: _over_seeds(of_method)[:2] for method, of_method in curves.items()}
-    target = float(means["flow_grpo"][1][-1])
-    at = {method: first_reached(*mean, target) for method, mean in means.items()}
-    if at["stepwise"] is None or not at["flow_grpo"]:
+    met = reach(*means["stepwise"], *means["flow_grpo"])
+    if met.candidate is None or not met.baseline:
         return
-    ends = at["stepwise"] * factors["stepwise"], at["flow_grpo"] * factors["flow_grpo"]
+    ends, target = (met.candidate * factors["stepwise"], met.baseline * factors["flow_grpo"]), met.target
     axes.plot(ends, (target, target), color=INK, linewidth=1.0, linestyle=(0, (2, 2)), zorder=4)
     for x, method in zip(ends, ("stepwise", "flow_grpo"), strict=True):
         axes.plot(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import isotonic_regression
 
 WINDOW = 10
 PHASES = ("rollout", "estimates", "decode", "reward", "update")
@@ -133,11 +134,17 @@ def first_reached(updates: ArrayLike, values: ArrayLike, target: float) -> float
 
 
 def reach(updates: ArrayLike, values: ArrayLike, baseline_updates: ArrayLike, baseline_values: ArrayLike) -> Reach:
-    """Gives when a curve, and the baseline itself, first reach the baseline's last value."""
-    target = float(np.asarray(baseline_values, dtype=np.float64)[-1])
-    own = first_reached(baseline_updates, baseline_values, target)
+    """Gives when a curve, and the baseline itself, first reach the baseline's last value, both made rising.
+
+    A noisy curve has peaks that it does not hold and a last value that is as noisy as any other; the first crossing of
+    a raw curve would reward noise. The rising curve nearest to it in least squares has neither.
+    """
+    rising = isotonic_regression(np.asarray(baseline_values, dtype=np.float64)).x
+    target = float(rising[-1])
+    own = first_reached(baseline_updates, rising, target)
     assert own is not None, "a curve reaches its own last value"
-    return Reach(target=target, candidate=first_reached(updates, values, target), baseline=own)
+    candidate = isotonic_regression(np.asarray(values, dtype=np.float64)).x
+    return Reach(target=target, candidate=first_reached(updates, candidate, target), baseline=own)
 
 
 def median_ratio(ratios: Iterable[float]) -> float:

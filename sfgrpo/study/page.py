@@ -198,7 +198,8 @@ def facts_of(summary: Summary) -> dict[str, str]:
     facts = {
         "The measure": (
             "For every seed, the first update at which Stepwise reaches the reward of Flow-GRPO's last evaluation, "
-            "over the first at which Flow-GRPO itself does, interpolated between evaluations. It is read on the "
+            "over the first at which Flow-GRPO itself does, interpolated between evaluations, both curves first made "
+            "rising by isotonic regression, since a first crossing of a noisy curve rewards noise. It is read on the "
             "training sampler with fixed prompts; the median over seeds counts a seed that never arrives as infinite. "
             f"Targets: {UPDATES_TARGET:.2f} of the updates, {SECONDS_TARGET:.2f} of the compute seconds."
         ),
