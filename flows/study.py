@@ -11,6 +11,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.train_policy import refuse_inside_stage
 from sfgrpo.errors import ConfigError
+from sfgrpo.signals import sigterm_as_exit
 from sfgrpo.study.plan import load_plan
 from tasks.stages import StageError
 from tasks.study import cell, report
@@ -25,8 +26,8 @@ def study(form: str = "short") -> None:
     """Trains every row with every seed, then reports; cells that are up to date are not trained again."""
     refuse_inside_stage()
     plan = load_plan(form)
-    futures = [cell.submit(plan.form, row, seed) for seed in plan.seeds for row in plan.rows]
     try:
+        futures = [cell.submit(plan.form, row, seed) for seed in plan.seeds for row in plan.rows]
         wait(futures)
     except BaseException:
         stop_all()
@@ -39,7 +40,9 @@ def study(form: str = "short") -> None:
 def main(arguments: list[str]) -> int:
     """Runs one form; returns the exit status."""
     try:
-        study(*arguments[:1])
+        # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
+        with sigterm_as_exit():
+            study(*arguments[:1])
     except (StageError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -10,6 +10,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from sfgrpo.signals import sigterm_as_exit
 from tasks.stages import StageError, evaluate, prompts, register, train
 
 TABLE = Path("reports/evaluate/table.md")
@@ -46,7 +47,9 @@ def report(version: dict[str, Any]) -> str:
 def main() -> int:
     """Runs the flow; prints the outcome, or the failed stage's own last lines, and returns the exit status."""
     try:
-        version = train_policy()
+        # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
+        with sigterm_as_exit():
+            version = train_policy()
     except StageError as error:
         print(error, file=sys.stderr)
         return 1

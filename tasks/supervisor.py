@@ -57,6 +57,9 @@ def run_supervised(
             stderr=subprocess.STDOUT,
             env=environment,
         )
+        if _stopping.is_set():
+            # It may have been too late for `stop_all` to see.
+            supervisor.terminate()
         try:
             for line in _follow(source, supervisor):
                 on_line(line)

@@ -68,8 +68,9 @@ def build_stub_pipeline(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     stages = read_definition()["stages"]
+    shipped = {output for stage in stages.values() if stage.get("frozen") for kept in stage["outs"] for output in kept}
     outputs = {output for name in stages if not stages[name].get("frozen") for output in stages[name]["outs"]}
-    for dependency in {path for stage in stages.values() for path in stage["deps"]} - outputs:
+    for dependency in {path for stage in stages.values() for path in stage["deps"]} - outputs | shipped:
         path = folder / dependency
         path = path if path.suffix else path / "content"
         path.parent.mkdir(parents=True, exist_ok=True)

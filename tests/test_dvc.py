@@ -33,7 +33,7 @@ ENTRIES = {
 
 BESIDE_THE_RESULT = {
     "train": {"errors", "files", "progress", "report", "signals", "timing", "tracking", "validation"},
-    "evaluate": {"errors"},
+    "evaluate": {"errors", "files"},
 }
 """Modules that record, report or check; no number of the stage depends on them."""
 

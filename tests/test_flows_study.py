@@ -73,9 +73,9 @@ def project(tmp_path: Path) -> Path:
 @pytest.fixture
 def started(project: Path) -> Iterator[subprocess.Popen[str]]:
     flow = start(project)
-    yield flow
-    flow.kill()
-    flow.wait()
+    with flow:
+        yield flow
+        flow.kill()
 
 
 def start(project: Path) -> subprocess.Popen[str]:

@@ -13,7 +13,7 @@ from sfgrpo.types import TAGS
 # Not ours to mend: deprecations of diffusers and of what it imports.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/metrics.md", "docs/full_scale.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/metrics.md", "docs/full_scale.md", "docs/results.md")
 METRICS = ROOT / "docs/metrics.md"
 PLACEHOLDERS = {
     "<kk>": r"\d\d",
