@@ -184,7 +184,7 @@ def test_killed_training_and_its_retry_are_one_run_without_gaps(line):
 
 def test_repro_after_the_flow_runs_nothing_and_status_is_clean(line):
     assert ran_stages(line.clone.run("dvc", "repro")) == []
-    assert "Data and pipelines are up to date." in line.clone.run("dvc", "status")
+    assert "Data and pipelines are up to date." in line.clone.run("dvc", "status", "dvc.yaml")
 
 
 def test_version_is_found_by_name_and_alias_and_draws(line):
