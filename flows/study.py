@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-import psutil  # type: ignore[import-untyped]
 from prefect import flow
 from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -17,7 +17,7 @@ from tasks.stages import StageError
 from tasks.study import cell, report
 from tasks.supervisor import stop_all
 
-NUM_CELLS = len(psutil.Process().cpu_affinity())
+NUM_CELLS = os.cpu_count() or 1
 """Cells that run at once, with one thread each: that gives more images per second than threads that share a cell."""
 
 
