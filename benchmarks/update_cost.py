@@ -33,7 +33,7 @@ from sfgrpo.types import Conditioning, Prompt, RolloutBatch, Trajectory
 from sfgrpo.update import update_policy
 
 PHASES = ("encode", "rollout", "estimates", "decode", "reward", "update")
-ROUNDS = 5
+ROUNDS = 3
 SUBSTEPS = 5
 
 
@@ -126,27 +126,34 @@ class Bench:
             with clock("estimates"):
                 self._velocities_anew(trajectory, conditioning, sigmas_S, range(num_steps))
         with _substeps(variant.capped):
-            calls = [states] if variant.mixed_batches else [(state,) for state in states]
-            return torch.cat(
-                [
-                    score_states(
-                        self.policy,
-                        trajectory,
-                        conditioning,
-                        self.prompts,
-                        self.reward,
-                        sigmas_S,
-                        part,
-                        group_size=group_size if variant.shared_start else 1,
-                        num_substeps=variant.num_substeps,
-                        guidance_scale=config.sampling.guidance_scale,
-                        micro_batch_size=config.rollout.micro_batch_size,
-                        clock=clock,
-                    )
-                    for part in calls
-                ],
-                dim=1,
-            )
+            # The image itself comes with every call; state by state only the last call is one that needs it.
+            calls = [states] if variant.mixed_batches else [(state, num_steps) for state in states[:-1]]
+            clocks = [PhaseClock() for _ in calls[1:]] + [clock]
+            scored = [
+                score_states(
+                    self.policy,
+                    trajectory,
+                    conditioning,
+                    self.prompts,
+                    self.reward,
+                    sigmas_S,
+                    part,
+                    group_size=group_size if variant.shared_start else 1,
+                    num_substeps=variant.num_substeps,
+                    guidance_scale=config.sampling.guidance_scale,
+                    micro_batch_size=config.rollout.micro_batch_size,
+                    clock=part_clock,
+                )
+                for part, part_clock in zip(calls, clocks, strict=True)
+            ]
+        for (state, *_), part_clock in zip(calls, clocks[:-1], strict=False):
+            # Leaves out what the image itself took.
+            images = len(self.prompts) // (group_size if state == 0 and variant.shared_start else 1)
+            share = images / (images + len(self.prompts))
+            clock.seconds["estimates"] += part_clock.seconds["estimates"]
+            for phase in ("decode", "reward"):
+                clock.seconds[phase] += share * part_clock.seconds[phase]
+        return torch.cat([part[:, :1] for part in scored[:-1]] + [scored[-1]], dim=1)
 
     @torch.no_grad()
     def _velocities_anew(
@@ -197,8 +204,9 @@ def table(seconds: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def measured(run: Callable[[Variant], dict[str, float]], named: Mapping[str, Variant]) -> dict[str, dict[str, float]]:
-    """Runs all variants in turn, `ROUNDS` times after one for warmth, and gives the median seconds of every phase."""
-    rounds = [{name: run(variant) for name, variant in named.items()} for _ in range(ROUNDS + 1)][1:]
+    """Runs all variants in turn, `ROUNDS` times after a warm-up, and gives the median seconds of every phase."""
+    run(next(iter(named.values())))
+    rounds = [{name: run(variant) for name, variant in named.items()} for _ in range(ROUNDS)]
     return {
         name: {phase: statistics.median(each[name][phase] for each in rounds) for phase in PHASES} for name in named
     }
