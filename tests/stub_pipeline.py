@@ -77,6 +77,8 @@ def build_stub_pipeline(folder: Path) -> None:
         path.write_text("")
     (folder / "sfgrpo/__init__.py").write_text("")
     (folder / "sfgrpo/__main__.py").write_text(STUB)
+    # The flows themselves need it.
+    shutil.copy(ROOT / "sfgrpo/signals.py", folder / "sfgrpo/signals.py")
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
 
 

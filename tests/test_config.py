@@ -267,7 +267,7 @@ def test_file_that_is_not_text_is_a_configuration_error(tmp_path):
 
 
 def test_unknown_stage_is_refused():
-    with pytest.raises(ConfigError, match="'deploy' is no stage; allowed are pretrain, prompts, train"):
+    with pytest.raises(ConfigError, match="'deploy' is no stage; allowed are pretrain, pretrain_reward, prompts"):
         load_config("deploy", PARAMS)
 
 

@@ -16,6 +16,7 @@ from sfgrpo.study.__main__ import main
 from sfgrpo.tracking import PARENT_TAG, connect
 
 FLOW_GRPO, STEPWISE = "flow_grpo_tiny", "stepwise_tiny"
+TRACKING_URI = "sqlite:///mlflow.db"
 PLAN = {
     "tiny": {
         "seeds": [0, 3],
@@ -52,6 +53,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(project)
     monkeypatch.setenv("SFGRPO_DEVICE", "cpu")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", TRACKING_URI)
     monkeypatch.setitem(REWARDS, "light", Light)
     yield
 
@@ -61,6 +63,7 @@ def cells(project: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
         patch.setenv("SFGRPO_DEVICE", "cpu")
+        patch.setenv("MLFLOW_TRACKING_URI", TRACKING_URI)
         patch.setitem(REWARDS, "light", Light)
         for row in (FLOW_GRPO, STEPWISE):
             for seed in PLAN["tiny"]["seeds"]:
@@ -91,7 +94,7 @@ def test_methods_start_from_the_same_prompts_noise_and_weights(cells):
 
 
 def test_cells_are_tracked_under_one_run(cells, project):
-    client = connect("sqlite:///mlflow.db")
+    client = connect(TRACKING_URI)
     experiment = client.get_experiment_by_name("sfgrpo-study")
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [run for run in runs if PARENT_TAG not in run.data.tags]
