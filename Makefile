@@ -4,10 +4,10 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 FORM ?= short
-.PHONY: help setup demo repro study test check format clean
+.PHONY: help setup demo repro study test test-distributed check format clean
 
 help: ## Lists the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
 setup: $(INSTALLED) ## Installs the locked packages into .venv
 
@@ -27,7 +27,11 @@ study: setup ## Compares Stepwise-Flow-GRPO with Flow-GRPO; FORM=long for the lo
 	@$(BIN)/python -m flows.study $(FORM)
 
 test: setup ## Runs every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m "not distributed"
+	@$(MAKE) --no-print-directory test-distributed
+
+test-distributed: setup ## Runs the tests that start several processes
+	@$(BIN)/python -m pytest -m distributed
 
 check: setup ## Checks format, lint and types
 	@$(BIN)/ruff format --check .

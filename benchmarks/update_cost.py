@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from sfgrpo import scoring
-from sfgrpo.assembly import make_launcher, make_policy, make_prompts, make_reward, use_threads
+from sfgrpo.assembly import make_accelerator, make_policy, make_prompts, make_reward, use_threads
 from sfgrpo.config import TrainStage, load_config
 from sfgrpo.environment import read_environment
 from sfgrpo.policies.base import Policy
 from sfgrpo.random import gaussian_noise
 from sfgrpo.rewards import Reward
 from sfgrpo.rollout import roll_out, row_slices
-from sfgrpo.scoring import score_latents, score_states
+from sfgrpo.scoring import score_latents, score_states, share_start_rewards
 from sfgrpo.timing import PhaseClock
 from sfgrpo.trainer import objective_of
 from sfgrpo.types import Conditioning, Prompt, RolloutBatch, Trajectory
-from sfgrpo.update import update_policy
+from sfgrpo.update import make_scaler, update_policy
 
 PHASES = ("encode", "rollout", "estimates", "decode", "reward", "update")
 ROUNDS = 3
@@ -81,7 +81,7 @@ class Bench:
         texts = [prompt.text for prompt in self.prompts]
         with clock("encode") if not variant.kept_texts else contextlib.nullcontext():
             conditioning = policy.encode(texts)
-        objective = objective_of(config, policy)
+        objective = objective_of(config, policy, config.update.micro_batch_size)
         groups, group_size = config.rollout.prompts_per_update, config.rollout.group_size
         start = gaussian_noise(0, "start_noise", 0, range(groups), policy.latent_shape)
         noise = gaussian_noise(0, "step_noise", 0, range(len(texts)), (sampling.num_steps, *policy.latent_shape))
@@ -112,15 +112,19 @@ class Bench:
             constant_N=constant if variant.dropped_groups else torch.zeros_like(constant),
         )
         optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=1e-9)
+        accelerator = make_accelerator(config, read_environment())
         with clock("update"):
-            update_policy(policy, optimizer, batch, objective, make_launcher(config))
+            update_policy(
+                policy, optimizer, batch, objective, accelerator, make_scaler(config.policy.dtype, policy.device)
+            )
         return {phase: clock.seconds.get(phase, 0.0) for phase in PHASES}
 
     def _scored(
         self, variant: Variant, trajectory: Trajectory, conditioning: Conditioning, sigmas_S: Tensor, clock: PhaseClock
     ) -> Tensor:
         config = self.config
-        num_steps, group_size = config.sampling.num_steps, config.rollout.group_size
+        num_steps = config.sampling.num_steps
+        group_size = config.rollout.group_size if variant.shared_start else 1
         states = variant.states or tuple(range(num_steps + 1))
         if not variant.kept_velocity:
             with clock("estimates"):
@@ -138,7 +142,7 @@ class Bench:
                     self.reward,
                     sigmas_S,
                     part,
-                    group_size=group_size if variant.shared_start else 1,
+                    leaders=range(0, len(self.prompts), group_size),
                     num_substeps=variant.num_substeps,
                     guidance_scale=config.sampling.guidance_scale,
                     micro_batch_size=config.rollout.micro_batch_size,
@@ -148,12 +152,13 @@ class Bench:
             ]
         for (state, *_), part_clock in zip(calls, clocks[:-1], strict=False):
             # Leaves out what the image itself took.
-            images = len(self.prompts) // (group_size if state == 0 and variant.shared_start else 1)
+            images = len(self.prompts) // (group_size if state == 0 else 1)
             share = images / (images + len(self.prompts))
             clock.seconds["estimates"] += part_clock.seconds["estimates"]
             for phase in ("decode", "reward"):
                 clock.seconds[phase] += share * part_clock.seconds[phase]
-        return torch.cat([part[:, :1] for part in scored[:-1]] + [scored[-1]], dim=1)
+        rewards_NS = torch.cat([part[:, :1] for part in scored[:-1]] + [scored[-1]], dim=1)
+        return share_start_rewards(rewards_NS, states, group_size)
 
     @torch.no_grad()
     def _velocities_anew(

@@ -1,6 +1,7 @@
 """Command line: `python -m sfgrpo STAGE`, one stage of the pipeline, configured by params.yaml.
 
-Exit status: 0 done, 1 failed, 2 wrong configuration (told before any model loads).
+Exit status: 0 done, 1 failed, 2 wrong configuration (told before any model loads), 75 told to stop and resumable: what
+started it starts it again, and it goes on.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from sfgrpo.config import load_config, to_flat_dict
+from sfgrpo.batches import BatchArithmetic
+from sfgrpo.config import TrainStage, load_config, to_flat_dict
 from sfgrpo.environment import read_environment
-from sfgrpo.errors import ConfigError, SfgrpoError
+from sfgrpo.errors import ConfigError, Preempted, SfgrpoError
+from sfgrpo.rank import die_with_launcher, is_first_rank, is_rank, noting_errors
+from sfgrpo.status import ExitStatus
 
 HELP = {
     "pretrain": "train the shapes base model from scratch (most of an hour on two cores; it ships trained)",
@@ -33,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tunes flow-matching text-to-image models with Stepwise-Flow-GRPO, one stage at a time.",
         epilog="The stages run in the order prompts, train, evaluate, register; `dvc repro` runs the first three, "
         "`make demo` all. Values live in params.yaml; where things run, in MLFLOW_TRACKING_URI, MLFLOW_RUN_ID, "
-        "SFGRPO_SCRATCH, SFGRPO_DEVICE and SFGRPO_NUM_THREADS. Exit status: 0 done, 1 failed, 2 wrong configuration.",
+        "SFGRPO_SCRATCH, SFGRPO_DEVICE, SFGRPO_NUM_THREADS, SFGRPO_TIMEOUT_S and SFGRPO_GRACE_S; where the nodes of a "
+        "training meet, in torchrun's PET_RDZV_ENDPOINT and PET_RDZV_ID. SIGTERM, SIGUSR1 and Ctrl-C make a training "
+        "save its state and stop. Exit status: 0 done, 1 failed, 2 wrong configuration, 75 stopped and resumable.",
     )
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, text in HELP.items():
@@ -44,12 +50,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def show(params: Path) -> None:
     """Prints every parameter of a training and the numbers that follow from them."""
-    from sfgrpo.batches import BatchArithmetic
-
-    config = load_config("train", params)
-    for key, value in to_flat_dict(config).items():
+    config, launch = load_config("train", params), load_config("launch", params)
+    for key, value in {**to_flat_dict(config), **to_flat_dict(launch)}.items():
         print(f"{key:32}{value}")
-    print(f"\n{BatchArithmetic(config=config).explain()}")
+    print(f"\n{BatchArithmetic(config=config, num_processes=launch.launch.world_size).explain()}")
 
 
 def prepare() -> None:
@@ -65,20 +69,35 @@ def prepare() -> None:
 def guarded(command: Callable[[], None]) -> int:
     """Runs a command, words the errors that a user can mend, and returns the exit status."""
     try:
-        command()
+        with noting_errors():
+            command()
+    except Preempted as error:
+        if is_first_rank():
+            print(f"stopped: {error}", file=sys.stderr)
+        return ExitStatus.RESUMABLE
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return ExitStatus.WRONG_CONFIGURATION
     except (SfgrpoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return ExitStatus.FAILED
+    return ExitStatus.DONE
 
 
 def run(stage: str, params: Path) -> None:
-    """Runs one stage of the pipeline."""
+    """Runs one stage of the pipeline; a training of several processes by launching them, unless it is one of them."""
     config = load_config(stage, params)
     environment = read_environment()
+    if is_rank():
+        die_with_launcher()
+    elif isinstance(config, TrainStage):
+        launch = load_config("launch", params).launch
+        BatchArithmetic(config=config, num_processes=launch.world_size)
+        if launch.world_size > 1:
+            from sfgrpo.launcher import launch_ranks
+
+            launch_ranks(launch, environment, ["-m", "sfgrpo", stage, "--params", str(params)])
+            return
     from sfgrpo import stages
 
     getattr(stages, stage)(config, environment)

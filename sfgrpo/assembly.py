@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sfgrpo.batches import BatchArithmetic
 from sfgrpo.config import PromptsStage, TrainStage, config_digest
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from sfgrpo.policies.base import Policy
     from sfgrpo.policies.sd3 import SD3Policy
+    from sfgrpo.preemption import StopNotice
     from sfgrpo.rewards import Reward
     from sfgrpo.tracking import Tracker
     from sfgrpo.trainer import Trainer
@@ -35,17 +38,16 @@ def make_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
     return _shapes_prompts(config) if config.prompts.source == "shapes" else _geneval_prompts(config)
 
 
-def make_launcher(config: TrainStage) -> Accelerator:
-    """Makes accelerate's view of the processes, before anything expensive; refuses work that does not divide."""
+def make_accelerator(config: TrainStage, environment: Environment) -> Accelerator:
+    """Joins the processes of the run, before anything expensive; refuses work that does not divide among them."""
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
-    BatchArithmetic(config=config)
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"{accelerator.num_processes} processes were launched, but this version trains in one; start "
-            "`python -m sfgrpo train` without a launcher"
-        )
+    accelerator = Accelerator(
+        cpu=environment.device == "cpu",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=environment.timeout_s))],
+    )
+    BatchArithmetic(config=config, num_processes=accelerator.num_processes)
     return accelerator
 
 
@@ -66,8 +68,13 @@ def make_trainer(
     evaluation_prompts: Sequence[Prompt],
     folder: Path,
     tracker: Tracker,
+    notice: StopNotice,
+    saved: Callable[[], None] = lambda: None,
 ) -> Trainer:
-    """Makes the trainer, which goes on from the latest checkpoint in `folder`, if there is one."""
+    """Makes the trainer, which goes on from the latest checkpoint in `folder`, if there is one.
+
+    It heeds `notice`, and calls `saved` after every checkpoint.
+    """
     from sfgrpo.rewards import build_reward
     from sfgrpo.trainer import Materials, Trainer
 
@@ -79,12 +86,16 @@ def make_trainer(
         held_out=(build_reward("geneval"), build_reward("likeness")),
         folder=folder,
         tracker=tracker,
+        notice=notice,
+        saved=saved,
     )
     return Trainer(config, policy, materials, accelerator)
 
 
-def make_policy(config: PolicyConfig, seed: int, environment: Environment) -> SD3Policy:
-    """Loads the pipeline onto the device, with a fresh adapter of the seed."""
+def make_policy(
+    config: PolicyConfig, seed: int, environment: Environment, sharding: Literal["none", "full"] = "none"
+) -> SD3Policy:
+    """Loads the pipeline onto the device, with a fresh adapter of the seed; `full` sharding needs other processes."""
     import torch
     from diffusers.utils.logging import disable_progress_bar
 
@@ -105,8 +116,11 @@ def make_policy(config: PolicyConfig, seed: int, environment: Environment) -> SD
         )
     device = environment.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # Every process of a node has a GPU of its own.
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     policy.pipeline.to(device)
+    if sharding == "full":
+        policy.shard()
     return policy
 
 

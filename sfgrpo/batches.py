@@ -10,28 +10,31 @@ from sfgrpo.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BatchArithmetic:
-    """What one update costs, for each of `num_processes` processes; groups never straddle processes."""
+    """What one update costs, for each of `num_processes` processes; a group may span processes."""
 
     config: TrainStage
     num_processes: int = 1
 
     def __post_init__(self) -> None:
         """Refuses processes, or micro-batches, that do not divide the work."""
-        prompts, steps = self.config.rollout.prompts_per_update, self.config.update.steps_per_update
-        if prompts % (self.num_processes * steps):
+        rollout, steps = self.config.rollout, self.config.update.steps_per_update
+        product = f"{rollout.prompts_per_update} * {rollout.group_size}"
+        if rollout.num_images % (self.num_processes * steps):
             raise ConfigError(
-                f"processes * update.steps_per_update = {self.num_processes} * {steps} does "
-                f"not divide rollout.prompts_per_update = {prompts}; every process takes whole groups in every "
-                f"optimiser step, so use a multiple of {self.num_processes * steps} prompts"
+                f"processes * update.steps_per_update = {self.num_processes} * {steps} = {self.num_processes * steps} "
+                f"does not divide rollout.prompts_per_update * rollout.group_size = {product} = {rollout.num_images}; "
+                "every process takes as many images of every optimiser step as any other, so change one of these"
             )
-        for path, micro_batch, images in (
-            ("rollout", self.config.rollout.micro_batch_size, self.images_per_process),
-            ("update", self.config.update.micro_batch_size, self.images_per_optimiser_step),
+        share = self.images_per_optimiser_step
+        for path, micro_batch in (
+            ("rollout", rollout.micro_batch_size),
+            ("update", self.config.update.micro_batch_size),
         ):
-            if images % micro_batch:
+            if micro_batch < share and share % micro_batch:
                 raise ConfigError(
-                    f"{path}.micro_batch_size: {micro_batch} does not divide the {images} images of one of "
-                    f"{self.num_processes} processes; use a divisor of {images}"
+                    f"{path}.micro_batch_size: {micro_batch} does not divide rollout.prompts_per_update * "
+                    f"rollout.group_size / update.steps_per_update / processes = {product} / {steps} / "
+                    f"{self.num_processes} = {share}; use a divisor of {share}, or {share} and more for all at once"
                 )
 
     @property
@@ -45,14 +48,24 @@ class BatchArithmetic:
         return self.images_per_process // self.config.update.steps_per_update
 
     @property
+    def rollout_micro_batch(self) -> int:
+        """Images that are denoised together: as many as allowed, but never of two optimiser steps."""
+        return min(self.config.rollout.micro_batch_size, self.images_per_optimiser_step)
+
+    @property
+    def update_micro_batch(self) -> int:
+        """Images of one backward pass."""
+        return min(self.config.update.micro_batch_size, self.images_per_optimiser_step)
+
+    @property
     def rollout_micro_batches(self) -> int:
         """Micro-batches of one process's rollout."""
-        return self.images_per_process // self.config.rollout.micro_batch_size
+        return self.images_per_process // self.rollout_micro_batch
 
     @property
     def accumulation_steps(self) -> int:
         """Backward passes whose gradients add up to one optimiser step."""
-        return self.images_per_optimiser_step // self.config.update.micro_batch_size
+        return self.images_per_optimiser_step // self.update_micro_batch
 
     @property
     def estimate_passes(self) -> float:
@@ -76,10 +89,10 @@ class BatchArithmetic:
                 f"run         {update.num_updates} updates x {rollout.num_images} images "
                 f"= {update.num_updates * rollout.num_images:,} images on {self.num_processes} process(es)",
                 f"rollout     {rollout.prompts_per_update} x {rollout.group_size} = {rollout.num_images} images; "
-                f"per process {self.images_per_process} = {self.rollout_micro_batches} x {rollout.micro_batch_size}, "
+                f"per process {self.images_per_process} = {self.rollout_micro_batches} x {self.rollout_micro_batch}, "
                 f"{config.sampling.num_steps} steps each",
                 f"update      {update.steps_per_update} optimiser steps x {self.images_per_optimiser_step} images per "
-                f"process = {self.accumulation_steps} x {update.micro_batch_size}; trains steps {_spelled(steps)}",
+                f"process = {self.accumulation_steps} x {self.update_micro_batch}; trains steps {_spelled(steps)}",
                 f"passes      per image {config.sampling.num_steps} rollout + {self.estimate_passes:.3g} estimates "
                 f"+ {len(steps)} forward and backward" + self._doubled(),
                 f"checkpoint  every {config.checkpoint.every_num_updates} updates, "

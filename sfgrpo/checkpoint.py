@@ -34,12 +34,21 @@ class TrainingState:
     """`state_dict` of the optimiser: nested dicts, lists and tuples of tensors and JSON values."""
     rng: Mapping[str, Tensor | int]
     """States of torch generators, as uint8 tensors, and seeds."""
+    scaler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """`state_dict` of the gradient scaler; empty without one."""
+    best: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Files of the best adapter so far, by name, as uint8 tensors."""
     config: Mapping[str, Any]
     """Configuration of the run, flat."""
     history: Sequence[Mapping[str, Any]]
     """Metrics of every update so far, oldest first."""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """JSON values of the trainer's own: the tracked run, the best evaluation."""
+
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints, below that of the run."""
+FILES = ("adapter.safetensors", "state.safetensors", "state.json", "history.jsonl")
 
 
 def checkpoint_path(root: Path, update_index: int) -> Path:
@@ -75,15 +84,30 @@ def save_checkpoint(root: Path, state: TrainingState, keep: int, protected: Coll
 
 def load_checkpoint(path: Path) -> TrainingState:
     """Reads a checkpoint; raises `IntegrityError` unless every file is the one that was written."""
+    return state_of(read_checkpoint(path))
+
+
+def read_checkpoint(path: Path) -> dict[str, bytes]:
+    """Reads the files of a checkpoint, by name; raises `IntegrityError` unless every file is as it was written."""
     verify_manifest(path)
-    tensors = safetensors.torch.load((path / "state.safetensors").read_bytes())
-    values = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    lines = (path / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.name in FILES}
+
+
+def state_of(files: Mapping[str, bytes]) -> TrainingState:
+    """Makes the state of what `read_checkpoint` gave, here or in another process."""
+    tensors = safetensors.torch.load(files["state.safetensors"])
+    values = json.loads(files["state.json"])
+    lines = files["history.jsonl"].decode().splitlines()
     return TrainingState(
-        adapter=safetensors.torch.load((path / "adapter.safetensors").read_bytes()),
+        adapter=safetensors.torch.load(files["adapter.safetensors"]),
         history=tuple(json.loads(line) for line in lines),
         **{name: _joined(value, tensors) for name, value in values.items()},
     )
+
+
+def update_of(path: Path) -> int:
+    """Tells after how many updates a checkpoint was taken, by its name."""
+    return int(path.name.removeprefix("update-"))
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -110,7 +134,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 def _to_files(state: TrainingState) -> dict[str, bytes]:
     values: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    for name in ("update_index", "ema", "optimizer", "rng", "config", "extra"):
+    for name in ("update_index", "ema", "optimizer", "rng", "scaler", "best", "config", "extra"):
         values[name] = _split(getattr(state, name), name, tensors)
     history = "".join(json.dumps(metrics) + "\n" for metrics in state.history)
     return {

@@ -22,6 +22,7 @@ from sfgrpo.sections import (
     EmaConfig,
     EstimatesConfig,
     EvaluationConfig,
+    LaunchConfig,
     PolicyConfig,
     PretrainConfig,
     PretrainRewardConfig,
@@ -111,7 +112,16 @@ class RegisterStage:
     evaluation: EvaluationConfig
 
 
-Stage: TypeAlias = PretrainStage | PretrainRewardStage | PromptsStage | TrainStage | EvaluateStage | RegisterStage
+@section
+class LaunchStage:
+    """Parameters of the launch of `train`: no stage of its own, and none of `train`, whose result it does not shape."""
+
+    launch: LaunchConfig = LaunchConfig()
+
+
+Stage: TypeAlias = (
+    PretrainStage | PretrainRewardStage | PromptsStage | TrainStage | EvaluateStage | RegisterStage | LaunchStage
+)
 STAGES: Mapping[str, type[Stage]] = {
     "pretrain": PretrainStage,
     "pretrain_reward": PretrainRewardStage,
@@ -119,6 +129,7 @@ STAGES: Mapping[str, type[Stage]] = {
     "train": TrainStage,
     "evaluate": EvaluateStage,
     "register": RegisterStage,
+    "launch": LaunchStage,
 }
 
 
@@ -134,6 +145,8 @@ def load_config(stage: Literal["train"], path: Path) -> TrainStage: ...
 def load_config(stage: Literal["evaluate"], path: Path) -> EvaluateStage: ...
 @overload
 def load_config(stage: Literal["register"], path: Path) -> RegisterStage: ...
+@overload
+def load_config(stage: Literal["launch"], path: Path) -> LaunchStage: ...
 @overload
 def load_config(stage: str, path: Path) -> Stage: ...
 def load_config(stage: str, path: Path) -> Stage:
@@ -207,17 +220,18 @@ def _sampling_conflicts(config: TrainStage) -> Iterator[str]:
 def _batch_conflicts(config: TrainStage) -> Iterator[str]:
     """Names every batch that does not divide, with its equation and the nearest values that do."""
     rollout, update = config.rollout, config.update
-    product = f"rollout.prompts_per_update * rollout.group_size = {rollout.prompts_per_update} * {rollout.group_size}"
-    if rollout.num_images % rollout.micro_batch_size:
-        yield _indivisible("rollout.micro_batch_size", rollout.micro_batch_size, product, rollout.num_images)
     if rollout.prompts_per_update % update.steps_per_update:
         total = rollout.prompts_per_update
         yield _indivisible("update.steps_per_update", update.steps_per_update, "rollout.prompts_per_update", total)
         return
     images_per_step = rollout.num_images // update.steps_per_update
-    if images_per_step % update.micro_batch_size:
-        quotient = f"{product.replace(' = ', ' / update.steps_per_update = ')} / {update.steps_per_update}"
-        yield _indivisible("update.micro_batch_size", update.micro_batch_size, quotient, images_per_step)
+    quotient = (
+        f"rollout.prompts_per_update * rollout.group_size / update.steps_per_update = {rollout.prompts_per_update} * "
+        f"{rollout.group_size} / {update.steps_per_update}"
+    )
+    for path, micro_batch in (("rollout", rollout.micro_batch_size), ("update", update.micro_batch_size)):
+        if micro_batch < images_per_step and images_per_step % micro_batch:
+            yield _indivisible(f"{path}.micro_batch_size", micro_batch, quotient, images_per_step)
 
 
 def _schedule_conflicts(config: TrainStage) -> Iterator[str]:

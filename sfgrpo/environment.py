@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pydantic
 import pydantic_core
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sfgrpo.errors import ConfigError
@@ -31,6 +31,12 @@ class Environment(BaseSettings):
     """torch device of the policy; `auto` takes a GPU when there is one."""
     num_threads: PositiveInt | None = Field(default=None, validation_alias="SFGRPO_NUM_THREADS")
     """CPU threads of torch; None leaves the choice to it."""
+    timeout_s: PositiveFloat = Field(default=600, validation_alias="SFGRPO_TIMEOUT_S")
+    """Seconds after which a process of a training gives up waiting for the others."""
+    grace_s: PositiveFloat = Field(default=20, validation_alias="SFGRPO_GRACE_S")
+    """Seconds that a training has to save its state and leave once it is told to stop; Prefect gives 30 in all."""
+    mirror: str | None = Field(default=None, pattern="^s3://[^/]+", validation_alias="SFGRPO_MIRROR")
+    """Bucket and prefix, s3://BUCKET/PREFIX, that keep a copy of the resumable state of trainings."""
 
 
 def read_environment() -> Environment:

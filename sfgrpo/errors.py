@@ -5,6 +5,11 @@ SfgrpoError
     IntegrityError  a file is not the one that was recorded
     RewardError     a reward could not be computed
     CanaryError     training runs, but does not do what it claims
+    NumericsError   too many updates had a number that is not finite
+    MemoryExhaustedError
+                    a phase needed more memory than there is
+    TrackingError   the tracking store is away, or refuses a record
+    Preempted       the run was told to stop before it was done; starting it again goes on
 """
 
 from __future__ import annotations
@@ -40,3 +45,19 @@ class RewardError(SfgrpoError):
 
 class CanaryError(SfgrpoError):
     """A check of the training itself failed: the first ratio is not 1, or an update left the policy unchanged."""
+
+
+class NumericsError(SfgrpoError):
+    """A reward, loss or gradient was NaN or infinite in more updates than are allowed."""
+
+
+class MemoryExhaustedError(SfgrpoError):
+    """An allocation failed; the message gives the phase, the memory in use and the parameter to lower."""
+
+
+class Preempted(SfgrpoError):
+    """The run was told to stop and is not done; the message says what is saved, and starting it again goes on."""
+
+
+class TrackingError(SfgrpoError):
+    """A run could not be recorded: the store did not answer in time, or refuses what the run records."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
+from torch import Tensor
 
+from sfgrpo.distributed import summed
 from sfgrpo.geneval.table import GenEvalTable, summarise
 from sfgrpo.policies.base import Policy
 from sfgrpo.random import gaussian_noise
@@ -21,7 +24,8 @@ from sfgrpo.types import Conditioning, Prompt
 class Evaluation:
     """What a policy drew for the evaluation prompts, and how good it is."""
 
-    images: NDArray[np.uint8]  # [N, H, W, 3], the images of a prompt next to each other
+    images: NDArray[np.uint8]
+    """Of the prompts that are shown, [shown * G, H, W, 3], the images of a prompt next to each other."""
     correct: NDArray[np.bool_]  # [P, G]
     table: GenEvalTable
     rewards: Mapping[str, float]
@@ -41,14 +45,17 @@ def draw_images(
     guidance_scale: float,
     seed: int,
     micro_batch_size: int,
+    rows: slice = slice(None),
     sampler: str = "ode",
     noise_level: float = 0.0,
 ) -> NDArray[np.uint8]:
-    """Draws one image per row of `conditioning`; row i takes noise i of the seed's streams, whatever the policy."""
+    """Draws one image for each of `rows` of `conditioning`; row i takes noise i of the seed's streams."""
     sigmas, shape = policy.sigmas(num_steps).to(policy.device), policy.latent_shape
+    first, end, _ = rows.indices(len(conditioning))
     images = []
-    for rows in row_slices(len(conditioning), micro_batch_size):
-        indices = range(rows.start, rows.stop)
+    # With no row at all there is still one batch, an empty one: a sharded model needs every process in every pass.
+    for part in row_slices(end - first, micro_batch_size) or [slice(0, 0)]:
+        indices = range(first + part.start, first + part.stop)
         start = gaussian_noise(seed, "evaluation", 0, indices, shape)
         if sampler == "ode":
             step_noise = torch.zeros(()).expand(len(indices), num_steps, *shape)
@@ -56,7 +63,7 @@ def draw_images(
             step_noise = gaussian_noise(seed, "evaluation_steps", 0, indices, (num_steps, *shape))
         trajectory = roll_out(
             policy,
-            conditioning[rows],
+            conditioning[slice(indices.start, indices.stop)],
             start.to(policy.device),
             step_noise.to(policy.device),
             sigmas,
@@ -80,29 +87,36 @@ def evaluate_policy(
     guidance_scale: float,
     seed: int,
     micro_batch_size: int,
+    shown: Sequence[int] = (),
+    accelerator: Accelerator | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Draws `images_per_prompt` images for every prompt and judges each by GenEval's verdict and by other rewards.
 
     `verdict` gives 1 for a correct image and 0 for any other. The noise depends on seed, prompt position and image
-    alone, so that two policies are compared on the same noise.
+    alone, so that two policies are compared on the same noise. `shown` are the positions of the prompts whose images
+    are kept. The processes of `accelerator` share the work, and all have the result; each calls `between` after each
+    batch, all of them equally often.
     """
-    conditioning = policy.encode([prompt.text for prompt in prompts])
-    repeated = torch.arange(len(prompts)).repeat_interleave(images_per_prompt)
-    asked = [prompts[row] for row in repeated.tolist()]
-    images = draw_images(
+    scores_NJ, images = _judged(
         policy,
-        conditioning[repeated],
+        prompts,
+        (verdict, *rewards),
+        images_per_prompt=images_per_prompt,
         num_steps=num_steps,
         guidance_scale=guidance_scale,
         seed=seed,
         micro_batch_size=micro_batch_size,
+        shown=shown,
+        accelerator=accelerator,
+        between=between,
     )
-    correct = checked_rewards(verdict, images, asked).numpy().reshape(len(prompts), images_per_prompt) == 1.0
+    correct = scores_NJ[:, 0].numpy().reshape(len(prompts), images_per_prompt) == 1.0
     return Evaluation(
         images=images,
         correct=correct,
         table=summarise([prompt.tag for prompt in prompts], correct),
-        rewards={reward.name: float(checked_rewards(reward, images, asked).mean()) for reward in rewards},
+        rewards={reward.name: float(scores_NJ[:, 1 + index].mean()) for index, reward in enumerate(rewards)},
     )
 
 
@@ -118,22 +132,80 @@ def mean_rewards(
     micro_batch_size: int,
     sampler: str,
     noise_level: float,
+    accelerator: Accelerator | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Gives the mean of every reward over the images that a sampler draws, by the reward's name.
 
     With the sampler of the training it tells what training improves; the prompts, unlike those of an update, are
-    the same every time, and so is the noise.
+    the same every time, and so is the noise. Processes share the work as in `evaluate_policy`.
     """
-    asked = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    conditioning = policy.encode([prompt.text for prompt in prompts])
-    images = draw_images(
+    scores_NJ, _ = _judged(
         policy,
-        conditioning[torch.arange(len(prompts)).repeat_interleave(images_per_prompt)],
+        prompts,
+        rewards,
+        images_per_prompt=images_per_prompt,
         num_steps=num_steps,
         guidance_scale=guidance_scale,
         seed=seed,
         micro_batch_size=micro_batch_size,
+        shown=(),
+        accelerator=accelerator,
+        between=between,
         sampler=sampler,
         noise_level=noise_level,
     )
-    return {reward.name: float(checked_rewards(reward, images, asked).mean()) for reward in rewards}
+    return {reward.name: float(scores_NJ[:, index].mean()) for index, reward in enumerate(rewards)}
+
+
+def _judged(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    judges: Sequence[Reward],
+    *,
+    images_per_prompt: int,
+    num_steps: int,
+    guidance_scale: float,
+    seed: int,
+    micro_batch_size: int,
+    shown: Sequence[int],
+    accelerator: Accelerator | None,
+    between: Callable[[], None],
+    sampler: str = "ode",
+    noise_level: float = 0.0,
+) -> tuple[Tensor, NDArray[np.uint8]]:
+    """Gives the score of every image by every judge, [P * G, J], and the images of the shown prompts."""
+    process, num_processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    conditioning = policy.encode([prompt.text for prompt in prompts])
+    repeated = torch.arange(len(prompts)).repeat_interleave(images_per_prompt)
+    asked = [prompts[position] for position in repeated.tolist()]
+    shown_rows = [position * images_per_prompt + index for position in shown for index in range(images_per_prompt)]
+    batches = row_slices(len(asked), micro_batch_size)
+    # Batches are dealt out one by one; a process that runs short takes part with empty ones.
+    batches += [slice(len(asked), len(asked))] * (-len(batches) % num_processes)
+    scores_NJ = torch.zeros(len(asked), len(judges))
+    kept = torch.empty(0)
+    for rows in batches[process::num_processes]:
+        images = draw_images(
+            policy,
+            conditioning[repeated],
+            rows=rows,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            micro_batch_size=micro_batch_size,
+            sampler=sampler,
+            noise_level=noise_level,
+        )
+        if len(images):
+            scores = [checked_rewards(judge, images, asked[rows]) for judge in judges]
+            scores_NJ[rows] = torch.stack(scores, dim=1)
+        if not len(kept):
+            kept = torch.zeros(len(shown_rows), *images.shape[1:], dtype=torch.uint8)
+        for place, row in enumerate(shown_rows):
+            if rows.start <= row < rows.stop:
+                kept[place] = torch.from_numpy(images[row - rows.start])
+        between()
+    if accelerator is not None:
+        scores_NJ, kept = summed(scores_NJ, accelerator), summed(kept, accelerator)
+    return scores_NJ, kept.numpy()

@@ -14,16 +14,16 @@ MAX_LOG_RATIO = 20.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyLoss:
-    """The loss of each trained (sample, step), and its explanation in detached scalars."""
+    """The loss of each trained (sample, step), and its explanation in detached numbers, one for each, too."""
 
     loss: Float[Tensor, "*shape"]
-    ratio_mean: Float[Tensor, ""]
-    ratio_deviation: Float[Tensor, ""]
-    """Largest |ratio - 1|: exactly 0 before the first optimiser step, if rollout and update agree."""
-    clip_fraction: Float[Tensor, ""]
-    """Share of ratios that lie outside the clip range."""
-    approx_kl: Float[Tensor, ""]
-    """Mean of ratio - 1 - log ratio, the estimator k3 of KL(old || new), joschu.net/blog/kl-approx.html."""
+    ratio: Float[Tensor, "*shape"]
+    deviation: Float[Tensor, "*shape"]
+    """|ratio - 1|: exactly 0 before the first optimiser step, if rollout and update agree."""
+    clipped: Float[Tensor, "*shape"]
+    """1 where the ratio lies outside the clip range, else 0."""
+    approx_kl: Float[Tensor, "*shape"]
+    """ratio - 1 - log ratio, the estimator k3 of KL(old || new), joschu.net/blog/kl-approx.html."""
 
 
 def clipped_surrogate(
@@ -36,23 +36,19 @@ def clipped_surrogate(
 
     Source: PPO, eq. 7, arXiv:1707.06347. The mean over elements, and a KL penalty, are left to the caller.
 
-    Raises ValueError if a log-prob is NaN or infinite, as that of a deterministic step is.
+    An element whose log-ratio is NaN or infinite is NaN in everything that comes out, and touches no other.
     """
     log_ratio = log_prob - old_log_prob
-    if not bool(log_ratio.isfinite().all()):
-        raise ValueError(
-            f"{int((~log_ratio.isfinite()).sum())} of {log_ratio.numel()} log-ratios are NaN or infinite; leave "
-            f"deterministic steps out, and compute log-probs in float32"
-        )
-    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    # The clamp would make an ordinary number of an infinite one.
+    log_ratio = log_ratio.where(log_ratio.isfinite(), torch.nan).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = -torch.minimum(ratio * advantage, clipped_ratio * advantage)
     deviation = (ratio.detach() - 1).abs()
     return PolicyLoss(
         loss=loss,
-        ratio_mean=ratio.detach().mean(),
-        ratio_deviation=deviation.max(),
-        clip_fraction=(deviation > clip_range).float().mean(),
-        approx_kl=(ratio - 1 - log_ratio).detach().mean(),
+        ratio=ratio.detach(),
+        deviation=deviation,
+        clipped=(deviation > clip_range).to(deviation).where(deviation.isfinite(), torch.nan),
+        approx_kl=(ratio - 1 - log_ratio).detach(),
     )

@@ -29,7 +29,8 @@ def progress_line(update: int, num_updates: int, metrics: Mapping[str, float]) -
 class Progress:
     """Shows the updates of a run; a context, because a bar has to be closed.
 
-    `first_update` counts those done before a resume: they cost this process no time. Only a terminal gets a bar.
+    `first_update` counts those done before a resume: they cost this process no time. Only a terminal gets a bar. Of
+    many processes one has its updates `shown`.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Progress:
         images_per_update: int,
         *,
         first_update: int = 0,
+        shown: bool = True,
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -47,7 +49,8 @@ class Progress:
         self._file = sys.stdout if file is None else file
         self._clock = clock
         self._started = clock()
-        self._bar = _open_bar(self._file) if self._file.isatty() else None
+        self._shown = shown
+        self._bar = _open_bar(self._file) if shown and self._file.isatty() else None
         self._task = None if self._bar is None else self._bar.add_task("", total=num_updates, completed=first_update)
 
     def __enter__(self) -> Progress:
@@ -70,7 +73,7 @@ class Progress:
         line = f"{progress_line(done, self._num_updates, metrics)}  {images_per_s:.1f} img/s  eta {left}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, description=line)
-        else:
+        elif self._shown:
             print(line, file=self._file, flush=True)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfgrpo.errors import SfgrpoError
 from sfgrpo.files import sha256_of_file
-from sfgrpo.tracking import connect, find_or_create_experiment, find_run
+from sfgrpo.mlflow_store import connect, find_or_create_experiment, find_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -30,7 +30,7 @@ def sample_grid(
     """Lays out one row per prompt and one block of columns per model; a correct image has a green frame.
 
     Args:
-        images: of each model, [P * G, H, W, 3], the G images of a prompt next to each other.
+        images: of each model and the prompts in `rows`, [len(rows) * G, H, W, 3], those of a prompt side by side.
         correct: verdicts of each model, [P, G].
         rows: positions of the prompts to show.
     """
@@ -49,7 +49,7 @@ def sample_grid(
                 pen.text((GUTTER * 2, top + CELL // 2 - 8), prompts[row].text, fill="black", font=font)
             for index in range(per_prompt):
                 corner = (left + index * (CELL + GUTTER), top)
-                picture = Image.fromarray(images[name][row * per_prompt + index])
+                picture = Image.fromarray(images[name][line * per_prompt + index])
                 canvas.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), corner)
                 if correct[name][row, index]:
                     box = (corner[0], corner[1], corner[0] + CELL - 1, corner[1] + CELL - 1)

@@ -25,7 +25,8 @@ def roll_out(
 ) -> Trajectory:
     """Denoises N start states in K stochastic steps; step k takes state k to state k + 1.
 
-    Noise comes in from outside, so that it depends on the image alone and not on batch or rank.
+    Noise comes in from outside, so that it depends on the image alone and not on batch or rank. No images at all
+    still make one run of the policy, since processes that share a model need one another in every pass.
     """
     parts = [
         _roll_out_batch(
@@ -38,7 +39,7 @@ def roll_out(
             noise_level,
             guidance_scale,
         )
-        for rows in row_slices(len(start_noise_NCHW), micro_batch_size)
+        for rows in row_slices(len(start_noise_NCHW), micro_batch_size) or [slice(0, 0)]
     ]
     return Trajectory(
         latents_NSCHW=torch.cat([part.latents_NSCHW for part in parts]),

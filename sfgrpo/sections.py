@@ -63,8 +63,11 @@ class PolicyConfig:
     """Folder or hub name of a diffusers pipeline."""
     revision: Name | None = None
     """Hub commit; null for a folder."""
-    dtype: Literal["float32", "bfloat16"]
-    """Dtype of the frozen weights; adapter, latents and scheduler maths are always float32."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Dtype of the frozen weights; adapter, latents and scheduler maths are always float32.
+
+    Under `float16`, whose range is small, the loss is scaled before the backward pass.
+    """
     resolution: PositiveInt
     """Height and width of an image in pixels."""
     max_sequence_length: NonNegativeInt
@@ -172,6 +175,8 @@ class UpdateConfig:
     """Images per forward and backward pass."""
     ratio_tolerance: PositiveFloat
     """Largest |ratio - 1| before the first optimiser step of an update; more stops the run."""
+    max_broken_updates: NonNegativeInt
+    """Updates of a run in which a reward, loss or gradient may be NaN or infinite; one more stops the run."""
 
 
 @section
@@ -220,6 +225,25 @@ class RegistryConfig:
     """Registered model in MLflow."""
     alias: Name
     """Alias that the new version gets."""
+
+
+@section
+class LaunchConfig:
+    """How many processes a training is spread over; but for rounding, no result depends on it."""
+
+    num_processes: PositiveInt = 1
+    """Processes of each node, one for each of its GPUs; the default is one process that starts no other."""
+    num_nodes: PositiveInt = 1
+    """Nodes, on each of which `python -m sfgrpo train` is started."""
+    max_restarts: NonNegativeInt = 0
+    """Times that all processes start again, from the last checkpoint, after one of them failed."""
+    sharding: Literal["none", "full"] = "none"
+    """Whether every process holds all frozen weights, or each a part (FSDP2)."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of all nodes."""
+        return self.num_processes * self.num_nodes
 
 
 @section

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sfgrpo.assembly import (
     check_pretrained,
-    make_launcher,
     make_policy,
     make_prompts,
     make_reward,
-    make_trainer,
-    run_key,
     use_threads,
 )
 from sfgrpo.config import (
@@ -27,13 +23,14 @@ from sfgrpo.config import (
     RegisterStage,
     TrainStage,
     config_digest,
-    to_flat_dict,
 )
 from sfgrpo.environment import Environment
 from sfgrpo.errors import SfgrpoError
 from sfgrpo.files import atomic_directory
 from sfgrpo.prompts import read_prompts, write_prompts
 from sfgrpo.provenance import provenance_tags
+from sfgrpo.sections import LaunchConfig
+from sfgrpo.training import EVALUATION_PROMPTS, EXPERIMENT, POLICY, PROMPTS, TRAINING_PROMPTS, train_policy
 from sfgrpo.types import TAGS, Prompt
 
 if TYPE_CHECKING:
@@ -43,12 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXPERIMENT = "sfgrpo"
-PROMPTS = Path("data/prompts")
-TRAINING_PROMPTS = PROMPTS / "train.jsonl"
-EVALUATION_PROMPTS = PROMPTS / "evaluation.jsonl"
-POLICY = Path("models/policy")
-TRAIN_REPORT = Path("reports/train")
 EVALUATE_REPORT = Path("reports/evaluate")
 REGISTRATION = Path("reports/registered.json")
 GRID_ROWS_PER_TASK = 2
@@ -81,67 +72,9 @@ def prompts(config: PromptsStage, environment: Environment) -> None:
     print(f"{len(training)} training prompts ({unique} unique) and {len(evaluation)} evaluation prompts in {PROMPTS}")
 
 
-def train(config: TrainStage, environment: Environment) -> None:
-    """Trains the adapter, going on where an interrupted run of the same configuration, data and code stopped."""
-    from sfgrpo.tracking import MlflowTracker, ending
-
-    accelerator = make_launcher(config)
-    reward = make_reward(config.reward)
-    check_pretrained(config.policy)
-    use_threads(environment)
-    prompts, evaluation_prompts = read_prompts(TRAINING_PROMPTS), read_prompts(EVALUATION_PROMPTS)
-    key = run_key(config, prompts, evaluation_prompts)
-    folder = environment.scratch_dir / f"train-{key[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    tracker = MlflowTracker(
-        uri=environment.tracking_uri,
-        experiment=EXPERIMENT,
-        run_name=f"{config.advantage.credit}-{key[:8]}",
-        run_id=environment.run_id,
-        key=key,
-    )
-    with ending(tracker):
-        tracker.log_params(to_flat_dict(config))
-        tracker.set_tags(provenance_tags(Path.cwd(), TRAINING_PROMPTS))
-        tracker.log_prompts(TRAINING_PROMPTS, "training-prompts", "training")
-        tracker.log_prompts(EVALUATION_PROMPTS, "evaluation-prompts", "evaluation")
-        policy = make_policy(config.policy, config.seed, environment)
-        trainer = make_trainer(config, accelerator, policy, reward, prompts, evaluation_prompts, folder, tracker)
-        trainer.run()
-        best = trainer.best
-        record = {
-            "update": best["update"],
-            "num_updates": trainer.update_index,
-            "images": trainer.update_index * config.rollout.num_images,
-            "run_key": key,
-            "mlflow_run_id": tracker.run_id,
-            "tracking_uri": environment.tracking_uri,
-        }
-        _publish_training(folder, trainer.history, trainer.evaluations, record)
-        tracker.log_metrics({f"best/{name}": value for name, value in best["metrics"].items()}, trainer.update_index)
-        tracker.set_tags({"best_update": str(best["update"])})
-    print(f"best of {len(trainer.evaluations)} evaluations: update {best['update']}, adapter in {POLICY}")
-
-
-def _publish_training(
-    folder: Path,
-    history: Sequence[dict[str, Any]],
-    evaluations: Sequence[dict[str, Any]],
-    record: dict[str, Any],
-) -> None:
-    """Copies the best adapter and the reports to where the pipeline expects them."""
-    best = next(evaluation for evaluation in evaluations if evaluation["update"] == record["update"])
-    with atomic_directory(POLICY) as partial:
-        shutil.copytree(folder / "best", partial / "adapter")
-        (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    with atomic_directory(TRAIN_REPORT) as partial:
-        flat = [{"update": evaluation["update"], **evaluation["metrics"]} for evaluation in evaluations]
-        (partial / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-        (partial / "evaluations.json").write_text(json.dumps(flat, indent=1) + "\n", encoding="utf-8")
-        summary = {"best_update": record["update"], **best["metrics"]}
-        (partial / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        for grid in sorted(folder.glob("samples_*.png")):
-            shutil.copy(grid, partial / grid.name)
+def train(config: TrainStage, environment: Environment, launch: LaunchConfig) -> None:
+    """Trains the adapter and publishes the best; each process of a distributed training calls this."""
+    train_policy(config, environment, launch)
 
 
 def evaluate(config: EvaluateStage, environment: Environment) -> None:
@@ -155,9 +88,10 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
     use_threads(environment)
     asked = read_prompts(EVALUATION_PROMPTS)
     policy = make_policy(config.policy, config.seed, environment)
-    evaluations = {"base model": _evaluated(policy, asked, rewards, config)}
+    shown = pick_rows(asked, GRID_ROWS_PER_TASK)
+    evaluations = {"base model": _evaluated(policy, asked, rewards, config, shown)}
     policy.load_adapter(POLICY / "adapter")
-    evaluations["trained policy"] = _evaluated(policy, asked, rewards, config)
+    evaluations["trained policy"] = _evaluated(policy, asked, rewards, config, shown)
     table = markdown_table({name: evaluation.table for name, evaluation in evaluations.items()})
     metrics = {name.split()[-1]: evaluation.to_dict() for name, evaluation in evaluations.items()}
     base, trained = metrics["model"], metrics["policy"]
@@ -170,13 +104,17 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
             asked,
             {name: evaluation.images for name, evaluation in evaluations.items()},
             {name: evaluation.correct for name, evaluation in evaluations.items()},
-            pick_rows(asked, GRID_ROWS_PER_TASK),
+            shown,
         ).save(partial / "samples.png")
     print(f"{table}\n\nGenEval overall {gain:+.3f}; samples in {EVALUATE_REPORT / 'samples.png'}")
 
 
 def _evaluated(
-    policy: SD3Policy, asked: Sequence[Prompt], rewards: Sequence[Reward], config: EvaluateStage
+    policy: SD3Policy,
+    asked: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    config: EvaluateStage,
+    shown: Sequence[int],
 ) -> Evaluation:
     from sfgrpo.evaluation import evaluate_policy
     from sfgrpo.rewards import build_reward
@@ -191,6 +129,7 @@ def _evaluated(
         guidance_scale=config.evaluation.guidance_scale,
         seed=config.evaluation.seed,
         micro_batch_size=config.evaluation.micro_batch_size,
+        shown=shown,
     )
 
 

@@ -1,47 +1,42 @@
-"""Records what a run did: to MLflow, or to lists in tests."""
+"""What it takes to record a run, and two trackers that need no store: one for tests, one that records nothing."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
 import json
-import logging
-import os
-import sqlite3
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias
 
+from sfgrpo.errors import Preempted
 from sfgrpo.files import sha256_of_file
-from sfgrpo.signals import sigterm_as_exit
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
-
-Item = TypeVar("Item")
-RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-
-KEY_TAG = "sfgrpo.key"
-PARENT_TAG = "mlflow.parentRunId"
-IMAGE_TAG_PREFIX = "sfgrpo.image_step."
-MAX_ENTRIES_PER_REQUEST = 100
-"""MLflow takes no more parameters or tags than this at once."""
-MAX_PARAM_LENGTH = 6000
+RunStatus: TypeAlias = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Tracker(abc.ABC):
     """Records one run: what it was told, what it measured, what it made.
 
+    A call returns before its record is delivered, so an outage of the store stops nobody; what the store refuses for
+    good is raised by a later call.
+
     A run that is tracked again after a crash goes on where it stopped: a metric or an image whose step was already
-    recorded is left out, so that replayed updates show once.
+    recorded is left out. Whoever resumes a run may therefore record its whole history again, and what was lost on the
+    way is filled in.
     """
 
     @property
     @abc.abstractmethod
     def run_id(self) -> str | None:
-        """Names the run; None as long as nothing was recorded."""
+        """Names the run; None until the store has it."""
+
+    @abc.abstractmethod
+    def open(self) -> None:
+        """Waits until the store has the run and all that was recorded so far; raises `TrackingError` if it is away.
+
+        Called at the start of a run that is new, so that nothing expensive is done for a store that is not there.
+        """
 
     @abc.abstractmethod
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -49,11 +44,11 @@ class Tracker(abc.ABC):
 
     @abc.abstractmethod
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Records numbers at an update."""
+        """Records numbers at an update; the updates of a key ascend."""
 
     @abc.abstractmethod
     def log_image(self, path: Path, key: str, step: int) -> None:
-        """Records an image file as the state of `key` at an update."""
+        """Records a PNG file as the state of `key` at an update; the file may go when the call returns."""
 
     @abc.abstractmethod
     def log_text(self, text: str, name: str) -> None:
@@ -69,7 +64,10 @@ class Tracker(abc.ABC):
 
     @abc.abstractmethod
     def finish(self, status: RunStatus) -> None:
-        """Ends the run; does nothing if nothing was recorded."""
+        """Delivers what is left and ends the run; does nothing if nothing was recorded.
+
+        Raises `TrackingError` if a FINISHED run is not recorded in full; one that ended otherwise is only warned about.
+        """
 
 
 class RecordingTracker(Tracker):
@@ -87,6 +85,9 @@ class RecordingTracker(Tracker):
     @property
     def run_id(self) -> str:
         return "recorded"
+
+    def open(self) -> None:
+        pass
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         self.params |= flatten(params)
@@ -111,187 +112,54 @@ class RecordingTracker(Tracker):
         self.status = status
 
 
-class MlflowTracker(Tracker):
-    """Records to MLflow; the run is created by the first thing recorded, so that a skipped stage leaves none.
-
-    An earlier run is reopened when `run_id` names it or, failing that, when it carries the same `key`.
-    """
-
-    def __init__(
-        self,
-        *,
-        uri: str,
-        experiment: str,
-        run_name: str | None = None,
-        run_id: str | None = None,
-        key: str | None = None,
-        parent_run_id: str | None = None,
-    ) -> None:
-        """Connects to nothing yet; `key` identifies the work, such as a digest of everything that shapes it."""
-        self._uri = uri
-        self._experiment = experiment
-        self._run_name = run_name
-        self._wanted_run_id = run_id
-        self._tags = {KEY_TAG: key, PARENT_TAG: parent_run_id}
-        self._key = key
-        self._client: MlflowClient | None = None
-        self._run: Run | None = None
-        self._last_steps: dict[str, int] | None = None
-        """Last step of every metric key looked up so far; None in a run that was just created."""
+class SilentTracker(Tracker):
+    """Records nothing: for all processes of a distributed run but the one that records."""
 
     @property
-    def run_id(self) -> str | None:
-        return None if self._run is None else self._run.info.run_id
+    def run_id(self) -> None:
+        return None
+
+    def open(self) -> None:
+        pass
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        client, run = self._opened()
-        for chunk in chunks(list(flatten(params).items()), MAX_ENTRIES_PER_REQUEST):
-            client.log_batch(run.info.run_id, params=[Param(key, value[:MAX_PARAM_LENGTH]) for key, value in chunk])
+        pass
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
-        client, run = self._opened()
-        now_ms = time.time_ns() // 1_000_000
-        entries = [
-            Metric(key, float(value), now_ms, step) for key, value in metrics.items() if step > self._last_step(key)
-        ]
-        for chunk in chunks(entries, MAX_ENTRIES_PER_REQUEST):
-            client.log_batch(run.info.run_id, metrics=chunk)
+        pass
 
     def log_image(self, path: Path, key: str, step: int) -> None:
-        from PIL import Image
-
-        client, run = self._opened()
-        tag = IMAGE_TAG_PREFIX + key
-        if step <= int(run.data.tags.get(tag, -1)):
-            return
-        with Image.open(path) as image:
-            client.log_image(run.info.run_id, image, key=key, step=step)
-        client.set_tag(run.info.run_id, tag, step)
+        pass
 
     def log_text(self, text: str, name: str) -> None:
-        client, run = self._opened()
-        client.log_text(run.info.run_id, text, name)
+        pass
 
     def log_prompts(self, path: Path, name: str, context: Literal["training", "evaluation"]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        client, run = self._opened()
-        num_prompts = sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-        dataset = Dataset(
-            name=name,
-            digest=sha256_of_file(path)[:16],
-            source_type="local",
-            source=json.dumps({"uri": str(path)}),
-            profile=json.dumps({"num_rows": num_prompts}),
-        )
-        client.log_inputs(run.info.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+        pass
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        client, run = self._opened()
-        for chunk in chunks([RunTag(key, value) for key, value in tags.items()], MAX_ENTRIES_PER_REQUEST):
-            client.log_batch(run.info.run_id, tags=chunk)
+        pass
 
     def finish(self, status: RunStatus) -> None:
-        if self._client is not None and self._run is not None:
-            self._client.set_terminated(self._run.info.run_id, status)
-
-    def _opened(self) -> tuple[MlflowClient, Run]:
-        if self._client is None:
-            self._client = connect(self._uri)
-        if self._run is None:
-            self._run = self._reopened(self._client) or self._created(self._client)
-        return self._client, self._run
-
-    def _reopened(self, client: MlflowClient) -> Run | None:
-        run = find_run(client, self._wanted_run_id) if self._wanted_run_id else None
-        if run is None and self._key is not None:
-            experiment_id = find_or_create_experiment(client, self._uri, self._experiment)
-            run = next(
-                iter(client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{self._key}'", max_results=1)), None
-            )
-        if run is not None:
-            client.update_run(run.info.run_id, status="RUNNING")
-            self._last_steps = {}
-        return run
-
-    def _created(self, client: MlflowClient) -> Run:
-        experiment_id = find_or_create_experiment(client, self._uri, self._experiment)
-        tags = {name: value for name, value in self._tags.items() if value is not None}
-        return client.create_run(experiment_id, run_name=self._run_name, tags=tags)
-
-    def _last_step(self, key: str) -> int:
-        client, run = self._opened()
-        if self._last_steps is None:
-            return -1
-        if key not in self._last_steps:
-            history = client.get_metric_history(run.info.run_id, key) if key in run.data.metrics else []
-            self._last_steps[key] = max((metric.step for metric in history), default=-1)
-        return self._last_steps[key]
+        pass
 
 
 @contextlib.contextmanager
 def ending(tracker: Tracker) -> Iterator[Tracker]:
-    """Ends the run of `tracker` with the block: FINISHED, FAILED by an error, KILLED by Ctrl-C or SIGTERM.
+    """Ends the run of `tracker` with the block: FINISHED, FAILED by an error, KILLED when it was told to stop.
 
-    MLflow itself leaves the run of a process that was told to stop as RUNNING for ever.
+    MLflow itself leaves the run of a process that was told to stop as RUNNING for ever. A signal has to arrive as an
+    exception; `sigterm_as_exit` makes SIGTERM one.
     """
     try:
-        with sigterm_as_exit():
-            yield tracker
-    except (KeyboardInterrupt, SystemExit):
+        yield tracker
+    except (KeyboardInterrupt, SystemExit, Preempted):
         tracker.finish("KILLED")
         raise
     except BaseException:
         tracker.finish("FAILED")
         raise
     tracker.finish("FINISHED")
-
-
-def connect(uri: str) -> MlflowClient:
-    """Opens the tracking store at `uri`, which is also the model registry; makes a SQLite one if it is absent."""
-    # Both have to be set before MLflow is imported.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow import MlflowClient
-
-    for name in ("alembic", "mlflow.pyfunc", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    database = sqlite_path(uri)
-    if database is not None and not database.exists():
-        # With a write-ahead log the 65 tables are made in less than half the time, and a reader blocks no writer.
-        database.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(database)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def find_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """Returns the experiment's id; beside a SQLite store its files go to the folder `mlartifacts`."""
-    experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    database = sqlite_path(uri)
-    location = None if database is None else (database.resolve().parent / "mlartifacts").as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
-
-
-def find_run(client: MlflowClient, run_id: str) -> Run | None:
-    """Looks a run up; None when the store never had it or it was deleted."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    return run if run.info.lifecycle_stage == "active" else None
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -303,13 +171,3 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
     return flat
-
-
-def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Cuts a sequence into pieces of `size` items, the last perhaps shorter."""
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """Returns the file of a SQLite store, and None for any other store."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,25 +17,46 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sfgrpo.advantages import group_advantages
-from sfgrpo.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
+from sfgrpo.batches import BatchArithmetic
+from sfgrpo.checkpoint import (
+    CHECKPOINTS,
+    TrainingState,
+    latest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    state_of,
+    update_of,
+)
 from sfgrpo.config import TrainStage, to_flat_dict
+from sfgrpo.distributed import (
+    Partition,
+    any_of,
+    even_slices,
+    gathered,
+    highest,
+    require_same_everywhere,
+    shared_files,
+)
 from sfgrpo.ema import Ema
+from sfgrpo.errors import Preempted
 from sfgrpo.evaluation import Evaluation, evaluate_policy, mean_rewards
 from sfgrpo.files import atomic_directory
 from sfgrpo.gains import step_gains
+from sfgrpo.guards import NumericalGuard, broken_images, without_broken_groups
 from sfgrpo.policies.base import Policy
+from sfgrpo.preemption import StopNotice
 from sfgrpo.progress import Progress
 from sfgrpo.prompts import prompts_of_update
 from sfgrpo.random import gaussian_noise
 from sfgrpo.report import pick_rows, sample_grid
 from sfgrpo.rewards.base import Reward, distinct_rewards
-from sfgrpo.rollout import roll_out
-from sfgrpo.scoring import score_states
+from sfgrpo.rollout import roll_out, row_slices
+from sfgrpo.scoring import score_states, share_start_rewards
 from sfgrpo.sde import trainable_steps
 from sfgrpo.timing import PhaseClock
 from sfgrpo.tracking import Tracker
-from sfgrpo.types import Conditioning, Prompt, RolloutBatch, Trajectory
-from sfgrpo.update import Objective, require_changed_sampler, update_policy
+from sfgrpo.types import Conditioning, Prompt, RolloutBatch, Trajectory, joined
+from sfgrpo.update import Objective, make_scaler, require_changed_sampler, update_policy
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +76,27 @@ class Materials:
     folder: Path
     """Resumable state: checkpoints, the best adapter, sample grids."""
     tracker: Tracker
+    notice: StopNotice
+    """Tells when the run has to make room."""
+    saved: Callable[[], None] = lambda: None
+    """Called by the main process when the folder has a new checkpoint."""
 
 
 class Trainer:
-    """One run of `config`; making it resumes from the latest checkpoint in the folder, if there is one."""
+    """One run of `config`; making it resumes from the latest checkpoint in the folder, if there is one.
+
+    Every process of the run makes one. All numbers that a decision hangs on are those of all processes, so that they
+    decide alike; files are written by the main process.
+    """
 
     def __init__(self, config: TrainStage, policy: Policy, materials: Materials, accelerator: Accelerator) -> None:
         self._config, self._policy, self._materials, self._accelerator = config, policy, materials, accelerator
+        self._batches = BatchArithmetic(config=config, num_processes=accelerator.num_processes)
+        self._partition = Partition(
+            num_images=config.rollout.num_images,
+            num_steps=config.update.steps_per_update,
+            num_processes=accelerator.num_processes,
+        )
         update = config.update
         self._optimizer = torch.optim.AdamW(
             policy.adapter_parameters().values(),
@@ -66,14 +104,24 @@ class Trainer:
             betas=update.betas,
             weight_decay=update.weight_decay,
         )
+        self._scaler = make_scaler(config.policy.dtype, policy.device)
         self._ema = Ema(policy.adapter_parameters(), config.ema.decay)
-        self._objective = objective_of(config, policy)
+        self._objective = objective_of(config, policy, self._batches.update_micro_batch)
         self._texts = sorted({prompt.text for prompt in materials.prompts})
         self._encoded = _encode_in_batches(policy, self._texts)
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
+        self._saved_update: int | None = None
+        self._seconds_of_update = math.inf
+        """What the last update took, and an update is expected to take."""
         self._sampler_changed = False
         self._restore()
+        self._guard = NumericalGuard(
+            update.max_broken_updates,
+            materials.folder / "nonfinite.jsonl",
+            count=sum(int(metrics["guards/broken"]) for metrics in self.history),
+            writes=accelerator.is_main_process,
+        )
 
     @property
     def update_index(self) -> int:
@@ -90,33 +138,69 @@ class Trainer:
         return self._ema.swapped_in(self._policy.module)
 
     def run(self) -> None:
-        """Trains to the last update, evaluating and saving on the way."""
+        """Trains to the last update, evaluating and saving on the way.
+
+        Raises:
+            Preempted: the run was told to stop, and its state is saved.
+        """
         config = self._config
-        with Progress(config.update.num_updates, config.rollout.num_images, first_update=self.update_index) as progress:
-            if not self.evaluations:
-                self._evaluate()
-            while (update_index := self.update_index) < config.update.num_updates:
-                metrics = self._update(update_index)
-                self._ema.update(self._policy.adapter_parameters())
-                self.history.append({"update": update_index + 1, **metrics})
-                self._materials.tracker.log_metrics(metrics, update_index + 1)
-                progress.show(update_index, metrics)
-                last = self.update_index == config.update.num_updates
-                if last or self.update_index % config.evaluation.every_num_updates == 0:
+        with Progress(
+            config.update.num_updates,
+            config.rollout.num_images,
+            first_update=self.update_index,
+            shown=self._accelerator.is_main_process,
+        ) as progress:
+            while True:
+                if self._is_due(config.evaluation.every_num_updates, first=True) and not self._is_evaluated():
                     self._evaluate()
-                if last or self.update_index % config.checkpoint.every_num_updates == 0:
+                if self._is_due(config.checkpoint.every_num_updates) and self._saved_update != self.update_index:
                     self._save()
+                if self.update_index == config.update.num_updates:
+                    return
+                self._heed_notice()
+                metrics = self._update(self.update_index)
+                self._ema.update(self._policy.adapter_parameters())
+                self.history.append({"update": self.update_index + 1, **metrics})
+                self._materials.tracker.log_metrics(metrics, self.update_index)
+                progress.show(self.update_index - 1, metrics)
+
+    def _is_due(self, every_num_updates: int, first: bool = False) -> bool:
+        if self.update_index == 0:
+            return first
+        last = self.update_index == self._config.update.num_updates
+        return last or self.update_index % every_num_updates == 0
+
+    def _is_evaluated(self) -> bool:
+        return bool(self.evaluations) and self.evaluations[-1]["update"] == self.update_index
+
+    def _heed_notice(self, seconds_to_go: float = math.inf) -> None:
+        """Saves the state after the last update and leaves, if a process was told to stop and time is too short."""
+        notice = self._materials.notice
+        if any_of(notice.given and notice.remaining_s < seconds_to_go, self._accelerator):
+            if self._saved_update != self.update_index:
+                self._save()
+            raise Preempted(
+                f"the run was told to stop; its state after update {self.update_index} is saved, and starting it again "
+                "goes on"
+            )
 
     def _update(self, update_index: int) -> dict[str, float]:
         """Does one update: rollout, rewards of all states, advantages, optimiser steps."""
-        config = self._config
-        clock = self._clock()
-        prompts, conditioning = self._prompts_of(update_index)
-        with clock("rollout"):
-            trajectory = self._roll_out(update_index, conditioning)
-        rewards_NS = self._score(trajectory, prompts, conditioning, clock)
+        config, clock, started = self._config, self._clock(), time.monotonic()
+        rows = self._partition.rows(self._accelerator.process_index)
+        prompts = self._prompts_of(update_index)
+        conditioning = self._conditioning_of([prompts[row] for row in rows.tolist()])
+        trajectories, rewards = [], []
+        for part in row_slices(len(rows), self._batches.rollout_micro_batch):
+            own = rows[part].tolist()
+            with clock("rollout"):
+                trajectories.append(self._roll_out(update_index, own, conditioning[part]))
+            rewards_NS = self._score(trajectories[-1], own, prompts, conditioning[part], clock)
+            rewards.append(rewards_NS.masked_fill(broken_images(trajectories[-1])[:, None], torch.nan))
+            self._heed_notice(self._seconds_of_update - (time.monotonic() - started))
+        rewards_NS, unrewarded_N = self._rewards_of_all(torch.cat(rewards))
         advantages = group_advantages(
-            self._gathered(rewards_NS),
+            rewards_NS,
             group_size=config.rollout.group_size,
             states=config.scored_states,
             credit=config.advantage.credit,
@@ -125,86 +209,110 @@ class Trainer:
             gae_lambda=config.advantage.gae_lambda,
         )
         batch = RolloutBatch(
-            trajectory=trajectory,
+            trajectory=joined(trajectories),
             conditioning=conditioning,
-            advantages_NK=advantages.values_NK[self._own_images].to(self._policy.device),
-            constant_N=advantages.constant_N[self._own_images].to(self._policy.device),
+            advantages_NK=advantages.values_NK[rows].to(self._policy.device),
+            constant_N=advantages.constant_N[rows].to(self._policy.device),
         )
         with clock("update"):
-            metrics = update_policy(self._policy, self._optimizer, batch, self._objective, self._accelerator)
-        if not self._sampler_changed and bool(batch.advantages_NK[:, list(self._objective.trained_steps)].any()):
-            require_changed_sampler(self._policy, batch, self._objective)
+            outcome = update_policy(
+                self._policy, self._optimizer, batch, self._objective, self._accelerator, self._scaler
+            )
+        if not self._sampler_changed and outcome.trained:
+            require_changed_sampler(self._policy, batch, self._objective, self._accelerator)
             self._sampler_changed = True
-        constant = float(advantages.constant_N.float().mean())
-        rewards = _reward_metrics(rewards_NS, config.scored_states)
-        return {**rewards, "groups/constant_fraction": constant, **metrics, **clock.metrics()}
+        broken = {
+            "reward": unrewarded_N,
+            "loss": self._of_all(outcome.broken_loss_N),
+            "gradient": self._of_all(outcome.broken_gradient_N),
+        }
+        for what, images in broken.items():
+            self._guard.record(update_index, what, [prompts[image] for image in images.nonzero().flatten().tolist()])
+        self._seconds_of_update = time.monotonic() - started
+        return {
+            **_reward_metrics(rewards_NS, config.scored_states),
+            "groups/constant_fraction": float(advantages.constant_N.float().mean()),
+            **outcome.metrics,
+            "guards/broken": float(any(images.any() for images in broken.values())),
+            **clock.metrics(),
+        }
 
     def _clock(self) -> PhaseClock:
-        return PhaseClock(torch.cuda.synchronize) if self._policy.device.type == "cuda" else PhaseClock()
+        rollout = ("rollout.micro_batch_size", self._batches.rollout_micro_batch)
+        settings = dict.fromkeys(("rollout", "estimates", "decode", "reward"), rollout) | {
+            "update": ("update.micro_batch_size", self._batches.update_micro_batch),
+            "evaluation": ("evaluation.micro_batch_size", self._config.evaluation.micro_batch_size),
+        }
+        return PhaseClock(self._policy.device, settings)
 
-    @property
-    def _own_images(self) -> slice:
-        """Images of an update that this process samples: whole groups, the same number on every process."""
-        share = self._config.rollout.num_images // self._accelerator.num_processes
-        return slice(self._accelerator.process_index * share, (self._accelerator.process_index + 1) * share)
-
-    def _gathered(self, rewards_NS: Tensor) -> Tensor:
-        gathered: Tensor = self._accelerator.gather(rewards_NS.to(self._accelerator.device))
-        return gathered.cpu()
-
-    def _prompts_of(self, update_index: int) -> tuple[list[Prompt], Conditioning]:
-        """Picks this process's prompts of an update, one per image."""
+    def _prompts_of(self, update_index: int) -> list[Prompt]:
+        """Picks the prompts of an update, one per image."""
         config, pool = self._config, self._materials.prompts
         positions = prompts_of_update(pool, update_index, config.rollout.prompts_per_update, config.seed)
-        repeated = [pool[position] for position in positions for _ in range(config.rollout.group_size)]
-        prompts = repeated[self._own_images]
-        rows = [self._texts.index(prompt.text) for prompt in prompts]
-        return prompts, self._encoded[rows].to(self._policy.device)
+        return [pool[position] for position in positions for _ in range(config.rollout.group_size)]
 
-    def _roll_out(self, update_index: int, conditioning: Conditioning) -> Trajectory:
-        """Samples this process's images; start noise belongs to the group, step noise to the image."""
+    def _conditioning_of(self, prompts: Sequence[Prompt]) -> Conditioning:
+        return self._encoded[[self._texts.index(prompt.text) for prompt in prompts]].to(self._policy.device)
+
+    def _roll_out(self, update_index: int, images: Sequence[int], conditioning: Conditioning) -> Trajectory:
+        """Samples images of an update; start noise belongs to the group, step noise to the image."""
         config, shape = self._config, self._policy.latent_shape
-        group_size, num_steps = config.rollout.group_size, config.sampling.num_steps
-        images = range(self._own_images.start, self._own_images.stop)
-        groups = range(images.start // group_size, images.stop // group_size)
-        start = gaussian_noise(config.seed, "start_noise", update_index, groups, shape).repeat_interleave(group_size, 0)
-        noise = gaussian_noise(config.seed, "step_noise", update_index, images, (num_steps, *shape))
+        groups = [image // config.rollout.group_size for image in images]
+        step_shape = (config.sampling.num_steps, *shape)
         return roll_out(
             self._policy,
             conditioning,
-            start.to(self._policy.device),
-            noise.to(self._policy.device),
+            gaussian_noise(config.seed, "start_noise", update_index, groups, shape).to(self._policy.device),
+            gaussian_noise(config.seed, "step_noise", update_index, images, step_shape).to(self._policy.device),
             self._objective.sigmas_S,
             sampler=config.sampling.sampler,
             noise_level=config.sampling.noise_level,
             guidance_scale=config.sampling.guidance_scale,
-            micro_batch_size=config.rollout.micro_batch_size,
+            micro_batch_size=len(images),
         )
 
     def _score(
-        self, trajectory: Trajectory, prompts: Sequence[Prompt], conditioning: Conditioning, clock: PhaseClock
+        self,
+        trajectory: Trajectory,
+        images: Sequence[int],
+        prompts: Sequence[Prompt],
+        conditioning: Conditioning,
+        clock: PhaseClock,
     ) -> Tensor:
-        """Rewards the states that the credit needs."""
+        """Rewards the states that the credit needs; the first image of a group does so for the shared start state."""
         config = self._config
         return score_states(
             self._policy,
             trajectory,
             conditioning,
-            prompts,
+            [prompts[image] for image in images],
             self._materials.reward,
             self._objective.sigmas_S,
             config.scored_states,
-            group_size=config.rollout.group_size,
+            leaders=[row for row, image in enumerate(images) if image % config.rollout.group_size == 0],
             num_substeps=config.estimates.num_substeps,
             guidance_scale=config.sampling.guidance_scale,
-            micro_batch_size=config.rollout.micro_batch_size,
+            micro_batch_size=self._batches.rollout_micro_batch,
             clock=clock,
+            cut=functools.partial(even_slices, accelerator=self._accelerator),
         )
+
+    def _of_all(self, own: Tensor) -> Tensor:
+        """Gathers what each process has for each of its images, in the order of the images of the update."""
+        return self._partition.in_order(gathered(own, self._accelerator))
+
+    def _rewards_of_all(self, own_rewards_NS: Tensor) -> tuple[Tensor, Tensor]:
+        """Gathers the rewards of all images, [num_images, S], and tells which images had none to learn from."""
+        config = self._config
+        rewards_NS = self._of_all(own_rewards_NS)
+        rewards_NS = share_start_rewards(rewards_NS, config.scored_states, config.rollout.group_size)
+        return without_broken_groups(rewards_NS, config.rollout.group_size)
 
     def _evaluate(self) -> None:
         """Judges the averaged adapter, records it, and keeps it when it is the best so far."""
         config, materials, clock = self._config.evaluation, self._materials, self._clock()
         rewards = distinct_rewards(materials.reward, *materials.held_out)
+        shown = pick_rows(materials.evaluation_prompts, per_tag=2)
         with clock("evaluation"), self.averaged():
             evaluation = evaluate_policy(
                 self._policy,
@@ -216,6 +324,9 @@ class Trainer:
                 guidance_scale=config.guidance_scale,
                 seed=config.seed,
                 micro_batch_size=config.micro_batch_size,
+                shown=shown,
+                accelerator=self._accelerator,
+                between=self._heed_notice,
             )
             noisy = self._noisy_rewards(rewards) if config.training_sampler else {}
             metrics = {**evaluation.to_dict(), **{f"evaluation_noisy/{name}": value for name, value in noisy.items()}}
@@ -225,7 +336,8 @@ class Trainer:
                     self._policy.save_adapter(partial)
         metrics |= clock.metrics()
         materials.tracker.log_metrics(metrics, self.update_index)
-        self._draw(evaluation)
+        if self._accelerator.is_main_process:
+            self._draw(evaluation, shown)
         logger.info("update %d: GenEval %s", self.update_index, evaluation.table.overall)
 
     def _noisy_rewards(self, rewards: Sequence[Reward]) -> dict[str, float]:
@@ -242,52 +354,86 @@ class Trainer:
             micro_batch_size=config.micro_batch_size,
             sampler=sampling.sampler,
             noise_level=sampling.noise_level,
+            accelerator=self._accelerator,
+            between=self._heed_notice,
         )
 
-    def _draw(self, evaluation: Evaluation) -> None:
-        prompts = self._materials.evaluation_prompts
+    def _draw(self, evaluation: Evaluation, shown: Sequence[int]) -> None:
+        prompts, name = self._materials.evaluation_prompts, f"update {self.update_index}"
         path = self._materials.folder / f"samples_{self.update_index:06d}.png"
-        name = f"update {self.update_index}"
-        sample_grid(prompts, {name: evaluation.images}, {name: evaluation.correct}, pick_rows(prompts, per_tag=2)).save(
-            path
-        )
+        sample_grid(prompts, {name: evaluation.images}, {name: evaluation.correct}, shown).save(path)
         self._materials.tracker.log_image(path, "samples", self.update_index)
 
     def _save(self) -> None:
         """Writes a checkpoint of everything that the rest of the run depends on."""
+        materials = self._materials
+        require_same_everywhere(self._policy.adapter_parameters(), self._accelerator)
+        self._saved_update = self.update_index
         if not self._accelerator.is_main_process:
             return
+        best = sorted((materials.folder / "best").glob("*"))
         state = TrainingState(
             update_index=self.update_index,
             adapter={name: value.detach() for name, value in self._policy.adapter_parameters().items()},
             ema=self._ema.state_dict(),
             optimizer=self._optimizer.state_dict(),
+            scaler=self._scaler.state_dict(),
             # All noise is addressed by seed and update; torch's own generator is the only stream with a state.
             rng={"torch": torch.get_rng_state()},
             config=to_flat_dict(self._config),
             history=self.history,
-            extra={"evaluations": self.evaluations, "tracked_run": self._materials.tracker.run_id},
+            best={file.name: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in best},
+            extra={"evaluations": self.evaluations},
         )
-        save_checkpoint(self._materials.folder / "checkpoints", state, self._config.checkpoint.keep)
+        save_checkpoint(materials.folder / CHECKPOINTS, state, self._config.checkpoint.keep)
+        materials.saved()
 
     def _restore(self) -> None:
-        path = latest_checkpoint(self._materials.folder / "checkpoints")
-        if path is None:
+        state = self._newest_state()
+        if state is None:
             return
-        state = load_checkpoint(path)
         with torch.no_grad():
             for name, parameter in self._policy.adapter_parameters().items():
                 parameter.copy_(state.adapter[name])
         self._ema.load_state_dict(state.ema)
         self._optimizer.load_state_dict(dict(state.optimizer))
+        self._scaler.load_state_dict(dict(state.scaler))
         torch.set_rng_state(torch.as_tensor(state.rng["torch"]))
         self.history = [dict(metrics) for metrics in state.history]
         self.evaluations = list(state.extra["evaluations"])
+        self._saved_update = state.update_index
         self._sampler_changed = True
-        logger.info("resuming after update %d from %s", state.update_index, path.name)
+        if self._accelerator.is_main_process:
+            self._restore_records(state)
+        logger.info("resuming after update %d", state.update_index)
+
+    def _newest_state(self) -> TrainingState | None:
+        """Reads the newest checkpoint that any process finds on its disk; None when there is none."""
+        path = latest_checkpoint(self._materials.folder / CHECKPOINTS)
+        found = -1 if path is None else update_of(path)
+        newest = round(highest([found], self._accelerator)[0])
+        if newest < 0:
+            return None
+        files = read_checkpoint(path) if path is not None and found == newest else None
+        return state_of(shared_files(files, self._accelerator))
+
+    def _restore_records(self, state: TrainingState) -> None:
+        """Puts the best adapter back, and what the tracker may have missed before the process died."""
+        materials = self._materials
+        if state.best:
+            with atomic_directory(materials.folder / "best") as partial:
+                for name, content in state.best.items():
+                    (partial / name).write_bytes(content.numpy().tobytes())
+        for entry in self.history:
+            materials.tracker.log_metrics({k: v for k, v in entry.items() if k != "update"}, entry["update"])
+        for evaluation in self.evaluations:
+            materials.tracker.log_metrics(evaluation["metrics"], evaluation["update"])
+            path = materials.folder / f"samples_{evaluation['update']:06d}.png"
+            if path.exists():
+                materials.tracker.log_image(path, "samples", evaluation["update"])
 
 
-def objective_of(config: TrainStage, policy: Policy) -> Objective:
+def objective_of(config: TrainStage, policy: Policy, micro_batch_size: int) -> Objective:
     """Gathers what an update maximises from the configuration and the policy's schedule."""
     sigmas = policy.sigmas(config.sampling.num_steps).to(policy.device)
     sampling, update = config.sampling, config.update
@@ -303,7 +449,7 @@ def objective_of(config: TrainStage, policy: Policy) -> Objective:
         kl_form=update.kl_form,
         max_grad_norm=update.max_grad_norm,
         steps_per_update=update.steps_per_update,
-        micro_batch_size=update.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         ratio_tolerance=update.ratio_tolerance,
     )
 

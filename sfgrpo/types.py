@@ -7,7 +7,7 @@ Dimension suffixes: `P` prompts, `G` images per prompt (the group), `N` = P*G, `
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
@@ -124,6 +124,17 @@ class Trajectory:
     velocities_NKCHW: Tensor
     log_probs_NK: Tensor
     """NaN where the step was deterministic: such a step has no density and is never trained."""
+
+
+def joined(trajectories: Sequence[Trajectory]) -> Trajectory:
+    """Puts the runs of several trajectories one after the other."""
+    from torch import cat
+
+    return Trajectory(
+        latents_NSCHW=cat([part.latents_NSCHW for part in trajectories]),
+        velocities_NKCHW=cat([part.velocities_NKCHW for part in trajectories]),
+        log_probs_NK=cat([part.log_probs_NK for part in trajectories]),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
+from sfgrpo.distributed import any_of, even_slices, gathered, total, total_gradients
 from sfgrpo.errors import CanaryError
-from sfgrpo.losses import PolicyLoss, clipped_surrogate
+from sfgrpo.losses import clipped_surrogate
 from sfgrpo.policies.base import Policy
-from sfgrpo.rollout import row_slices
 from sfgrpo.sde import SAMPLERS, StepDistribution, gaussian_kl, gaussian_log_prob
 from sfgrpo.types import RolloutBatch
+
+COLUMNS = ("loss", "ratio", "deviation", "clipped", "approx_kl", "kl_reference")
+"""What is noted of every trained (image, step)."""
+LOWEST_SCALE = 1.0
+"""Below it a loss scale would only lose digits: a gradient that overflows even here is broken."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,82 +42,197 @@ class Objective:
     ratio_tolerance: float
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateOutcome:
+    """What an update did. Metrics and `trained` are of all processes together, and the same on each."""
+
+    metrics: dict[str, float]
+    """Always finite: means and sums are over what is finite."""
+    trained: bool
+    """Whether an optimiser step was due that had an advantage to follow, and no number stood in its way."""
+    broken_loss_N: Tensor
+    """True for the images of this process whose loss, or log-prob, is NaN or infinite; on the CPU."""
+    broken_gradient_N: Tensor
+    """True for the images of this process behind a gradient that is so although every loss is finite; on the CPU."""
+
+
+def make_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
+    """Makes what scales the loss of a policy in float16, and does nothing for any other."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+
+
 def update_policy(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     batch: RolloutBatch,
     objective: Objective,
     accelerator: Accelerator,
-) -> dict[str, float]:
+    scaler: torch.amp.GradScaler,
+) -> UpdateOutcome:
     """Takes `steps_per_update` optimiser steps, each on its own consecutive share of the rollout's images.
 
-    The loss is the mean over all images and trained steps of a share, on all processes; images of constant groups
-    count as the zeros that they are and cost nothing. The first step is on-policy, so its ratio must be 1.
+    The batch holds the images of this process; share s of all processes together is what optimiser step s learns
+    from. The loss is the mean over all images and trained steps of a share; images of constant groups count as the
+    zeros that they are and cost nothing. The first step is on-policy, so its ratio must be 1.
+
+    A step whose loss or gradient is not finite somewhere is left out on all processes. One whose gradient overflows
+    at a scale of `scaler` that can still fall is left out too, but is nobody's fault.
+
+    Gradients are added up once a step, by `total_gradients`, and not by the hooks of DDP: since constant groups cost
+    nothing, processes differ in their number of images, and so would in their number of backward passes.
 
     Raises:
-        CanaryError: the ratio of the first step is off 1 by more than `ratio_tolerance`; no trainable parameter takes
-            part in the loss; or the gradient is not finite.
+        CanaryError: the ratio of the first step is off 1 by more than `ratio_tolerance` on some process, which all
+            learn; or no trainable parameter takes part in the loss.
     """
-    shares = torch.arange(len(batch.constant_N), device=batch.constant_N.device).chunk(objective.steps_per_update)
-    collected: list[Mapping[str, float]] = []
-    for index, rows in enumerate(shares):
-        metrics = _accumulate_gradients(policy, batch, rows[~batch.constant_N[rows]], len(rows), objective, accelerator)
-        if index == 0:
-            _check_first_ratio(metrics["policy/ratio_deviation"], objective.ratio_tolerance)
-        parameters = list(policy.adapter_parameters().values())
-        for parameter in parameters:
-            parameter.grad = accelerator.reduce(
-                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, reduction="sum"
-            )
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, objective.max_grad_norm)
-        if not grad_norm.isfinite():
-            raise CanaryError(f"the norm of the gradient is {float(grad_norm)}: lower update.learning_rate")
-        if grad_norm > 0:
-            optimizer.step()
+    shares = torch.arange(len(batch.constant_N)).chunk(objective.steps_per_update)
+    constant_N = batch.constant_N.cpu()
+    broken_loss_N, broken_gradient_N = torch.zeros(2, len(constant_N), dtype=torch.bool).unbind()
+    passes: list[_Passes] = []
+    steps: list[_Step] = []
+    for share in shares:
+        rows = share[~constant_N[share]]
+        num_terms = len(share) * len(objective.trained_steps) * accelerator.num_processes
+        done = _accumulate_gradients(policy, batch, rows, num_terms, objective, accelerator, scaler)
+        if not passes:
+            _check_first_ratio(done.deviations, objective.ratio_tolerance)
+        passes.append(done)
+        if done.sums["broken"]:
+            broken_loss_N[done.broken_rows] = True
+        elif done.num_passes:
+            parameters = list(policy.adapter_parameters().values())
+            steps.append(_take_step(parameters, optimizer, objective.max_grad_norm, accelerator, scaler))
+            broken_gradient_N[rows] = steps[-1].kind == "broken"
         optimizer.zero_grad()
-        collected.append({**metrics, "optim/grad_norm": float(grad_norm)})
-    averaged = {key: sum(metrics[key] for metrics in collected) / len(collected) for key in collected[0]}
-    return {**averaged, "policy/ratio_deviation_first_pass": collected[0]["policy/ratio_deviation"]}
+    num_broken = sum(bool(done.sums["broken"]) for done in passes) + sum(step.kind == "broken" for step in steps)
+    num_overflows = sum(step.kind == "overflow" for step in steps)
+    # A share without images to learn from is a step with a gradient of 0.
+    num_norms = len(shares) - num_broken - num_overflows
+    metrics = {
+        **_means(passes),
+        "policy/ratio_deviation": max(max(done.deviations) for done in passes),
+        "policy/ratio_deviation_first_pass": max(passes[0].deviations),
+        "optim/grad_norm": sum(step.grad_norm for step in steps if step.kind == "finite") / max(num_norms, 1),
+        "guards/skipped_steps": float(num_broken),
+    }
+    if scaler.is_enabled():
+        metrics |= {"optim/overflow_steps": float(num_overflows), "optim/loss_scale": scaler.get_scale()}
+    return UpdateOutcome(
+        metrics=metrics,
+        trained=not num_broken + num_overflows and any(done.sums["with_advantage"] for done in passes),
+        broken_loss_N=broken_loss_N,
+        broken_gradient_N=broken_gradient_N,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Passes:
+    """What the forward and backward passes of a share gave."""
+
+    num_passes: int
+    sums: Mapping[str, float]
+    """Over the (image, step) terms of all processes: `COLUMNS` of the finite ones, and how many there are of which."""
+    deviations: list[float]
+    """Largest |ratio - 1| of each process."""
+    broken_rows: Tensor
+    """Images of this process with a term that is not finite."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What became of an optimiser step."""
+
+    kind: Literal["finite", "overflow", "broken"]
+    grad_norm: float
 
 
 def _accumulate_gradients(
     policy: Policy,
     batch: RolloutBatch,
     rows: Tensor,
-    share_size: int,
+    num_terms: int,
     objective: Objective,
     accelerator: Accelerator,
-) -> dict[str, float]:
+    scaler: torch.amp.GradScaler,
+) -> _Passes:
     """Adds the gradient of a share's loss into the parameters, one micro-batch of one step at a time."""
-    num_terms = share_size * len(objective.trained_steps) * accelerator.num_processes
-    losses: list[PolicyLoss] = []
-    kls: list[Tensor] = []
+    parts = [rows[part] for part in even_slices(len(rows), objective.micro_batch_size, accelerator)]
+    collected = [torch.empty(0, len(COLUMNS), device=policy.device)]
     for step in objective.trained_steps:
-        for part in row_slices(len(rows), objective.micro_batch_size):
-            surrogate, kl = _step_loss(policy, batch, rows[part], step, objective)
-            if not surrogate.loss.requires_grad:
+        for part in parts:
+            if len(part):
+                loss, columns = _step_loss(policy, batch, part.to(policy.device), step, objective)
+                collected.append(columns)
+            else:
+                loss = _loss_of_nothing(policy, batch, step, objective)
+            if not loss.requires_grad:
                 raise CanaryError("no trainable parameter takes part in the loss: the adapter is not attached")
-            accelerator.backward((surrogate.loss + objective.kl_coef * kl).sum() / num_terms)
-            losses.append(surrogate)
-            kls.append(kl.detach())
+            # Not by accelerator.backward, which would scale a second time if it was launched with mixed precision.
+            scaler.scale(loss / num_terms).backward()
+    columns_MJ = torch.cat(collected).cpu().double()
+    finite_M = columns_MJ.isfinite().all(dim=1)
+    finite_MJ = columns_MJ[finite_M]
+    advantages = batch.advantages_NK.cpu()[rows][:, list(objective.trained_steps)]
+    counts = {
+        "all": float(num_terms / accelerator.num_processes),
+        "finite": float(finite_M.sum()),
+        "broken": float((~finite_M).sum()),
+        "with_advantage": float(advantages.count_nonzero()),
+    }
+    local = counts | dict(zip(COLUMNS, finite_MJ.sum(dim=0).tolist(), strict=True))
+    deviation = finite_MJ[:, COLUMNS.index("deviation")]
+    return _Passes(
+        num_passes=len(parts) * len(objective.trained_steps),
+        sums=dict(zip(local, total(list(local.values()), accelerator), strict=True)),
+        deviations=gathered(torch.cat([deviation, torch.zeros(1)]).amax().float().view(1), accelerator).tolist(),
+        broken_rows=rows.repeat(len(objective.trained_steps))[~finite_M],
+    )
+
+
+def _means(passes: Sequence[_Passes]) -> dict[str, float]:
+    """Averages over the terms of all shares: the loss over all, what is known of trained images only over these."""
+    sums = {name: sum(done.sums[name] for done in passes) for name in passes[0].sums}
+    finite, counted = sums["finite"], sums["all"] - sums["broken"]
     return {
-        "policy/loss": float(sum(loss.loss.detach().sum() for loss in losses)) / num_terms,
-        "policy/ratio_mean": _mean([loss.ratio_mean for loss in losses], empty=1.0),
-        "policy/ratio_deviation": max([float(loss.ratio_deviation) for loss in losses], default=0.0),
-        "policy/clip_fraction": _mean([loss.clip_fraction for loss in losses]),
-        "policy/approx_kl": _mean([loss.approx_kl for loss in losses]),
-        "policy/kl_reference": float(torch.cat(kls).mean()) if kls else 0.0,
+        "policy/loss": sums["loss"] / counted if counted else 0.0,
+        "policy/ratio_mean": sums["ratio"] / finite if finite else 1.0,
+        "policy/clip_fraction": sums["clipped"] / finite if finite else 0.0,
+        "policy/approx_kl": sums["approx_kl"] / finite if finite else 0.0,
+        "policy/kl_reference": sums["kl_reference"] / finite if finite else 0.0,
     }
 
 
-def _mean(values: Sequence[Tensor], empty: float = 0.0) -> float:
-    return float(torch.stack(list(values)).mean()) if values else empty
+def _take_step(
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    accelerator: Accelerator,
+    scaler: torch.amp.GradScaler,
+) -> _Step:
+    """Takes one optimiser step with the gradients of all processes, unless they are all 0 or one is not finite."""
+    total_gradients(parameters, accelerator)
+    scaler.unscale_(optimizer)
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    if math.isfinite(grad_norm) and grad_norm > 0:
+        scaler.step(optimizer)
+    scale = scaler.get_scale()
+    scaler.update()
+    if math.isfinite(grad_norm):
+        return _Step(kind="finite", grad_norm=grad_norm)
+    if LOWEST_SCALE <= scaler.get_scale() < scale:
+        return _Step(kind="overflow", grad_norm=grad_norm)
+    if scaler.is_enabled():
+        scaler.update(max(scaler.get_scale(), LOWEST_SCALE))
+    return _Step(kind="broken", grad_norm=grad_norm)
 
 
 def _step_loss(
     policy: Policy, batch: RolloutBatch, rows: Tensor, step: int, objective: Objective
-) -> tuple[PolicyLoss, Tensor]:
-    """Gives the surrogate of one step of the images `rows`, and the KL to the start policy (0 where its weight is)."""
+) -> tuple[Tensor, Tensor]:
+    """Gives the loss of one step of the images `rows`, summed, and its `COLUMNS`, [len(rows), J] without gradient.
+
+    The KL to the start policy is 0 where its weight is.
+    """
     latents = batch.trajectory.latents_NSCHW
     x, taken = latents[rows, step], latents[rows, step + 1]
     conditioning = batch.conditioning[rows]
@@ -128,23 +249,44 @@ def _step_loss(
         batch.advantages_NK[rows, step],
         objective.clip_range,
     )
-    if objective.kl_coef == 0:
-        return surrogate, torch.zeros(len(rows), device=x.device)
-    start = distribution(policy.reference_velocity(x, sigma, conditioning, objective.guidance_scale))
-    return surrogate, gaussian_kl(now.mean, start.mean, now.std, objective.kl_form, sigma - sigma_next)
+    kl = torch.zeros_like(surrogate.ratio)
+    if objective.kl_coef > 0:
+        start = distribution(policy.reference_velocity(x, sigma, conditioning, objective.guidance_scale))
+        kl = gaussian_kl(now.mean, start.mean, now.std, objective.kl_form, sigma - sigma_next)
+    noted = (surrogate.loss, surrogate.ratio, surrogate.deviation, surrogate.clipped, surrogate.approx_kl, kl)
+    return (surrogate.loss + objective.kl_coef * kl).sum(), torch.stack(noted, dim=1).detach()
 
 
-def _check_first_ratio(deviation: float, tolerance: float) -> None:
-    # Written so that NaN fails too.
-    if not deviation <= tolerance:
+def _loss_of_nothing(policy: Policy, batch: RolloutBatch, step: int, objective: Objective) -> Tensor:
+    """Gives the loss of no image, 0, by the very passes that an image takes.
+
+    They are those of one blank latent: not every attention kernel takes a batch of 0.
+    """
+    blank = torch.zeros_like(batch.trajectory.latents_NSCHW[:1, step])
+    arguments = (blank, objective.sigmas_S[step].expand(1), batch.conditioning[:1], objective.guidance_scale)
+    if objective.kl_coef > 0:
+        policy.reference_velocity(*arguments)
+    return 0 * policy.velocity(*arguments).sum()
+
+
+def _check_first_ratio(deviations: Sequence[float], tolerance: float) -> None:
+    """Takes the largest |ratio - 1| of every process, so that all of them fail together."""
+    if off := [rank for rank, deviation in enumerate(deviations) if deviation > tolerance]:
+        where = f" on rank {', '.join(map(str, off))} of {len(deviations)}" if len(deviations) > 1 else ""
         raise CanaryError(
-            f"before the first optimiser step the ratio is off 1 by {deviation:.3g}, more than update.ratio_tolerance "
-            f"{tolerance:.3g}: rollout and update disagree on dtype, batch, schedule or adapter"
+            f"before the first optimiser step the ratio is off 1 by {max(deviations):.3g}{where}, more than "
+            f"update.ratio_tolerance {tolerance:.3g}: rollout and update disagree on dtype, batch, schedule or adapter"
         )
 
 
-def require_changed_sampler(policy: Policy, batch: RolloutBatch, objective: Objective) -> None:
-    """Raises `CanaryError` when the policy's output is bit for bit what it was in the rollout: nothing was trained."""
+def require_changed_sampler(
+    policy: Policy, batch: RolloutBatch, objective: Objective, accelerator: Accelerator
+) -> None:
+    """Raises `CanaryError` on all processes when the policy's output, on any, is still that of the rollout.
+
+    To be asked after an update that trained, by all processes at the same time: bit for bit the same output means
+    that nothing was trained.
+    """
     row = slice(0, 1)
     before = batch.trajectory.velocities_NKCHW[row, 0]
     with torch.no_grad():
@@ -155,7 +297,8 @@ def require_changed_sampler(policy: Policy, batch: RolloutBatch, objective: Obje
             objective.guidance_scale,
         )
     # A batch of one may round differently from the rollout's, by far less than an optimiser step moves the output.
-    if torch.allclose(before, after, rtol=0, atol=1e-6 * float(before.abs().max())):
+    unchanged = torch.allclose(before, after, rtol=0, atol=1e-6 * float(before.abs().max()))
+    if any_of(unchanged, accelerator):
         raise CanaryError(
             "the sampler's output did not change with the first update: the adapter is not attached to the policy, or "
             "update.learning_rate is too small to matter"

@@ -16,6 +16,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
+from sfgrpo.environment import read_environment
+from sfgrpo.errors import ConfigError
+from sfgrpo.status import ExitStatus
 from tasks.supervisor import is_stopping, run_supervised
 
 Parameters = ParamSpec("Parameters")
@@ -25,8 +28,6 @@ LOGS = Path("logs")
 METRICS = Path("reports/evaluate/metrics.json")
 REGISTRATION = Path("reports/registered.json")
 """Written by `python -m sfgrpo register`; no output of DVC, since the registry is the truth."""
-BAD_CONFIG = 2
-"""Exit status of `python -m sfgrpo` when the parameters are wrong."""
 DVC_ADVICE = (
     "Generating lock file",
     "Updating lock file",
@@ -69,24 +70,43 @@ def run_command(stage: str, command: Sequence[str], environment: Mapping[str, st
             lines.append(line)
             logger.info("%s", line)
 
+    try:
+        grace_s = read_environment().grace_s
+    except ConfigError as error:
+        raise StageError(stage, ExitStatus.WRONG_CONFIGURATION, str(error).splitlines()) from error
     # The stages are `python -m sfgrpo ...`: of all Pythons, they need this one.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    status = run_supervised(command, LOGS / f"{stage}.log", show, {**os.environ, **(environment or {}), "PATH": path})
+    status = run_supervised(
+        command,
+        LOGS / f"{stage}.log",
+        show,
+        {**os.environ, **(environment or {}), "PATH": path},
+        grace_s=grace_s,
+    )
     if status:
         reported = re.findall(r"exited with (\d+)", "\n".join(lines))
         raise StageError(stage, int(reported[-1]) if reported else status, tuple(lines))
 
 
 def reproduce(stage: str, file: str = "dvc.yaml", environment: Mapping[str, str] | None = None) -> None:
-    """Brings one DVC stage up to date; stages may run side by side."""
+    """Brings one DVC stage up to date; stages may run side by side.
+
+    A stage that was told to stop goes on, as often as it takes, until this process itself is told to stop.
+    """
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", f"{file}:{stage}"]
-    run_command(stage, command, environment)
+    while True:
+        try:
+            return run_command(stage, command, environment)
+        except StageError as error:
+            if error.status != ExitStatus.RESUMABLE or is_stopping(within_s=RETRY_DELAY_S):
+                raise
+            get_run_logger().warning("stage %s was told to stop; it goes on from where it stopped", stage)
 
 
 def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Tells whether a failure may pass by itself: wrong parameters stay wrong, and who was told to stop stops."""
     error = state.result(raise_on_failure=False)
-    return not is_stopping() and not (isinstance(error, StageError) and error.status == BAD_CONFIG)
+    return not is_stopping() and not (isinstance(error, StageError) and error.status == ExitStatus.WRONG_CONFIGURATION)
 
 
 def stage_task(
@@ -111,7 +131,7 @@ def prompts() -> None:
 
 @stage_task("train")
 def train() -> None:
-    """Trains the policy; a retry goes on from the last checkpoint."""
+    """Trains the policy; a retry goes on from the last checkpoint, and so does a training that was told to stop."""
     reproduce("train")
 
 

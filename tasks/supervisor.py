@@ -25,8 +25,8 @@ import psutil  # type: ignore[import-untyped]
 
 MARK = "STAGE_SUPERVISOR"
 """Environment variable `<pid> <start time> <folder>` of every process below a supervisor."""
-GRACE_S = 15.0
-"""Time between SIGTERM and SIGKILL; Prefect gives a cancelled flow 30 s in all."""
+GRACE_MARGIN_S = 5.0
+"""Time between the end of a stage's own grace and SIGKILL; Prefect gives a cancelled flow 30 s in all."""
 POLL_S = 0.2
 STOPPED = 128 + signal.SIGTERM
 """Exit status of a command that was told to stop."""
@@ -36,22 +36,28 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def run_supervised(
-    command: Sequence[str], log: Path, on_line: Callable[[str], None], environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    log: Path,
+    on_line: Callable[[str], None],
+    environment: Mapping[str, str] | None = None,
+    *,
+    grace_s: float,
 ) -> int:
     """Runs a command in the working directory and returns its exit status; ends it if this call is interrupted.
 
-    After `stop_all` it starts nothing and returns `STOPPED`.
+    When it is told to stop it has `grace_s` seconds, and a margin, to leave. After `stop_all` this starts nothing and
+    returns `STOPPED`.
 
     What it prints goes to the file `log`, and from there to `on_line`: a child that held the output of the calling
     process would hide that process's death from Prefect.
     """
     if _stopping.is_set():
         return STOPPED
-    end_leftovers(Path.cwd())
+    end_leftovers(Path.cwd(), grace_s)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as sink, log.open(encoding="utf-8", errors="replace") as source:
         supervisor = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(os.getpid()), *command],
+            [sys.executable, "-P", __file__, str(os.getpid()), str(grace_s), *command],
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -76,22 +82,22 @@ def stop_all() -> None:
     _signal_all([child for child in psutil.Process().children() if _supervises(child)], signal.SIGTERM)
 
 
-def is_stopping() -> bool:
-    """Tells whether `stop_all` was called."""
-    return _stopping.is_set()
+def is_stopping(within_s: float = 0.0) -> bool:
+    """Tells whether `stop_all` was called, or is within so many seconds."""
+    return _stopping.wait(within_s)
 
 
-def end_leftovers(folder: Path) -> list[int]:
+def end_leftovers(folder: Path, grace_s: float) -> list[int]:
     """Ends what dead supervisors of this folder left behind; returns the process ids."""
     leftovers = [process for process in psutil.process_iter() if _is_leftover(process, folder)]
-    end(lambda: [process for process in leftovers if _runs(process)])
+    end(lambda: [process for process in leftovers if _runs(process)], grace_s)
     return [process.pid for process in leftovers]
 
 
-def end(remaining: Callable[[], list[psutil.Process]]) -> None:
-    """Sends SIGTERM to all that remains, and SIGKILL to what still does after the grace time."""
+def end(remaining: Callable[[], list[psutil.Process]], grace_s: float) -> None:
+    """Sends SIGTERM to all that remains, and SIGKILL to what still does after the grace time and a margin."""
     _signal_all(remaining(), signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_S
+    deadline = time.monotonic() + grace_s + GRACE_MARGIN_S
     while remaining() and time.monotonic() < deadline:
         time.sleep(POLL_S)
     # A process may have started another one meanwhile, hence more than once.
@@ -102,7 +108,7 @@ def end(remaining: Callable[[], list[psutil.Process]]) -> None:
         time.sleep(POLL_S)
 
 
-def main(parent_pid: int, command: Sequence[str]) -> int:
+def main(parent_pid: int, grace_s: float, command: Sequence[str]) -> int:
     """Supervises a command until it ends or this process is told to stop; returns the command's exit status."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)
@@ -116,7 +122,7 @@ def main(parent_pid: int, command: Sequence[str]) -> int:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        end(_living_descendants)
+        end(_living_descendants, grace_s)
     return status if status >= 0 else 128 - status
 
 
@@ -185,4 +191,4 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))

@@ -49,6 +49,11 @@ if stage == "train" and pathlib.Path("crash_once").exists():
         progress.write_text(str(update + 1))
         if start == 0 and update == 1:
             os._exit(137)
+preempted = pathlib.Path(f"preempt_{stage}")
+if preempted.exists():
+    left = int(preempted.read_text()) - 1
+    preempted.write_text(str(left)) if left else preempted.unlink()
+    sys.exit(75)
 for name, text in OUTPUTS[stage].items():
     path = pathlib.Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +82,9 @@ def build_stub_pipeline(folder: Path) -> None:
         path.write_text("")
     (folder / "sfgrpo/__init__.py").write_text("")
     (folder / "sfgrpo/__main__.py").write_text(STUB)
-    # The flows themselves need it.
-    shutil.copy(ROOT / "sfgrpo/signals.py", folder / "sfgrpo/signals.py")
+    # The flows themselves need them.
+    for name in ("environment", "errors", "signals", "status", "validation"):
+        shutil.copy(ROOT / f"sfgrpo/{name}.py", folder / f"sfgrpo/{name}.py")
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
 
 

@@ -56,13 +56,19 @@ def test_help_names_stages_parameters_environment_and_exit_status(tmp_path):
     shown = run_python("-m", "sfgrpo", "--help", folder=tmp_path)
     assert shown.returncode == 0
     variables = [str(field.validation_alias) for field in Environment.model_fields.values()]
-    words = [*STAGES, "show", "params.yaml", "dvc repro", *variables, "Exit status: 0 done, 1 failed, 2 wrong"]
+    words = [
+        *HELP,
+        "params.yaml",
+        "dvc repro",
+        *variables,
+        "Exit status: 0 done, 1 failed, 2 wrong configuration, 75",
+    ]
     text = " ".join(shown.stdout.split())
     assert [word for word in words if word not in text] == []
 
 
 def test_every_stage_has_a_line_of_help():
-    assert set(HELP) == {*STAGES, "show"}
+    assert set(HELP) == {*STAGES, "show"} - {"launch"}
 
 
 @pytest.mark.parametrize("stage", HELP)
@@ -120,7 +126,7 @@ def test_show_prints_parameters_and_arithmetic(tmp_path, capsys):
     assert re.search(r"^sampling\.num_steps +3$", shown, re.MULTILINE)
     for line in (
         "run         3 updates x 6 images = 18 images on 1 process(es)",
-        "rollout     2 x 3 = 6 images; per process 6 = 1 x 6, 3 steps each",
+        "rollout     2 x 3 = 6 images; per process 6 = 2 x 3, 3 steps each",
         "update      2 optimiser steps x 3 images per process = 1 x 3; trains steps 0, 1",
         "no effect   update.kl_form: update.kl_coef is 0",
     ):
@@ -132,3 +138,32 @@ def test_full_scale_parameters_load(stage):
     config = load_config(stage, ROOT / "params/sd35_medium.yaml")
     if stage == "train":
         assert (config.rollout.num_images, config.update.clip_range, config.policy.resolution) == (1152, 1e-4, 512)
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "complaint"),
+    [
+        ({"launch.num_processes": 0}, {}, "launch.num_processes: 0 is not greater than 0"),
+        ({"launch.num_processes": 5}, {}, r"processes \* update.steps_per_update = 5 \* 2 = 10 does not divide"),
+        ({"launch.num_process": 2}, {}, "launch.num_process: unknown key; .*did you mean num_processes"),
+        ({"launch.num_nodes": 3}, {}, "launch.num_nodes: 3 nodes need a place to meet; set PET_RDZV_ENDPOINT to host"),
+        ({"launch.num_nodes": 3}, {"PET_NNODES": "2"}, "launch.num_nodes: 3 is not PET_NNODES = '2'; make them agree"),
+        ({"launch.num_processes": 3}, {"SFGRPO_GRACE_S": "soon"}, "SFGRPO_GRACE_S: 'soon'"),
+    ],
+)
+def test_wrong_launch_is_told_before_anything_starts(tmp_path, monkeypatch, capsys, changes, environment, complaint):
+    monkeypatch.chdir(tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    write_params(tmp_path, {**TINY, **changes})
+    assert main(["train"]) == 2
+    told = capsys.readouterr().err
+    assert re.search(f"error: .*{complaint}", told), told
+
+
+def test_more_processes_than_gpus_are_a_wrong_launch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    write_params(tmp_path, {**TINY, "launch.num_processes": 3})
+    assert main(["train"]) == 2
+    assert "launch.num_processes: 3 is more than the 2 GPUs of this machine; use 1..2" in capsys.readouterr().err

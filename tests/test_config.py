@@ -144,7 +144,7 @@ def test_missing_section_is_reported(tmp_path):
         ("rollout", [8, 24], r"rollout: \[8, 24\] is not a mapping"),
         ("sampling.sampler", "euler", "sampling.sampler: 'euler' is not 'flow_sde', 'ddim_sde', 'cps' or 'ode'"),
         ("sampling.guidance_scale", 0.5, "sampling.guidance_scale: 0.5 is not greater than or equal to 1"),
-        ("policy.dtype", "float16", "policy.dtype: 'float16' is not 'float32' or 'bfloat16'"),
+        ("policy.dtype", "float64", "policy.dtype: 'float64' is not 'float32', 'bfloat16' or 'float16'"),
         ("policy.lora_targets", [], r"policy.lora_targets: \[\] is not allowed: Tuple should have at least 1 item"),
         ("ema.decay", 1.0, "ema.decay: 1.0 is not less than 1"),
         ("seed", -1, "seed: -1 is not greater than or equal to 0"),
@@ -181,9 +181,9 @@ def test_tasks_that_are_all_zero_are_refused(tmp_path):
     ("changes", "problem"),
     [
         (
-            {"rollout.micro_batch_size": 100},
-            r"rollout\.micro_batch_size: 100 does not divide rollout\.prompts_per_update \* rollout\.group_size = "
-            r"8 \* 24 = 192; use 96 or 192",
+            {"rollout.micro_batch_size": 36},
+            r"rollout\.micro_batch_size: 36 does not divide rollout\.prompts_per_update \* rollout\.group_size / "
+            r"update\.steps_per_update = 8 \* 24 / 2 = 96; use 32 or 48",
         ),
         (
             {"update.steps_per_update": 3},
@@ -215,7 +215,7 @@ def test_parameters_that_do_not_fit_together_are_refused_with_the_cure(tmp_path,
 
 def test_several_conflicts_are_reported_each_on_its_own_line(tmp_path):
     with pytest.raises(ConfigError) as caught:
-        load(tmp_path, {"sampling.sampler": "ode", "rollout.micro_batch_size": 100})
+        load(tmp_path, {"sampling.sampler": "ode", "rollout.micro_batch_size": 36})
     assert all(line.startswith(str(tmp_path)) for line in str(caught.value).splitlines())
     assert len(str(caught.value).splitlines()) == 2
 
@@ -311,18 +311,29 @@ def test_batch_arithmetic_of_one_process(train):
 
 def test_batch_arithmetic_of_two_processes(tmp_path):
     batches = BatchArithmetic(config=load(tmp_path, {"update.micro_batch_size": 24}), num_processes=2)
-    assert (batches.images_per_process, batches.rollout_micro_batches) == (96, 1)
+    # Micro-batches of 96 are more than the 48 images that one process has of an optimiser step.
+    assert (batches.images_per_process, batches.rollout_micro_batch, batches.rollout_micro_batches) == (96, 48, 2)
     assert (batches.images_per_optimiser_step, batches.accumulation_steps) == (48, 2)
 
 
-def test_processes_that_would_split_a_group_are_refused(train):
-    with pytest.raises(ConfigError, match=r"3 \* 2 does not divide rollout\.prompts_per_update = 8.*multiple of 6"):
-        BatchArithmetic(config=train, num_processes=3)
+def test_a_group_may_span_processes(train):
+    assert BatchArithmetic(config=train, num_processes=16).images_per_optimiser_step == 6
 
 
-def test_micro_batch_larger_than_the_share_of_a_process_is_refused(train):
-    with pytest.raises(ConfigError, match=r"rollout\.micro_batch_size: 96 does not divide the 48 images"):
-        BatchArithmetic(config=train, num_processes=4)
+def test_processes_that_do_not_divide_the_images_are_refused_with_the_equation(train):
+    equation = (
+        r"processes \* update\.steps_per_update = 5 \* 2 = 10 does not divide rollout\.prompts_per_update \* "
+        r"rollout\.group_size = 8 \* 24 = 192"
+    )
+    with pytest.raises(ConfigError, match=equation):
+        BatchArithmetic(config=train, num_processes=5)
+
+
+def test_micro_batch_that_does_not_divide_the_share_of_a_process_is_refused_with_the_equation(tmp_path):
+    config = load(tmp_path, {"update.micro_batch_size": 32})
+    equation = r"update\.micro_batch_size: 32 does not divide .* = 8 \* 24 / 2 / 2 = 48; use a divisor of 48"
+    with pytest.raises(ConfigError, match=equation):
+        BatchArithmetic(config=config, num_processes=2)
 
 
 def test_estimates_cost_one_pass_per_substep_beyond_the_known_velocity(train, tmp_path):

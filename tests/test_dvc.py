@@ -32,7 +32,18 @@ ENTRIES = {
 """What `sfgrpo/stages.py` calls in each stage."""
 
 BESIDE_THE_RESULT = {
-    "train": {"errors", "files", "progress", "report", "signals", "timing", "tracking", "validation"},
+    "train": {
+        "errors",
+        "files",
+        "memory",
+        "preemption",
+        "progress",
+        "report",
+        "signals",
+        "timing",
+        "tracking",
+        "validation",
+    },
     "evaluate": {"errors", "files"},
 }
 """Modules that record, report or check; no number of the stage depends on them."""
@@ -95,8 +106,8 @@ def test_params_of_a_stage_are_the_sections_of_its_config(stage):
     assert DEFINED[stage]["params"] == [field.name for field in dataclasses.fields(STAGES[stage])]
 
 
-def test_every_stage_is_a_dvc_stage_except_registration():
-    assert set(STAGES) - set(DEFINED) == {"register"}
+def test_every_stage_is_a_dvc_stage_except_registration_and_launch():
+    assert set(STAGES) - set(DEFINED) == {"register", "launch"}
 
 
 @pytest.mark.parametrize("stage", DEFINED)

@@ -21,8 +21,8 @@ from stub_pipeline import ROOT, change_param
 from tiny_run import write_params
 
 from sfgrpo.environment import Environment
+from sfgrpo.mlflow_store import connect
 from sfgrpo.registry import PNG_SIGNATURE, draw
-from sfgrpo.tracking import connect
 from sfgrpo.types import TAGS
 
 pytestmark = [

@@ -34,12 +34,13 @@ class Scripted(Reward):
         return "scripted"
 
     def __call__(self, images, prompts):
-        self.asked = list(prompts)
-        return self.values
+        first = len(self.asked)
+        self.asked += prompts
+        return self.values[first : len(self.asked)]
 
 
 def evaluated(policy: Policy, verdict: Reward, rewards: tuple[Reward, ...] = (), **changes) -> Evaluation:
-    options = {"num_steps": 2, "guidance_scale": 1.0, "seed": 7, "micro_batch_size": 4} | changes
+    options = {"num_steps": 2, "guidance_scale": 1.0, "seed": 7, "micro_batch_size": 4, "shown": range(3)} | changes
     return evaluate_policy(policy, PROMPTS, verdict, rewards, images_per_prompt=PER_PROMPT, **options)
 
 
@@ -63,6 +64,18 @@ def test_table_and_rewards_are_those_of_the_verdicts():
     assert metrics["geneval/overall"] == metrics["geneval/counting"] == pytest.approx(0.5)
     assert metrics["geneval/num_images"] == 6 and metrics["geneval/num_prompts"] == 3
     assert metrics["evaluation/light"] == pytest.approx(evaluation.images.mean() / 255, abs=1e-5)
+
+
+def test_only_the_images_of_the_prompts_that_are_shown_are_kept_in_their_order(policy):
+    whole = evaluated(policy, Scripted([1] * 6)).images
+    some = evaluated(policy, Scripted([1] * 6), shown=[2, 0]).images
+    assert np.array_equal(some, np.concatenate([whole[4:], whole[:2]]))
+
+
+def test_somebody_may_look_in_between_batches(policy):
+    visits = []
+    evaluated(policy, Scripted([1] * 6), between=lambda: visits.append(1))
+    assert len(visits) == 2
 
 
 def test_images_are_those_of_the_plain_pipeline(policy):

@@ -61,6 +61,14 @@ def test_wrong_parameters_are_not_retried(server, pipeline):
 
 
 @pytest.mark.slow
+def test_preempted_training_goes_on_without_using_up_its_retries(server, pipeline, monkeypatch):
+    monkeypatch.setattr(stages, "RETRY_DELAY_S", 0)
+    (pipeline / "preempt_train").write_text("4")
+    train_policy()
+    assert calls(pipeline) == ["prompts", *["train"] * 5, "evaluate", "register"]
+
+
+@pytest.mark.slow
 def test_crashed_training_resumes_on_retry(server, pipeline):
     (pipeline / "crash_once").touch()
     train_policy()

@@ -13,20 +13,26 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 
 LAYERS = (
-    ("words", {"types", "errors", "sections", "validation", "config", "batches", "environment"}),
-    ("tools", {"files", "random", "signals", "provenance", "timing"}),
+    ("words", {"types", "errors", "sections", "validation", "config", "batches", "environment", "status"}),
+    (
+        "tools",
+        {"files", "random", "signals", "preemption", "rank", "provenance", "timing", "outbox", "memory", "distributed"},
+    ),
     ("maths", {"schedule", "sde", "estimates", "gains", "advantages", "losses"}),
     ("adapters", {"policies", "rewards", "geneval", "shapes", "prompts"}),
-    ("steps", {"rollout", "scoring", "update", "evaluation"}),
+    ("steps", {"rollout", "scoring", "update", "guards", "evaluation"}),
     (
         "run",
         {
             "ema",
             "checkpoint",
             "tracking",
+            "mlflow_store",
+            "mlflow_tracking",
             "registry",
             "serving",
             "trainer",
+            "launcher",
             "progress",
             "report",
             "pretrain",
@@ -44,6 +50,7 @@ SIBLINGS = {
     "batches": {"config", "errors"},
     "environment": {"errors", "validation"},
     "provenance": {"files"},
+    "timing": {"memory"},
     "advantages": {"gains"},
     "prompts": {"geneval", "shapes"},
     "rewards": {"geneval", "shapes"},
@@ -52,7 +59,8 @@ SIBLINGS = {
     "update": {"rollout", "scoring"},
     "evaluation": {"rollout", "scoring"},
     "trainer": {"ema", "checkpoint", "tracking", "progress", "report"},
-    "registry": {"tracking", "serving"},
+    "mlflow_tracking": {"mlflow_store", "tracking"},
+    "registry": {"mlflow_store", "serving"},
     "stages": {"assembly"},
     "study": {"assembly", "__main__"},
     "__main__": {"stages"},
@@ -63,7 +71,7 @@ MATHS_MAY_IMPORT = {"types", "errors"}
 MATHS_LIBRARIES = {"torch", "jaxtyping"}
 
 OWNERS = {
-    "mlflow": {"sfgrpo.tracking", "sfgrpo.registry", "sfgrpo.serving"},
+    "mlflow": {"sfgrpo.mlflow_store", "sfgrpo.mlflow_tracking", "sfgrpo.registry", "sfgrpo.serving"},
     "prefect": {"tasks", "flows"},
     "dvc": set(),
     "pickle": set(),
@@ -153,7 +161,7 @@ def test_forbidden_imports_are_found(importer, imported):
 @pytest.mark.parametrize(
     ("importer", "imported"),
     [
-        ("sfgrpo.tracking", "mlflow"),
+        ("sfgrpo.mlflow_tracking", "mlflow"),
         ("tasks.train", "prefect"),
         ("flows.train_policy", "prefect.flow"),
         ("sfgrpo.rewards.geneval", "sfgrpo.rewards.base.AbstractReward"),

@@ -52,28 +52,37 @@ def test_log_ratio_is_clamped_before_exp() -> None:
 def test_metrics_have_hand_values() -> None:
     ratio = torch.tensor([0.5, 1.0, 1.1, 2.0])
     result = clipped_surrogate(ratio.log(), torch.zeros(4), torch.ones(4), 0.2)
-    torch.testing.assert_close(result.ratio_mean, torch.tensor(1.15))
-    torch.testing.assert_close(result.ratio_deviation, torch.tensor(1.0))
-    torch.testing.assert_close(result.clip_fraction, torch.tensor(0.5))
-    expected_kl = (0.6 - math.log(0.5) - math.log(1.1) - math.log(2)) / 4
+    torch.testing.assert_close(result.ratio, ratio)
+    torch.testing.assert_close(result.deviation, torch.tensor([0.5, 0.0, 0.1, 1.0]))
+    torch.testing.assert_close(result.clipped, torch.tensor([1.0, 0.0, 0.0, 1.0]))
+    expected_kl = [-0.5 - math.log(0.5), 0.0, 0.1 - math.log(1.1), 1 - math.log(2)]
     torch.testing.assert_close(result.approx_kl, torch.tensor(expected_kl))
 
 
 def test_only_the_loss_carries_a_gradient() -> None:
     log_prob = torch.randn(4, requires_grad=True)
     result = clipped_surrogate(log_prob, torch.zeros(4), torch.ones(4), 0.2)
-    metrics = (result.ratio_mean, result.ratio_deviation, result.clip_fraction, result.approx_kl)
+    metrics = (result.ratio, result.deviation, result.clipped, result.approx_kl)
     assert result.loss.requires_grad and not any(metric.requires_grad for metric in metrics)
 
 
 def test_unchanged_policy_has_no_deviation_at_all() -> None:
     log_prob = torch.randn(50)
     result = clipped_surrogate(log_prob, log_prob.clone(), torch.randn(50), 1e-4)
-    assert result.ratio_deviation == 0 and result.clip_fraction == 0 and result.approx_kl == 0
+    assert not result.deviation.any() and not result.clipped.any() and not result.approx_kl.any()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_log_prob_that_is_not_a_number_is_refused(value: float) -> None:
-    old_log_prob = torch.tensor([0.0, value, 0.0])
-    with pytest.raises(ValueError, match="1 of 3 log-ratios are NaN or infinite"):
-        clipped_surrogate(torch.zeros(3), old_log_prob, torch.ones(3), 0.2)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_log_prob_that_is_not_a_number_shows_in_everything_of_its_element_alone(value: float) -> None:
+    log_prob = torch.zeros(3, requires_grad=True)
+    result = clipped_surrogate(log_prob, torch.tensor([0.0, value, 0.0]), torch.ones(3), 0.2)
+    for numbers in (result.loss, result.ratio, result.deviation, result.clipped, result.approx_kl):
+        assert numbers.isnan().tolist() == [False, True, False]
+    result.loss[[0, 2]].sum().backward()
+    assert log_prob.grad.tolist() == [-1.0, 0.0, -1.0]
+
+
+def test_nothing_gives_nothing() -> None:
+    log_prob = torch.zeros(0, requires_grad=True)
+    result = clipped_surrogate(log_prob, torch.zeros(0), torch.zeros(0), 0.2)
+    assert result.loss.sum() == 0 and result.ratio.shape == (0,)

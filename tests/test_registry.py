@@ -14,8 +14,9 @@ from PIL import Image
 from tiny import build_tiny_adapter, build_tiny_pipeline
 
 from sfgrpo import registry
+from sfgrpo.mlflow_store import connect
+from sfgrpo.mlflow_tracking import MlflowTracker
 from sfgrpo.registry import RegisteredVersion, RegistryError, ServingDefaults, draw, register_version
-from sfgrpo.tracking import MlflowTracker, connect
 
 # Not ours to mend: SQLAlchemy's, MLflow's and diffusers' own deprecations and advice.
 pytestmark = pytest.mark.filterwarnings(
@@ -134,7 +135,7 @@ def test_image_does_not_depend_on_the_prompts_that_come_with_it(shop):
 
 def test_tags_tell_scores_parent_data_and_adapter(shop):
     parent = MlflowTracker(uri=shop.uri, experiment="tests")
-    parent.set_tags({"a": "b"})
+    parent.open()
     version = shop.register("tagged", run_id=parent.run_id)
     tags = shop.version("tagged", version.version).tags
     assert tags["geneval/overall"] == "0.5000"

@@ -20,9 +20,9 @@ def test_rows_are_the_first_of_every_task_in_geneval_order():
 
 
 def grid() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Draws two models' images of rows 2 and 0; image i of model m is all grey of level 10 i + 100 m."""
+    """Draws two models' images of rows 2 and 0; image i shown of model m is all grey of level 10 i + 100 m."""
     images = {
-        name: np.stack([np.full((32, 32, 3), 10 * i + 100 * m, dtype=np.uint8) for i in range(8)])
+        name: np.stack([np.full((32, 32, 3), 10 * i + 100 * m, dtype=np.uint8) for i in range(4)])
         for m, name in enumerate(("before", "after"))
     }
     correct = {"before": np.zeros((4, 2), dtype=bool), "after": np.ones((4, 2), dtype=bool)}
@@ -41,10 +41,10 @@ def cell(pixels: np.ndarray, model: int, line: int, index: int) -> np.ndarray:
 def test_every_image_is_in_the_cell_of_its_prompt_and_model():
     pixels, images, _ = grid()
     for model, name in enumerate(images):
-        for line, row in enumerate((2, 0)):
+        for line in range(2):
             for index in range(2):
                 middle = cell(pixels, model, line, index)[CELL // 2, CELL // 2]
-                assert middle.tolist() == images[name][row * 2 + index][0, 0].tolist()
+                assert middle.tolist() == images[name][line * 2 + index][0, 0].tolist()
 
 
 def test_only_correct_images_have_a_frame():

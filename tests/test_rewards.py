@@ -12,6 +12,7 @@ from sfgrpo.errors import RewardError
 from sfgrpo.geneval.grammar import color_attr, colors, counting, position, single_object, two_object
 from sfgrpo.geneval.scorer import partial_credit
 from sfgrpo.rewards import Reward, WeightedReward, build_reward, checked_rewards
+from sfgrpo.rewards.base import raw_rewards
 from sfgrpo.rewards.geneval import GenEvalReward, StrictGenEvalReward, soft_credit
 from sfgrpo.rewards.likeness import LikenessReward, likeness
 from sfgrpo.shapes.prompts import all_prompts
@@ -173,9 +174,17 @@ def test_weighted_reward_adds_raw_rewards():
     assert reward.name == "0.5*one+2*two"
 
 
+def test_part_that_is_not_finite_makes_the_weighted_reward_so():
+    parts = [(Constant(torch.tensor([1.0, math.nan]), "one"), 0.5), (Constant(torch.zeros(2), "two"), 0.5)]
+    rewards = raw_rewards(WeightedReward(parts), BLANK, CAT_AND_DOG)
+    assert rewards.isnan().tolist() == [False, True]
+    with pytest.raises(RewardError, match=r"reward 0.5\*one\+0.5\*two gave nan for image 1"):
+        checked_rewards(WeightedReward(parts), BLANK, CAT_AND_DOG)
+
+
 def test_weighted_reward_names_the_broken_part():
-    reward = WeightedReward([(Constant(torch.tensor([1.0, math.nan]), "one"), 1.0)])
-    with pytest.raises(RewardError, match="reward one gave nan for image 1"):
+    reward = WeightedReward([(Constant(torch.zeros(3), "one"), 1.0)])
+    with pytest.raises(RewardError, match=r"reward one gave \[3\]"):
         checked_rewards(reward, BLANK, CAT_AND_DOG)
 
 
@@ -195,6 +204,12 @@ def test_a_reward_is_weighted_once(number):
 def test_a_number_that_is_not_finite_is_named_with_image_and_prompt(value):
     with pytest.raises(RewardError, match=r"gave -?(nan|inf) for image 1 \('a photo of a dog'\)"):
         checked_rewards(Constant(torch.tensor([0.0, value])), BLANK, CAT_AND_DOG)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_raw_rewards_let_numbers_that_are_not_finite_pass(value):
+    rewards = torch.tensor([0.0, value])
+    assert raw_rewards(Constant(rewards), BLANK, CAT_AND_DOG) is rewards
 
 
 @pytest.mark.parametrize("rewards", [torch.zeros(3), torch.zeros(2, 1), torch.zeros(2, dtype=torch.float64)])

@@ -13,8 +13,8 @@ from sfgrpo.batches import BatchArithmetic
 from sfgrpo.config import TrainStage, load_config
 from sfgrpo.estimates import substep_sigmas
 from sfgrpo.policies.base import Policy
-from sfgrpo.rollout import roll_out
-from sfgrpo.scoring import estimate_states, score_latents, score_states
+from sfgrpo.rollout import roll_out, row_slices
+from sfgrpo.scoring import estimate_states, score_latents, score_states, share_start_rewards
 from sfgrpo.timing import PhaseClock
 from sfgrpo.types import Conditioning, Prompt, Trajectory
 
@@ -85,20 +85,22 @@ def estimated(line: Line, rows: list[int], states: list[int], num_substeps: int,
 def scored(
     line: Line, reward=None, num_substeps: int = 2, micro_batch_size: int = 5, states=range(NUM_STEPS + 1), **changes
 ) -> torch.Tensor:
-    return score_states(
+    states = tuple(states)
+    rewards = score_states(
         line.policy,
         changes.get("trajectory", line.trajectory),
         line.conditioning,
         line.prompts,
         reward or Light(),
         line.sigmas,
-        tuple(states),
-        group_size=GROUP_SIZE,
+        states,
+        leaders=range(0, NUM_IMAGES, GROUP_SIZE),
         num_substeps=num_substeps,
         guidance_scale=1.0,
         micro_batch_size=micro_batch_size,
         clock=changes.get("clock", PhaseClock()),
     )
+    return share_start_rewards(rewards, states, GROUP_SIZE)
 
 
 def every_state() -> tuple[list[int], list[int]]:
@@ -204,6 +206,30 @@ def test_states_that_are_left_out_cost_nothing_and_change_no_reward(line, states
     rewards = scored(line, reward, states=states)
     torch.testing.assert_close(rewards, scored(line)[:, list(states)], rtol=0, atol=2e-3)
     assert len(reward.seen) == sum(NUM_PROMPTS if state == 0 else NUM_IMAGES for state in states)
+
+
+def test_rows_that_speak_for_no_group_have_no_start_reward(line):
+    rewards = score_states(
+        line.policy,
+        line.trajectory,
+        line.conditioning,
+        line.prompts,
+        Light(),
+        line.sigmas,
+        (0, NUM_STEPS),
+        leaders=[],
+        num_substeps=2,
+        guidance_scale=1.0,
+        micro_batch_size=5,
+        clock=PhaseClock(),
+    )
+    assert rewards[:, 0].isnan().all() and rewards[:, 1].isfinite().all()
+
+
+def test_empty_slices_change_no_estimate(line):
+    rows, states = every_state()
+    padded = estimated(line, rows, states, 3, cut=lambda n, size: [*row_slices(n, size), slice(n, n), slice(n, n)])
+    assert torch.equal(padded, estimated(line, rows, states, 3))
 
 
 def test_clock_tells_estimates_decoding_and_reward_apart(line):

@@ -11,9 +11,10 @@ import pytest
 from tiny import Light
 from tiny_run import build_tiny_project
 
+from sfgrpo.mlflow_store import connect
+from sfgrpo.mlflow_tracking import PARENT_TAG
 from sfgrpo.rewards import REWARDS
 from sfgrpo.study.__main__ import main
-from sfgrpo.tracking import PARENT_TAG, connect
 
 FLOW_GRPO, STEPWISE = "flow_grpo_tiny", "stepwise_tiny"
 TRACKING_URI = "sqlite:///mlflow.db"

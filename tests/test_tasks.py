@@ -16,6 +16,7 @@ import pytest
 from prefect.logging import disable_run_logger
 from prefect.states import Failed
 from stub_pipeline import ROOT, build_stub_pipeline, calls, stub_environment
+from test_launcher import LAUNCHER, RANK
 
 from tasks import stages, supervisor
 from tasks.stages import StageError, reproduce, run_command, worth_retrying
@@ -64,7 +65,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_output_reaches_the_log_and_the_caller_line_by_line(here):
     lines: list[str] = []
     code = "import sys; print('one'); print(); print('two', file=sys.stderr); sys.stdout.write('rest')"
-    status = run_supervised([sys.executable, "-uc", code], here / "logs/stage.log", lines.append)
+    status = run_supervised([sys.executable, "-uc", code], here / "logs/stage.log", lines.append, grace_s=10)
     assert (status, lines) == (0, ["one", "two", "rest"])
     assert (here / "logs/stage.log").read_text() == "one\n\ntwo\nrest"
 
@@ -72,7 +73,7 @@ def test_output_reaches_the_log_and_the_caller_line_by_line(here):
 def test_lines_arrive_while_the_command_runs(here):
     seen: list[float] = []
     code = "import time; print('early', flush=True); time.sleep(2); print('late')"
-    run_supervised([sys.executable, "-c", code], here / "log", lambda line: seen.append(time.monotonic()))
+    run_supervised([sys.executable, "-c", code], here / "log", lambda line: seen.append(time.monotonic()), grace_s=10)
     assert seen[1] - seen[0] > 1
 
 
@@ -80,7 +81,7 @@ def test_lines_arrive_while_the_command_runs(here):
     ("code", "status"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 128 + 9)]
 )
 def test_exit_status_is_that_of_the_command(here, code, status):
-    assert run_supervised([sys.executable, "-c", code], here / "log", print) == status
+    assert run_supervised([sys.executable, "-c", code], here / "log", print, grace_s=10) == status
 
 
 def test_interrupted_caller_ends_the_command_and_its_children_in_other_sessions(here):
@@ -91,13 +92,13 @@ def test_interrupted_caller_ends_the_command_and_its_children_in_other_sessions(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_supervised([sys.executable, "-c", FAMILY], here / "log", interrupt)
+        run_supervised([sys.executable, "-c", FAMILY], here / "log", interrupt, grace_s=10)
     assert is_gone(pids[0])
 
 
 def test_killed_caller_leaves_nothing_behind(here):
     code = f"import pathlib; from tasks.supervisor import run_supervised as run; run({[sys.executable, '-c', FAMILY]}, "
-    code += "pathlib.Path('log'), print)"
+    code += "pathlib.Path('log'), print, grace_s=10)"
     caller = subprocess.Popen([sys.executable, "-c", code], env=stub_environment(), stdout=subprocess.DEVNULL)
     log = here / "log"
     wait_for(lambda: log.exists() and log.read_text().endswith("\n"))
@@ -109,7 +110,7 @@ def test_killed_caller_leaves_nothing_behind(here):
 def test_what_a_killed_supervisor_leaves_is_ended_by_the_next_run(here):
     orphan = subprocess.Popen(SLEEPER, env={**os.environ, MARK: f"1 0.0 {here}"}, stdout=subprocess.PIPE)
     orphan.stdout.readline()
-    run_supervised([sys.executable, "-c", ""], here / "log", print)
+    run_supervised([sys.executable, "-c", ""], here / "log", print, grace_s=10)
     assert orphan.wait(10) == -signal.SIGTERM
     orphan.stdout.close()
 
@@ -120,17 +121,17 @@ def test_work_of_living_supervisors_and_of_other_folders_is_left_alone(here):
     others = [subprocess.Popen(SLEEPER, env={**os.environ, MARK: mark}, stdout=subprocess.PIPE) for mark in marks]
     for other in others:
         other.stdout.readline()
-    assert end_leftovers(here) == []
+    assert end_leftovers(here, 10) == []
     for other in others:
         other.kill()
         other.communicate()
 
 
 def test_process_that_ignores_sigterm_is_killed(monkeypatch):
-    monkeypatch.setattr(supervisor, "GRACE_S", 0.5)
+    monkeypatch.setattr(supervisor, "GRACE_MARGIN_S", 0.3)
     process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
     process.stdout.readline()
-    end(lambda: [psutil.Process(process.pid)] if process.poll() is None else [])
+    end(lambda: [psutil.Process(process.pid)] if process.poll() is None else [], 0.2)
     assert process.wait(5) == -signal.SIGKILL
     process.stdout.close()
 
@@ -155,6 +156,50 @@ def test_exit_status_of_the_stage_is_read_from_what_dvc_says(here):
     with disable_run_logger(), pytest.raises(StageError, match="PolicyError: the stub was told to fail") as caught:
         reproduce("prompts")
     assert caught.value.status == 2
+
+
+def test_stage_that_was_told_to_stop_goes_on_by_itself(here, monkeypatch):
+    monkeypatch.setattr(stages, "RETRY_DELAY_S", 0)
+    build_stub_pipeline(here)
+    (here / "preempt_prompts").write_text("2")
+    with disable_run_logger():
+        reproduce("prompts")
+    assert calls(here) == ["prompts"] * 3
+
+
+def test_stage_does_not_go_on_when_the_flow_is_told_to_stop_as_well(here, monkeypatch):
+    monkeypatch.setattr(stages, "is_stopping", lambda within_s=0.0: True)
+    build_stub_pipeline(here)
+    (here / "preempt_prompts").write_text("2")
+    with disable_run_logger(), pytest.raises(StageError, match="stage prompts failed with exit status 75") as caught:
+        reproduce("prompts")
+    assert calls(here) == ["prompts"]
+    assert not worth_retrying(stages.prompts, None, Failed(data=caught.value))
+
+
+def test_wrong_variable_is_a_wrong_configuration_of_the_stage(here, monkeypatch):
+    monkeypatch.setenv("SFGRPO_GRACE_S", "soon")
+    with disable_run_logger(), pytest.raises(StageError, match="SFGRPO_GRACE_S: 'soon'") as caught:
+        run_command("train", [sys.executable, "-c", ""])
+    assert caught.value.status == 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_below_a_stopped_caller_save_their_state_and_are_gone_in_the_time_that_prefect_gives(here):
+    (here / "rank.py").write_text(RANK)
+    command = [sys.executable, "-c", LAUNCHER, '{"num_processes": 2}']
+    code = "import pathlib; from sfgrpo.signals import sigterm_as_exit; from tasks.supervisor import run_supervised\n"
+    code += f"with sigterm_as_exit(): run_supervised({command}, pathlib.Path('log'), print, grace_s=20)"
+    caller = subprocess.Popen([sys.executable, "-c", code], env=stub_environment(), stdout=subprocess.DEVNULL)
+    wait_for(lambda: len(list(here.glob("pid_*"))) == 2)
+    below = psutil.Process(caller.pid).children(recursive=True)
+    begin = time.monotonic()
+    caller.terminate()
+    assert caller.wait(30) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in here.glob("saved_*")) == ["saved_0", "saved_1"]
+    assert len(below) == 4 and all(is_gone(process.pid) for process in below)
+    assert time.monotonic() - begin < 10
 
 
 def test_stage_is_reproduced_once(here):

@@ -29,6 +29,7 @@ from sfgrpo.errors import CanaryError
 from sfgrpo.evaluation import draw_images
 from sfgrpo.files import write_manifest
 from sfgrpo.policies.base import Policy
+from sfgrpo.preemption import StopNotice
 from sfgrpo.prompts import write_prompts
 from sfgrpo.rewards.base import Reward
 from sfgrpo.shapes.prompts import all_prompts
@@ -136,6 +137,7 @@ def trainer_in(folder: Path, config: TrainStage | None = None, policy: Policy | 
         held_out=(Light(),),
         folder=folder,
         tracker=RecordingTracker(),
+        notice=StopNotice(grace_s=60),
     )
     return Trainer(
         config or small_config(), policy or make_tiny_policy(), dataclasses.replace(materials, **changes), Accelerator()
@@ -143,12 +145,12 @@ def trainer_in(folder: Path, config: TrainStage | None = None, policy: Policy | 
 
 
 def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leaves out what the clock said."""
+    """Leaves out what the clock and the operating system said."""
     return [
         {
             key: timeless([value])[0] if isinstance(value, dict) else value
             for key, value in record.items()
-            if not key.startswith("time/")
+            if not key.startswith(("time/", "memory/"))
         }
         for record in records
     ]
@@ -263,13 +265,14 @@ def test_start_noise_belongs_to_the_group_and_step_noise_to_the_image(tmp_path, 
     original = sfgrpo.trainer.roll_out
     monkeypatch.setattr(sfgrpo.trainer, "roll_out", watched)
     trainer_in(tmp_path, small_config(update={"num_updates": 2})).run()
-    for start, noise in rolled_out:
+    updates = [[torch.cat(parts) for parts in zip(*rolled_out[first : first + 2], strict=True)] for first in (0, 2)]
+    for start, noise in updates:
         groups = start.unflatten(0, (2, GROUP_SIZE))
         assert torch.equal(groups, groups[:, :1].expand_as(groups))
         assert not torch.equal(groups[0], groups[1])
         assert len(torch.unique(noise.flatten(1), dim=0)) == NUM_IMAGES
-    assert not torch.equal(rolled_out[0][0], rolled_out[1][0])
-    assert not torch.equal(rolled_out[0][1], rolled_out[1][1])
+    assert not torch.equal(updates[0][0], updates[1][0])
+    assert not torch.equal(updates[0][1], updates[1][1])
 
 
 def without_evaluation(asked: list[Prompt]) -> int:

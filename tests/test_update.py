@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterator
 
 import oracles
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import counted_passes, disturb, make_tiny_policy, tiny_prompts
+from tiny import counted_passes, disturb, make_tiny_pipeline, make_tiny_policy, tiny_prompts
 
 from sfgrpo.errors import CanaryError
 from sfgrpo.policies.base import Policy
 from sfgrpo.rollout import roll_out
 from sfgrpo.types import RolloutBatch
-from sfgrpo.update import Objective, require_changed_sampler, update_policy
+from sfgrpo.update import Objective, UpdateOutcome, make_scaler, require_changed_sampler, update_policy
 
 NUM_IMAGES, GROUP_SIZE, NUM_STEPS = 8, 2, 3
 NOISE_LEVEL = 0.7
@@ -68,6 +71,18 @@ def rolled_out(policy: Policy, constant: tuple[int, ...] = ()) -> RolloutBatch:
     return RolloutBatch(
         trajectory=trajectory, conditioning=conditioning, advantages_NK=advantages, constant_N=constant_N
     )
+
+
+def updated(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: RolloutBatch,
+    objective: Objective,
+    scaler: torch.amp.GradScaler | None = None,
+) -> UpdateOutcome:
+    """Updates in this process alone, by default without a loss scale."""
+    scaler = scaler or make_scaler("float32", policy.device)
+    return update_policy(policy, optimizer, batch, objective, Accelerator(), scaler)
 
 
 def plain_descent(policy: Policy) -> torch.optim.Optimizer:
@@ -131,14 +146,14 @@ def test_update_is_descent_on_the_loss_written_out(policy, changes):
     batch, objective = rolled_out(policy), objective_for(policy, **changes)
     start = weights(policy)
     naive_update(other, batch, objective)
-    update_policy(policy, plain_descent(policy), batch, objective, Accelerator())
+    updated(policy, plain_descent(policy), batch, objective)
     moved, expected = weights(policy) - start, weights(other) - start
     assert expected.norm() > 0
     torch.testing.assert_close(moved, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
 
 
 def test_ratio_of_the_first_step_is_exactly_one(policy):
-    metrics = update_policy(policy, plain_descent(policy), rolled_out(policy), objective_for(policy), Accelerator())
+    metrics = updated(policy, plain_descent(policy), rolled_out(policy), objective_for(policy)).metrics
     assert metrics["policy/ratio_deviation_first_pass"] == 0
     assert metrics["policy/ratio_mean"] == 1
     assert metrics["policy/clip_fraction"] == metrics["policy/approx_kl"] == 0
@@ -147,28 +162,26 @@ def test_ratio_of_the_first_step_is_exactly_one(policy):
 def test_ratio_of_a_second_step_is_not(policy):
     objective = objective_for(policy, steps_per_update=2)
     optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=1e-2)
-    metrics = update_policy(policy, optimizer, rolled_out(policy), objective, Accelerator())
+    metrics = updated(policy, optimizer, rolled_out(policy), objective).metrics
     assert metrics["policy/ratio_deviation_first_pass"] == 0
     assert metrics["policy/ratio_deviation"] > 0
 
 
 def test_loss_before_any_step_is_minus_the_mean_advantage(policy):
     batch, objective = rolled_out(policy), objective_for(policy)
-    metrics = update_policy(policy, plain_descent(policy), batch, objective, Accelerator())
+    metrics = updated(policy, plain_descent(policy), batch, objective).metrics
     assert metrics["policy/loss"] == pytest.approx(-batch.advantages_NK[:, [0, 1]].mean().item(), abs=1e-6)
 
 
 def test_gradient_is_clipped_to_its_norm(policy):
     batch, start = rolled_out(policy), weights(policy)
-    metrics = update_policy(
-        policy, plain_descent(policy), batch, objective_for(policy, max_grad_norm=1e-3), Accelerator()
-    )
+    metrics = updated(policy, plain_descent(policy), batch, objective_for(policy, max_grad_norm=1e-3)).metrics
     assert metrics["optim/grad_norm"] > 1e-3
     assert float((weights(policy) - start).norm()) == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_no_gradient_is_left_behind(policy):
-    update_policy(policy, plain_descent(policy), rolled_out(policy), objective_for(policy), Accelerator())
+    updated(policy, plain_descent(policy), rolled_out(policy), objective_for(policy))
     assert all(parameter.grad is None for parameter in policy.adapter_parameters().values())
 
 
@@ -180,7 +193,7 @@ def test_constant_groups_change_nothing_and_cost_no_pass():
         start, batch = weights(policy), rolled_out(policy, constant=(2, 3, 6, 7))
         batch = dataclasses.replace(batch, constant_N=batch.constant_N & is_dropped)
         with counted_passes(policy) as sizes:
-            metrics = update_policy(policy, plain_descent(policy), batch, objective_for(policy), Accelerator())
+            metrics = updated(policy, plain_descent(policy), batch, objective_for(policy)).metrics
         moves.append(weights(policy) - start)
         passes.append(sum(sizes))
         losses.append(metrics["policy/loss"])
@@ -194,9 +207,7 @@ def test_update_of_constant_groups_only_does_nothing_at_all(policy, steps_per_up
     batch, start = rolled_out(policy, constant=tuple(range(NUM_IMAGES))), weights(policy)
     optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=1e-2, weight_decay=0.1)
     with counted_passes(policy) as sizes:
-        metrics = update_policy(
-            policy, optimizer, batch, objective_for(policy, steps_per_update=steps_per_update), Accelerator()
-        )
+        metrics = updated(policy, optimizer, batch, objective_for(policy, steps_per_update=steps_per_update)).metrics
     assert not sizes and torch.equal(weights(policy), start)
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["optim/grad_norm"] == 0 and metrics["policy/ratio_mean"] == 1
@@ -204,7 +215,7 @@ def test_update_of_constant_groups_only_does_nothing_at_all(policy, steps_per_up
 
 def test_share_without_advantages_does_not_stop_the_other(policy):
     batch, start = rolled_out(policy, constant=(0, 1, 2, 3)), weights(policy)
-    update_policy(policy, plain_descent(policy), batch, objective_for(policy, steps_per_update=2), Accelerator())
+    updated(policy, plain_descent(policy), batch, objective_for(policy, steps_per_update=2))
     assert not torch.equal(weights(policy), start)
 
 
@@ -214,21 +225,21 @@ def test_kl_of_zero_weight_costs_no_reference_pass(policy, monkeypatch):
 
     batch = rolled_out(policy)
     with counted_passes(policy) as sizes:
-        update_policy(policy, plain_descent(policy), batch, objective_for(policy, kl_coef=0.1), Accelerator())
+        updated(policy, plain_descent(policy), batch, objective_for(policy, kl_coef=0.1))
     assert sum(sizes) == 2 * NUM_IMAGES * 2
     monkeypatch.setattr(policy, "reference_velocity", refuse)
     batch = rolled_out(policy)
-    update_policy(policy, plain_descent(policy), batch, objective_for(policy), Accelerator())
+    updated(policy, plain_descent(policy), batch, objective_for(policy))
 
 
 def test_kl_is_reported_as_a_mean_and_is_zero_for_the_start_policy(policy):
     objective, batch = objective_for(policy, kl_coef=1.0), rolled_out(policy)
     with_kl = naive_loss(policy, batch, objective, range(NUM_IMAGES)).detach()
     without = naive_loss(policy, batch, objective_for(policy), range(NUM_IMAGES)).detach()
-    metrics = update_policy(policy, plain_descent(policy), batch, objective, Accelerator())
+    metrics = updated(policy, plain_descent(policy), batch, objective).metrics
     assert metrics["policy/kl_reference"] == pytest.approx((with_kl - without).item(), rel=1e-3)
     fresh = make_tiny_policy()
-    metrics = update_policy(fresh, plain_descent(fresh), rolled_out(fresh), objective, Accelerator())
+    metrics = updated(fresh, plain_descent(fresh), rolled_out(fresh), objective).metrics
     assert metrics["policy/kl_reference"] == 0
 
 
@@ -237,34 +248,250 @@ def test_tampered_log_prob_is_noticed(policy):
     batch.trajectory.log_probs_NK[5, 1] += 0.01
     start = weights(policy)
     with pytest.raises(CanaryError, match=r"the ratio is off 1 by 0\.0\d+, more than update.ratio_tolerance 0.001"):
-        update_policy(policy, plain_descent(policy), batch, objective_for(policy), Accelerator())
+        updated(policy, plain_descent(policy), batch, objective_for(policy))
     assert torch.equal(weights(policy), start)
 
 
 def test_adapter_that_does_not_learn_is_noticed(policy):
     batch, objective = rolled_out(policy), objective_for(policy)
     optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.0)
-    update_policy(policy, optimizer, batch, objective, Accelerator())
+    updated(policy, optimizer, batch, objective)
     with pytest.raises(CanaryError, match="the sampler's output did not change with the first update"):
-        require_changed_sampler(policy, batch, objective)
+        require_changed_sampler(policy, batch, objective, Accelerator())
 
 
 def test_adapter_that_learns_passes(policy):
     batch, objective = rolled_out(policy), objective_for(policy)
     optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=1e-4)
-    update_policy(policy, optimizer, batch, objective, Accelerator())
-    require_changed_sampler(policy, batch, objective)
+    updated(policy, optimizer, batch, objective)
+    require_changed_sampler(policy, batch, objective, Accelerator())
 
 
 def test_frozen_adapter_is_noticed(policy):
     batch, optimizer = rolled_out(policy), plain_descent(policy)
     policy.module.requires_grad_(False)
     with pytest.raises(CanaryError, match="no trainable parameter takes part in the loss"):
-        update_policy(policy, optimizer, batch, objective_for(policy), Accelerator())
+        updated(policy, optimizer, batch, objective_for(policy))
 
 
-def test_gradient_that_is_no_number_is_noticed(policy):
+def test_metrics_are_means_over_terms_not_over_micro_batches(policy):
+    numbers = []
+    for micro_batch_size in (8, 5):
+        batch = rolled_out(policy)
+        batch.trajectory.log_probs_NK[:, :2] += torch.linspace(-0.01, 0.01, NUM_IMAGES)[:, None]
+        objective = objective_for(policy, micro_batch_size=micro_batch_size, ratio_tolerance=1e9)
+        optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=1e-9)
+        numbers.append(updated(policy, optimizer, batch, objective).metrics)
+    assert numbers[0]["policy/clip_fraction"] > 0
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-6)
+
+
+def test_update_tells_whether_there_was_anything_to_learn(policy):
+    objective, batch = objective_for(policy), rolled_out(policy)
+    assert updated(policy, plain_descent(policy), batch, objective).trained
+    nothing = dataclasses.replace(batch, advantages_NK=torch.zeros_like(batch.advantages_NK))
+    assert not updated(policy, plain_descent(policy), nothing, objective_for(policy, ratio_tolerance=1e9)).trained
+
+
+@contextlib.contextmanager
+def planted(policy: Policy, call: int, value: float) -> Iterator[None]:
+    """Puts `value` into the velocity of the first image of a call of the transformer, counted from 0."""
+    calls = itertools.count()
+
+    def spoil(module, arguments, output):
+        if next(calls) == call:
+            output[0].data[0] = value
+
+    hook = policy.module.register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def adamw(policy: Policy) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(policy.adapter_parameters().values(), lr=1e-2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_velocity_that_is_no_number_costs_its_own_optimiser_step_alone(policy, value):
+    batch, start, optimizer = rolled_out(policy), weights(policy), plain_descent(policy)
+    objective = objective_for(policy, steps_per_update=2)
+    # The second share, images 4 to 7, has one pass for each of two steps: calls 2 and 3.
+    with planted(policy, 2, value):
+        outcome = updated(policy, optimizer, batch, objective)
+    assert outcome.broken_loss_N.nonzero().flatten().tolist() == [4]
+    assert not outcome.broken_gradient_N.any() and not outcome.trained
+    assert outcome.metrics["guards/skipped_steps"] == 1
+    assert all(math.isfinite(number) for number in outcome.metrics.values())
+    other = make_tiny_policy()
+    disturb(other)
+    first_share = RolloutBatch(
+        trajectory=dataclasses.replace(
+            batch.trajectory,
+            latents_NSCHW=batch.trajectory.latents_NSCHW[:4],
+            velocities_NKCHW=batch.trajectory.velocities_NKCHW[:4],
+            log_probs_NK=batch.trajectory.log_probs_NK[:4],
+        ),
+        conditioning=batch.conditioning[:4],
+        advantages_NK=batch.advantages_NK[:4],
+        constant_N=batch.constant_N[:4],
+    )
+    updated(other, plain_descent(other), first_share, objective_for(other))
+    assert not torch.equal(weights(policy), start)
+    assert torch.equal(weights(policy), weights(other))
+
+
+def test_nothing_that_is_no_number_reaches_weights_optimiser_or_metrics(policy):
+    batch, start, optimizer = rolled_out(policy), weights(policy), adamw(policy)
+    batch.advantages_NK[3, 1] = math.inf
+    outcome = updated(policy, optimizer, batch, objective_for(policy))
+    assert outcome.broken_loss_N.nonzero().flatten().tolist() == [3]
+    assert torch.equal(weights(policy), start) and not optimizer.state
+    assert all(parameter.grad is None for parameter in policy.adapter_parameters().values())
+    finite = batch.advantages_NK[:, :2].flatten()
+    finite = finite[finite.isfinite()]
+    assert outcome.metrics["policy/loss"] == pytest.approx(-finite.mean().item(), abs=1e-6)
+    assert outcome.metrics["policy/ratio_mean"] == 1 and outcome.metrics["optim/grad_norm"] == 0
+
+
+def test_log_prob_of_the_rollout_that_is_no_number_is_no_failed_canary(policy):
     batch = rolled_out(policy)
-    batch.advantages_NK[0, 0] = float("inf")
-    with pytest.raises(CanaryError, match=r"the norm of the gradient is (inf|nan)"):
-        update_policy(policy, plain_descent(policy), batch, objective_for(policy), Accelerator())
+    batch.trajectory.log_probs_NK[2, 0] = math.nan
+    outcome = updated(policy, adamw(policy), batch, objective_for(policy))
+    assert outcome.broken_loss_N.nonzero().flatten().tolist() == [2]
+    assert outcome.metrics["policy/ratio_deviation_first_pass"] == 0
+
+
+def test_all_losses_no_numbers_still_give_metrics(policy):
+    batch = rolled_out(policy)
+    batch.advantages_NK[:] = math.nan
+    outcome = updated(policy, adamw(policy), batch, objective_for(policy))
+    assert outcome.broken_loss_N.all()
+    assert all(math.isfinite(number) for number in outcome.metrics.values())
+
+
+def spoil_gradient(policy: Policy, value: float) -> None:
+    """Lets one number of every gradient of one weight become `value`."""
+    parameter = next(iter(policy.adapter_parameters().values()))
+
+    def spoil(gradient):
+        spoilt = gradient.clone()
+        spoilt.view(-1)[0] = value
+        return spoilt
+
+    parameter.register_hook(spoil)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradient_that_is_no_number_is_blamed_on_the_trained_images_of_its_share(policy, value):
+    batch, start, optimizer = rolled_out(policy, constant=(0, 1)), weights(policy), adamw(policy)
+    spoil_gradient(policy, value)
+    outcome = updated(policy, optimizer, batch, objective_for(policy, steps_per_update=2))
+    assert outcome.broken_gradient_N.nonzero().flatten().tolist() == [2, 3, 4, 5, 6, 7]
+    assert not outcome.broken_loss_N.any() and outcome.metrics["guards/skipped_steps"] == 2
+    assert torch.equal(weights(policy), start) and not optimizer.state
+    assert outcome.metrics["optim/grad_norm"] == 0
+
+
+def test_deterministic_step_in_the_objective_is_a_programming_error(policy):
+    with pytest.raises(ValueError, match="took a step whose std is not above 0"):
+        updated(policy, adamw(policy), rolled_out(policy), objective_for(policy, sampler="ode"))
+
+
+def half_policy(dtype: torch.dtype) -> Policy:
+    """Makes the tiny policy with frozen weights of another type."""
+    pipeline = make_tiny_pipeline()
+    for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        torch.nn.Module.to(module, dtype)
+    policy = make_tiny_policy(pipeline, dtype=dtype)
+    disturb(policy)
+    return policy
+
+
+def test_float16_trains_with_a_scaled_loss_as_float32_does_without(policy):
+    half = half_policy(torch.float16)
+    scaler = make_scaler("float16", half.device)
+    moves = []
+    for each, its_scaler in ((policy, make_scaler("float32", policy.device)), (half, scaler)):
+        start, batch = weights(each), rolled_out(each)
+        outcome = updated(each, plain_descent(each), batch, objective_for(each), its_scaler)
+        moves.append(weights(each) - start)
+    assert outcome.metrics["optim/overflow_steps"] == 0 and outcome.metrics["optim/loss_scale"] == 2**16
+    assert outcome.trained and outcome.metrics["policy/ratio_deviation_first_pass"] == 0
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.99
+
+
+def test_gradient_too_small_for_float16_is_lost_without_the_scale():
+    kept = []
+    for dtype in ("float16", "float32"):
+        half = half_policy(torch.float16)
+        batch = rolled_out(half)
+        batch = dataclasses.replace(batch, advantages_NK=1e-6 * batch.advantages_NK)
+        start = weights(half)
+        optimizer = torch.optim.SGD(half.adapter_parameters().values(), lr=1e4)
+        updated(half, optimizer, batch, objective_for(half), make_scaler(dtype, half.device))
+        kept.append(int((weights(half) != start).sum()))
+    assert kept[0] > 1.5 * kept[1]
+
+
+def test_overflow_lowers_the_scale_and_skips_the_step_without_blame():
+    half = half_policy(torch.float16)
+    scaler, start, optimizer = make_scaler("float16", half.device), weights(half), adamw(half)
+    spoil_gradient(half, math.inf)
+    outcome = updated(half, optimizer, rolled_out(half), objective_for(half, steps_per_update=2), scaler)
+    assert outcome.metrics["optim/overflow_steps"] == 2 and outcome.metrics["optim/loss_scale"] == 2**14
+    assert outcome.metrics["guards/skipped_steps"] == 0 and not outcome.trained
+    assert not outcome.broken_gradient_N.any()
+    assert torch.equal(weights(half), start) and not optimizer.state
+
+
+def test_overflow_at_the_lowest_scale_is_broken_and_leaves_the_scale():
+    half = half_policy(torch.float16)
+    scaler = make_scaler("float16", half.device)
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 1.0})
+    spoil_gradient(half, math.nan)
+    outcome = updated(half, adamw(half), rolled_out(half), objective_for(half), scaler)
+    assert outcome.metrics["optim/overflow_steps"] == 0 and outcome.metrics["optim/loss_scale"] == 1
+    assert outcome.metrics["guards/skipped_steps"] == 1 and outcome.broken_gradient_N.all()
+
+
+def test_loss_that_is_no_number_leaves_the_scale_alone():
+    half = half_policy(torch.float16)
+    scaler, batch = make_scaler("float16", half.device), rolled_out(half)
+    with planted(half, 0, math.inf):
+        outcome = updated(half, adamw(half), batch, objective_for(half), scaler)
+    assert outcome.broken_loss_N.any() and outcome.metrics["optim/loss_scale"] == 2**16
+
+
+class NoScaler:
+    """Does what a loop without a scaler does."""
+
+    def scale(self, loss):
+        return loss
+
+    def unscale_(self, optimizer):
+        pass
+
+    def step(self, optimizer):
+        optimizer.step()
+
+    def update(self):
+        pass
+
+    def get_scale(self):
+        return 1.0
+
+    def is_enabled(self):
+        return False
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scaler_of_other_types_changes_no_bit(dtype):
+    ends = []
+    for scaler in (make_scaler(dtype, torch.device("cpu")), NoScaler()):
+        policy = half_policy(getattr(torch, dtype))
+        outcome = updated(policy, adamw(policy), rolled_out(policy), objective_for(policy), scaler)
+        ends.append(weights(policy))
+        assert outcome.trained and not {"optim/loss_scale", "optim/overflow_steps"} & outcome.metrics.keys()
+    assert torch.equal(*ends)

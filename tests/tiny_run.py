@@ -17,7 +17,7 @@ import torch
 from ruamel.yaml import YAML
 from tiny import LORA_TARGETS, Light, build_tiny_pipeline
 
-from sfgrpo import tracking
+from sfgrpo import mlflow_tracking
 from sfgrpo.__main__ import main
 from sfgrpo.files import write_manifest
 from sfgrpo.rewards import REWARDS, Reward
@@ -105,14 +105,17 @@ def inside(folder: Path, reward: type[Reward] = Light) -> Iterator[RecordingTrac
         patch.chdir(folder)
         patch.setenv("SFGRPO_DEVICE", "cpu")
         patch.setitem(REWARDS, "light", reward)
-        patch.setattr(tracking, "MlflowTracker", lambda **settings: tracker)
+        patch.setattr(mlflow_tracking, "MlflowTracker", lambda **settings: tracker)
         yield tracker
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
-    """Reads the metrics of every update of a finished training, without the times."""
+    """Reads the metrics of every update of a finished training, without times and memory."""
     history = json.loads((folder / "reports/train/history.json").read_text())
-    return [{key: value for key, value in metrics.items() if not key.startswith("time/")} for metrics in history]
+    return [
+        {key: value for key, value in metrics.items() if not key.startswith(("time/", "memory/"))}
+        for metrics in history
+    ]
 
 
 def numbers_of(folder: Path) -> list[dict[str, float]]:

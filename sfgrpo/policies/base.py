@@ -41,7 +41,8 @@ class Policy(ABC):
     ) -> Tensor:
         """Predicts noise minus clean latent at `latents` [N, C, H, W] and noise levels `sigma` [N], in float32.
 
-        A guidance scale of 1 costs one pass through the transformer, any other costs two.
+        A guidance scale of 1 costs one pass through the transformer, any other costs two. No rows at all still cost
+        one: processes that share a model call this equally often, whatever they have to do.
         """
 
     @abstractmethod

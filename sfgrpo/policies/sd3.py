@@ -16,6 +16,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from sfgrpo.policies.base import Policy
 from sfgrpo.types import Conditioning
@@ -137,6 +138,9 @@ class SD3Policy(Policy):
             return self.velocity(latents, sigma, conditioning, guidance_scale)
 
     def _predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        if not len(latents):
+            # The attention of diffusers takes no empty batch, but a sharded transformer needs every process to pass.
+            return self._predict(_one_row(latents), _one_row(sigma), _blank(conditioning))[:0]
         device = self.pipeline.transformer.device
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
             velocity = self.pipeline.transformer(
@@ -148,6 +152,17 @@ class SD3Policy(Policy):
             )[0]
         return velocity.float()
 
+    def shard(self) -> None:
+        """Spreads the transformer's frozen weights over all processes, which gather them block by block (FSDP2).
+
+        The adapter stays whole on each: it is small, and everything that updates, averages or saves it stays simple.
+        """
+        transformer = self.pipeline.transformer
+        adapter = set(self.adapter_parameters().values())
+        for block in transformer.transformer_blocks:
+            fully_shard(block, ignored_params=adapter)
+        fully_shard(transformer, ignored_params=adapter)
+
     @contextlib.contextmanager
     def _without_adapter(self) -> Iterator[None]:
         self.pipeline.transformer.disable_adapters()
@@ -158,6 +173,8 @@ class SD3Policy(Policy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        if not len(latents):
+            return self.decode(_one_row(latents))[:0]
         vae = self.pipeline.vae
         scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
         latents = scaled.to(vae.device, vae.dtype).to(memory_format=torch.channels_last)
@@ -168,7 +185,8 @@ class SD3Policy(Policy):
     def save_adapter(self, folder: Path) -> None:
         """Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights` reads in plain diffusers."""
         transformer = self.pipeline.transformer
-        weights = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+        # Not the state dict of the whole transformer: a sharded one would change its state on this process alone.
+        weights = get_peft_model_state_dict(transformer, dict(self.adapter_parameters()), adapter_name=ADAPTER)
         settings = {
             f"transformer.{key}": sorted(value) if isinstance(value, set) else value
             for key, value in transformer.peft_config[ADAPTER].to_dict().items()
@@ -204,6 +222,14 @@ def _existing_targets(transformer: nn.Module, targets: Sequence[str]) -> list[st
             f"policy.lora_targets {unknown} match no linear layer of the transformer; layers end in {endings}"
         )
     return list(targets)
+
+
+def _one_row(empty: Tensor) -> Tensor:
+    return empty.new_zeros(1, *empty.shape[1:])
+
+
+def _blank(conditioning: Conditioning) -> Conditioning:
+    return Conditioning(tokens=_one_row(conditioning.tokens), pooled=_one_row(conditioning.pooled))
 
 
 def _with_unconditional(conditioning: Conditioning, empty: Conditioning) -> Conditioning:

@@ -50,8 +50,8 @@ class WeightedReward(Reward):
         return "+".join(f"{weight:g}*{reward.name}" for reward, weight in self._weighted)
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
-        """Adds up the parts, each of them checked."""
-        parts = [weight * checked_rewards(reward, images, prompts) for reward, weight in self._weighted]
+        """Adds up the parts, each held to its contract; a part that is not finite makes the sum so."""
+        parts = [weight * raw_rewards(reward, images, prompts) for reward, weight in self._weighted]
         return torch.stack(parts).sum(dim=0)
 
 
@@ -62,6 +62,19 @@ def checked_rewards(reward: Reward, images: NDArray[np.uint8], prompts: Sequence
         ValueError: there is not one prompt for every image.
         RewardError: the reward raised (chained), gave the wrong shape or type, or something that is not finite.
     """
+    rewards = raw_rewards(reward, images, prompts)
+    broken = torch.nonzero(~torch.isfinite(rewards)).flatten().tolist()
+    if broken:
+        index = broken[0]
+        raise RewardError(
+            f"reward {reward.name} gave {rewards[index].item()} for image {index} ({prompts[index].text!r}) "
+            f"and is not finite for {len(broken)} of {len(images)} images"
+        )
+    return rewards
+
+
+def raw_rewards(reward: Reward, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
+    """Calls a reward as `checked_rewards` does, and lets NaN and infinity pass: a training can go on without them."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images with {len(prompts)} prompts; give one prompt for every image")
     try:
@@ -76,13 +89,6 @@ def checked_rewards(reward: Reward, images: NDArray[np.uint8], prompts: Sequence
         raise RewardError(
             f"reward {reward.name} gave {list(rewards.shape)} {rewards.dtype} for {len(images)} images from "
             f"{[prompt.text for prompt in prompts[:1]]} on; it must give [{len(images)}] torch.float32"
-        )
-    broken = torch.nonzero(~torch.isfinite(rewards)).flatten().tolist()
-    if broken:
-        index = broken[0]
-        raise RewardError(
-            f"reward {reward.name} gave {rewards[index].item()} for image {index} ({prompts[index].text!r}) "
-            f"and is not finite for {len(broken)} of {len(images)} images"
         )
     return rewards
 

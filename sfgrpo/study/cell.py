@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sfgrpo.assembly import (
     check_pretrained,
-    make_launcher,
+    make_accelerator,
     make_policy,
     make_prompts,
     make_reward,
@@ -25,15 +25,18 @@ from sfgrpo.assembly import (
     run_key,
     use_threads,
 )
+from sfgrpo.checkpoint import CHECKPOINTS, latest_checkpoint
 from sfgrpo.config import TrainStage, to_flat_dict
 from sfgrpo.environment import Environment
 from sfgrpo.evaluation import draw_images
 from sfgrpo.files import atomic_directory, sha256_of_file
+from sfgrpo.mlflow_tracking import MlflowTracker
 from sfgrpo.policies.base import Policy
+from sfgrpo.preemption import StopNotice
 from sfgrpo.report import pick_rows
 from sfgrpo.rewards import build_reward, checked_rewards
 from sfgrpo.study.plan import EXPERIMENTS, Plan, cell_stages
-from sfgrpo.tracking import MlflowTracker, ending
+from sfgrpo.tracking import ending
 from sfgrpo.types import Prompt
 
 EXPERIMENT = "sfgrpo-study"
@@ -45,7 +48,7 @@ SAMPLES_PER_PROMPT = 4
 def run_cell(plan: Plan, row: str, seed: int, environment: Environment) -> None:
     """Trains one cell and writes its results to `STUDY`; a killed one goes on from its last checkpoint."""
     prompts_stage, config = cell_stages(plan, row, seed)
-    launcher, reward = make_launcher(config), make_reward(config.reward)
+    accelerator, reward = make_accelerator(config, environment), make_reward(config.reward)
     check_pretrained(config.policy)
     use_threads(environment)
     prompts, asked = make_prompts(prompts_stage)
@@ -59,13 +62,16 @@ def run_cell(plan: Plan, row: str, seed: int, environment: Environment) -> None:
         key=f"study-{key}",
         parent_run_id=study_run(plan, environment).run_id,
     )
-    with ending(tracker):
+    with StopNotice(environment.grace_s) as notice, ending(tracker):
+        if latest_checkpoint(folder / CHECKPOINTS) is None:
+            tracker.open()
         tracker.log_params(to_flat_dict(config))
         tracker.set_tags({"study.form": plan.form, "study.row": row, "study.seed": str(seed)})
         policy = make_policy(config.policy, config.seed, environment)
         before = _samples(policy, asked, config)
-        trainer = make_trainer(config, launcher, policy, reward, prompts, asked, folder, tracker)
-        trainer.run()
+        trainer = make_trainer(config, accelerator, policy, reward, prompts, asked, folder, tracker, notice)
+        with notice.deferred():
+            trainer.run()
         with trainer.averaged():
             after = _samples(policy, asked, config)
         texts = np.array([asked[index].text for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK)])
@@ -96,7 +102,9 @@ def study_run(plan: Plan, environment: Environment) -> MlflowTracker:
     )
     environment.scratch_dir.mkdir(parents=True, exist_ok=True)
     with _locked(environment.scratch_dir / "study.lock"):
-        tracker.set_tags({"study.form": plan.form})
+        # Cells look for the run before they make it, so it has to be there before the next one may look.
+        tracker.open()
+    tracker.set_tags({"study.form": plan.form})
     return tracker
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from sfgrpo.environment import Environment
 from sfgrpo.errors import SfgrpoError
 from sfgrpo.files import atomic_directory
+from sfgrpo.signals import sigterm_as_exit
 from sfgrpo.study.cell import STUDY, study_run
 from sfgrpo.study.figures import figures_of, svg_of
 from sfgrpo.study.page import curves, markdown, write_page
@@ -41,7 +42,7 @@ def write_report(plan: Plan, environment: Environment) -> None:
         for name, records in _plots(curves(plan, results)).items():
             (partial / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
         page = (partial / "report.html").read_text(encoding="utf-8")
-    with ending(study_run(plan, environment)) as tracker:
+    with sigterm_as_exit(), ending(study_run(plan, environment)) as tracker:
         tracker.log_text(page, "report.html")
         tracker.log_text(words, "results.md")
         for name, drawing in drawings.items():
