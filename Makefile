@@ -1,13 +1,14 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+S3_INSTALLED := .venv-s3/.installed
 
 .DEFAULT_GOAL := help
 FORM ?= short
-.PHONY: help setup demo repro study test test-distributed check format clean
+.PHONY: help setup s3-server demo repro study test test-distributed check format clean
 
 help: ## Lists the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
 
 setup: $(INSTALLED) ## Installs the locked packages into .venv
 
@@ -15,6 +16,14 @@ $(INSTALLED): requirements.lock
 	@echo "Installing $$(grep -c == requirements.lock) packages into .venv; this takes some minutes ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+s3-server: $(S3_INSTALLED) ## Installs the local S3 server into .venv-s3
+
+$(S3_INSTALLED): infra/s3_server/requirements.lock
+	@echo "Installing $$(grep -c == infra/s3_server/requirements.lock) packages into .venv-s3 ..."
+	@$(PYTHON) -m venv .venv-s3
+	@.venv-s3/bin/python -m pip install --quiet --quiet --disable-pip-version-check -r infra/s3_server/requirements.lock
 	@touch $@
 
 demo: setup ## Trains, evaluates and registers a policy
@@ -26,7 +35,7 @@ repro: setup ## Brings the DVC stages up to date without Prefect
 study: setup ## Compares Stepwise-Flow-GRPO with Flow-GRPO; FORM=long for the long form
 	@$(BIN)/python -m flows.study $(FORM)
 
-test: setup ## Runs every test
+test: setup s3-server ## Runs every test
 	@$(BIN)/python -m pytest -m "not distributed"
 	@$(MAKE) --no-print-directory test-distributed
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from sfgrpo.batches import BatchArithmetic
 from sfgrpo.config import TrainStage, load_config, to_flat_dict
-from sfgrpo.environment import read_environment
+from sfgrpo.environment import Environment, read_environment
 from sfgrpo.errors import ConfigError, Preempted, SfgrpoError
+from sfgrpo.preemption import LAUNCHER_MARGIN_S, StopNotice
 from sfgrpo.rank import die_with_launcher, is_first_rank, is_rank, noting_errors
 from sfgrpo.status import ExitStatus
 
@@ -85,22 +86,33 @@ def guarded(command: Callable[[], None]) -> int:
 
 
 def run(stage: str, params: Path) -> None:
-    """Runs one stage of the pipeline; a training of several processes by launching them, unless it is one of them."""
+    """Runs one stage of the pipeline."""
     config = load_config(stage, params)
     environment = read_environment()
-    if is_rank():
-        die_with_launcher()
-    elif isinstance(config, TrainStage):
-        launch = load_config("launch", params).launch
-        BatchArithmetic(config=config, num_processes=launch.world_size)
-        if launch.world_size > 1:
-            from sfgrpo.launcher import launch_ranks
-
-            launch_ranks(launch, environment, ["-m", "sfgrpo", stage, "--params", str(params)])
-            return
+    if isinstance(config, TrainStage):
+        train(config, environment, params)
+        return
     from sfgrpo import stages
 
     getattr(stages, stage)(config, environment)
+
+
+def train(config: TrainStage, environment: Environment, params: Path) -> None:
+    """Trains in this process or, where there are to be several, as their launcher or as one of them."""
+    launch = load_config("launch", params).launch
+    if is_rank():
+        die_with_launcher()
+    else:
+        BatchArithmetic(config=config, num_processes=launch.world_size)
+    if is_rank() or launch.world_size == 1:
+        from sfgrpo import stages
+
+        stages.train(config, environment, launch)
+        return
+    with StopNotice(environment.grace_s + LAUNCHER_MARGIN_S) as notice:
+        from sfgrpo.launcher import launch_ranks
+
+        launch_ranks(launch, environment, ["-m", "sfgrpo", "train", "--params", str(params)], notice)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -77,7 +77,9 @@ def total_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator
         return
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     summed: Tensor = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="sum")
-    for gradient, part in zip(gradients, summed.split([gradient.numel() for gradient in gradients]), strict=True):
+    for gradient, part in zip(
+        gradients, torch.split(summed, [gradient.numel() for gradient in gradients]), strict=True
+    ):
         gradient.copy_(part.view_as(gradient))
 
 
@@ -126,7 +128,8 @@ def _broadcast(content: bytes, holder: int, accelerator: Accelerator) -> bytes:
     buffer = torch.zeros(size, dtype=torch.uint8, device=accelerator.device)
     if accelerator.process_index == holder and size:
         buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-    return broadcast(buffer, from_process=holder).cpu().numpy().tobytes()
+    received: Tensor = broadcast(buffer, from_process=holder)
+    return received.cpu().numpy().tobytes()
 
 
 def _rows_of_all(values: Sequence[float], accelerator: Accelerator) -> Tensor:

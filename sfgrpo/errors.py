@@ -9,6 +9,7 @@ SfgrpoError
     MemoryExhaustedError
                     a phase needed more memory than there is
     TrackingError   the tracking store is away, or refuses a record
+    MirrorError     the bucket that mirrors a run cannot be used
     Preempted       the run was told to stop before it was done; starting it again goes on
 """
 
@@ -61,3 +62,7 @@ class Preempted(SfgrpoError):
 
 class TrackingError(SfgrpoError):
     """A run could not be recorded: the store did not answer in time, or refuses what the run records."""
+
+
+class MirrorError(SfgrpoError):
+    """The bucket that mirrors a run does not exist, refuses, or cannot be reached; the message gives its address."""

@@ -28,21 +28,18 @@ from torch.distributed.run import config_from_args, get_args_parser
 
 from sfgrpo.environment import Environment
 from sfgrpo.errors import ConfigError, Preempted, SfgrpoError
-from sfgrpo.preemption import StopNotice
+from sfgrpo.preemption import KILL_MARGIN_S, StopNotice
 from sfgrpo.rank import LAUNCHER
 from sfgrpo.sections import LaunchConfig
 from sfgrpo.status import ExitStatus
 
 logger = logging.getLogger(__name__)
 
-KILL_MARGIN_S = 2
-"""Between the end of the ranks' grace and the SIGKILL for those that are left."""
-LEAVE_MARGIN_S = 4
-"""Between the end of the ranks' grace and that of the launcher's own."""
 
-
-def launch_ranks(launch: LaunchConfig, environment: Environment, arguments: Sequence[str]) -> None:
+def launch_ranks(launch: LaunchConfig, environment: Environment, arguments: Sequence[str], notice: StopNotice) -> None:
     """Runs this Python with `arguments` as every rank of this node, and returns once all are done.
+
+    The notice is not deferred: told to stop, this tells the ranks to and waits for them.
 
     Raises:
         Preempted: this process or a rank was told to stop, or the other nodes are out of reach.
@@ -55,10 +52,7 @@ def launch_ranks(launch: LaunchConfig, environment: Environment, arguments: Sequ
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // launch.num_processes)))
     os.environ[LAUNCHER] = str(os.getpid())
-    with (
-        StopNotice(environment.grace_s + LEAVE_MARGIN_S) as notice,
-        tempfile.TemporaryDirectory(prefix="sfgrpo-ranks-", ignore_cleanup_errors=True) as folder,
-    ):
+    with tempfile.TemporaryDirectory(prefix="sfgrpo-ranks-", ignore_cleanup_errors=True) as folder:
         options = {
             **rendezvous,
             "nnodes": launch.num_nodes,

@@ -1,65 +1,47 @@
-"""The folder of a run kept in an S3 bucket as well, from where a bare machine takes the run up again.
-
-An object lies at the path of its file, below the prefix and the folder's name. What a file's object holds is proven
-after each upload: the server's size, and its ETag where that is the MD5 that S3 defines; where it is something else,
-under encryption by KMS say, the object is read back and compared by SHA-256. That SHA-256 stays with the object as
-metadata, and every download is checked against it.
-
-The endpoint, the region and the credentials are those of the standard AWS variables and files; encryption at rest is
-the bucket's own setting. A killed writer may leave parts of an upload that nobody lists: a lifecycle rule of the
-bucket should abort incomplete multipart uploads.
-"""
+"""The folder of a run kept in an S3 bucket as well, from where a bare machine takes the run up again."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import itertools
+import contextlib
 import logging
 import os
 import random
-import re
 import threading
 import time
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
-from sfgrpo.checkpoint import latest_checkpoint
-from sfgrpo.errors import ConfigError, IntegrityError, MirrorError
-from sfgrpo.files import MANIFEST, PARTIAL_SUFFIX, atomic_directory, atomic_write, verify_manifest
+from sfgrpo.bucket import Bucket, ObjectAbsentError, digests_of
+from sfgrpo.checkpoint import checkpoint_path, latest_checkpoint
+from sfgrpo.errors import IntegrityError, MirrorError, SfgrpoError
+from sfgrpo.files import MANIFEST, PARTIAL_SUFFIX, atomic_directory, verify_manifest
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-PART_SIZE = 16 * 2**20
-"""Bytes of a part; files of at least this size go up in parts."""
-NUM_ATTEMPTS = 5
-"""Tries of one request, with growing pauses of some 15 seconds together, before it counts as failed."""
-CONNECT_TIMEOUT_S = 10.0
-READ_TIMEOUT_S = 60.0
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 60.0
 
-CREDENTIALS_CURE = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they are allowed to do"
-REFUSALS = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
-ABSENT = {"404", "NoSuchKey"}
-
 
 class Mirror:
-    """Copies a run's folder to an S3 bucket in the background, and back.
+    """Copies a run's folder to an S3 bucket in the background, and back; an object lies at the path of its file.
 
-    Each checkpoint directory below `checkpoints/` is whole in the bucket, or has no manifest there. All other files
-    of the folder go up before the checkpoints, so that whoever finds a checkpoint finds what it refers to. Checkpoints
-    that were pruned leave the bucket; other files stay.
+    A checkpoint below `checkpoints/` is whole in the bucket, or has no manifest there. All other files of the folder
+    go up before the checkpoints, so that whoever finds a checkpoint finds what it refers to. Checkpoints that were
+    pruned leave the bucket; other files stay.
     """
 
     def __init__(self, uri: str, folder: Path) -> None:
-        """Takes `s3://bucket/prefix`; raises `ConfigError` for anything else, and contacts nobody."""
-        self._bucket = _Bucket(uri, f"{folder.name}/")
+        """Takes `s3://bucket/prefix`, below which the objects lie under the folder's name; contacts nobody.
+
+        Raises `ConfigError` for what is no such address.
+        """
+        self._bucket = Bucket(f"{uri.rstrip('/')}/{folder.name}")
         self._folder = folder
-        self._known: dict[str, _Stamp] = {}
-        """The files of which the bucket is known to have the content, by path."""
+        self._root = folder / CHECKPOINTS
+        self._sent: dict[str, _Stamp] = {}
+        """The files of which the bucket is known to have the content."""
         self._state = threading.Condition()
         self._num_asked = 0
         self._num_done = 0
@@ -70,15 +52,17 @@ class Mirror:
     def sync(self) -> None:
         """Asks for the bucket to be brought up to the folder's present state, and returns at once.
 
-        Never raises on account of the bucket: as long as it does not work, it is tried again, with one warning.
+        Raises nothing on account of the bucket: while that does not work it is tried again and again, with one
+        warning. After `close` it does nothing.
         """
         with self._state:
             self._num_asked += 1
             self._state.notify_all()
-        if self._thread is None:
-            # A daemon, since a server that hangs must not keep the process from ending.
-            self._thread = threading.Thread(target=self._work, name=f"mirror of {self._folder.name}", daemon=True)
-            self._thread.start()
+            if self._thread is None:
+                # A daemon, since a server that hangs must not keep the process from ending.
+                name = f"mirror of {self._folder.name}"
+                self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+                self._thread.start()
 
     def wait(self, timeout_s: float) -> bool:
         """Waits until all that was asked for is in the bucket; False when it is not after `timeout_s` seconds."""
@@ -89,11 +73,10 @@ class Mirror:
             return self._state.wait_for(lambda: self._num_done >= asked, timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """Waits as `wait` does, warns of what could not be uploaded in time, and ends the background work."""
+        """Waits as `wait` does, warns when something is missing after that, and ends the background work."""
         if not self.wait(timeout_s):
             logger.warning(
-                "run %s is not up to date in %s after waiting for %g s; the folder %s has all of it",
-                self._folder.name,
+                "%s is behind the run after %g s of waiting; all of it is in %s",
                 self._bucket.uri,
                 timeout_s,
                 self._folder,
@@ -103,193 +86,252 @@ class Mirror:
             self._state.notify_all()
 
     def restore(self) -> bool:
-        """Brings back the newest whole checkpoint, unless the folder has one as new, and absent files; tells if any.
+        """Downloads the newest whole checkpoint, if newer than the folder's newest, and absent files; tells if any.
 
-        With a newer checkpoint come all other files as they are in the bucket, as they belong together. A checkpoint
-        that is not what its manifest says is skipped with a warning. Raises `MirrorError` when the bucket does not
-        exist, refuses, or cannot be reached.
+        With the checkpoint come all other files as they are in the bucket, because they belong together. A
+        checkpoint that is not what its manifest says is skipped with a warning. Raises `MirrorError` when the bucket
+        does not exist, refuses or cannot be reached.
         """
-        try:
-            objects = self._bucket.sizes()
-            came = self._restore_checkpoint(objects)
-            return self._restore_files(objects, replace=False) or came
-        except _s3_errors() as error:
-            raise self._bucket.failure(error) from error
+        sizes = self._bucket.sizes()
+        came = self._restore_checkpoint(sizes)
+        return self._restore_files(sizes, replace=False) or came
 
     def _work(self) -> None:
-        broken_since: float | None = None
         pauses = _pauses()
-        while True:
-            with self._state:
-                self._state.wait_for(lambda: self._closed or self._num_asked > self._num_done)
-                if self._closed:
-                    return
-                asked = self._num_asked
+        broken_since: float | None = None
+        while (asked := self._next_request()) is not None:
             try:
                 self._upload()
-            except Exception as error:  # whatever it is, training goes on, and so does the next try
+            except Exception as error:  # whatever it is, training goes on
                 if broken_since is None:
                     broken_since = time.monotonic()
-                    logger.warning(
-                        "run %s is not mirrored for the moment, which is tried again until it works: %s",
-                        self._folder.name,
-                        self._bucket.failure(error),
-                    )
-                with self._state:
-                    if self._state.wait_for(lambda: self._closed or self._hurried, next(pauses)):
-                        pauses = _pauses()
-                    self._hurried = False
+                    reason = str(error) if isinstance(error, SfgrpoError) else f"{type(error).__name__}: {error}"
+                    logger.warning("the run is not mirrored now, which is tried until it works: %s", reason)
+                if self._rest(next(pauses)):
+                    pauses = _pauses()
                 continue
             if broken_since is not None:
-                logger.warning(
-                    "run %s is mirrored to %s again, after %.0f s",
-                    self._folder.name,
-                    self._bucket.uri,
-                    time.monotonic() - broken_since,
-                )
-            broken_since, pauses = None, _pauses()
+                logger.warning("%s is up to date again after %.0f s", self._bucket.uri, time.monotonic() - broken_since)
+                pauses, broken_since = _pauses(), None
             with self._state:
                 self._num_done = asked
                 self._state.notify_all()
 
+    def _next_request(self) -> int | None:
+        """Waits for something to do; gives the number of requests that are met by it, or None after `close`."""
+        with self._state:
+            self._state.wait_for(lambda: self._closed or self._num_asked > self._num_done)
+            return None if self._closed else self._num_asked
+
+    def _rest(self, pause_s: float) -> bool:
+        """Waits after a failure; tells whether somebody who waits for the bucket cut it short."""
+        with self._state:
+            hurried = self._state.wait_for(lambda: self._closed or self._hurried, pause_s)
+            self._hurried = False
+            return hurried
+
     def _upload(self) -> None:
         """Brings the bucket up to the folder, newest checkpoint first.
 
-        Looks again after each checkpoint for what training has added or pruned meanwhile. Raises the first failure,
-        a damaged checkpoint only after all others are there.
+        Looks again after each checkpoint for what training has added or pruned. A damaged checkpoint is an error, but
+        only once all others are there.
         """
-        objects = self._bucket.sizes()
+        sizes = self._bucket.sizes()
         damage: IntegrityError | None = None
-        handled: set[str] = set()
+        tried: set[int] = set()
         while True:
             for path in self._files():
-                self._put_file(path, objects)
-            local = self._local_checkpoints()
-            waiting = [name for name in reversed(local) if name not in handled]
-            if not waiting:
+                self._put_file(path, sizes)
+            newest = max(self._saved_updates() - tried, default=None)
+            if newest is None:
                 break
-            handled.add(waiting[0])
+            tried.add(newest)
             try:
-                self._put_checkpoint(waiting[0], objects)
+                self._put_checkpoint(checkpoint_path(self._root, newest), sizes)
             except IntegrityError as error:
-                damage = damage or (error if (self._folder / CHECKPOINTS / waiting[0]).exists() else None)
+                damage = error
             else:
-                self._prune(objects)
+                self._prune(sizes)
         if damage is not None:
             raise damage
 
-    def _put_checkpoint(self, name: str, objects: dict[str, int]) -> None:
-        """Uploads a checkpoint, its manifest last; one that vanishes or is replaced meanwhile is left without."""
-        path = self._folder / CHECKPOINTS / name
-        inside = f"{CHECKPOINTS}/{name}/"
+    def _put_checkpoint(self, path: Path, sizes: dict[str, int]) -> None:
+        """Uploads a checkpoint, its manifest last; one that is pruned meanwhile is left without."""
+        manifest = self._name(path / MANIFEST)
         try:
-            files = {f"{inside}{file.relative_to(path).as_posix()}": file for file in path.rglob("*") if file.is_file()}
-            manifest = f"{inside}{MANIFEST}"
-            stamps = {key: _stamp(file) for key, file in files.items()}
-            sizes = {key: objects.get(key) for key in files}
-            if all(self._known.get(key) == stamp and sizes[key] == stamp.size for key, stamp in stamps.items()):
-                return
-            verify_manifest(path)
-            present = {key for key in objects if key.startswith(inside)}
-            whole = present == files.keys() and all(sizes[key] == stamp.size for key, stamp in stamps.items())
-            if not whole or not self._has(manifest, files[manifest]):
-                for key in sorted(present - files.keys() | present & {manifest}, key=_manifest_first):
-                    self._bucket.remove(key, objects)
-                for key in sorted(files.keys() - {manifest}):
-                    self._put_file(files[key], objects)
-                if {key: _stamp(file) for key, file in files.items()} != stamps:
+            # Opened first: should the checkpoint be replaced now, its manifest is the old one, and shows the mixture.
+            with (path / MANIFEST).open("rb") as opened:
+                files = {self._name(file): file for file in path.rglob("*") if file.is_file()}
+                present = {name for name in sizes if name.startswith(f"{self._name(path)}/")}
+                complete = {name: sizes[name] for name in present} == {n: f.stat().st_size for n, f in files.items()}
+                if complete and self._is_sent(manifest, opened):
                     return
-                self._put_file(files[manifest], objects)
-            self._known |= stamps
+                verify_manifest(path)
+                for name in sorted(present & {manifest}) + sorted(present - files.keys()):
+                    self._remove(name, sizes)
+                for name in sorted(files.keys() - {manifest}):
+                    self._put_file(files[name], sizes)
+                self._put(manifest, opened, sizes)
         except (FileNotFoundError, IntegrityError):
             if path.exists():
                 raise
 
-    def _put_file(self, path: Path, objects: dict[str, int]) -> None:
-        """Uploads a file unless the bucket has it; one that has vanished was pruned or replaced, and is let go."""
-        key = path.relative_to(self._folder).as_posix()
-        try:
-            with path.open("rb") as file:
-                stamp = _stamp_of(file)
-                if objects.get(key) == stamp.size and (self._known.get(key) == stamp or self._has(key, path)):
-                    self._known[key] = stamp
-                    return
-                self._bucket.put(key, file)
-        except FileNotFoundError:
-            return
-        objects[key] = stamp.size
-        self._known[key] = stamp
+    def _put_file(self, path: Path, sizes: dict[str, int]) -> None:
+        """Uploads a file unless the bucket has it; one that has just been pruned or replaced is left out."""
+        name = self._name(path)
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            if sizes.get(name) != _stamp(file).size or not self._is_sent(name, file):
+                self._put(name, file, sizes)
 
-    def _has(self, key: str, path: Path) -> bool:
-        """Tells whether an object was made from a file with this content."""
-        with path.open("rb") as file:
-            return self._bucket.sha256(key) == _digests(file).sha256
+    def _put(self, name: str, file: BinaryIO, sizes: dict[str, int]) -> None:
+        file.seek(0)
+        self._bucket.put(name, file)
+        self._sent[name] = _stamp(file)
+        sizes[name] = self._sent[name].size
 
-    def _prune(self, objects: dict[str, int]) -> None:
-        """Removes checkpoints that the folder no longer has, the manifest first; those after its newest stay."""
-        local = self._local_checkpoints()
-        gone = [name for name in _checkpoints(objects) if local and name not in local and _older(name, local[-1])]
-        for key in sorted(objects, key=_manifest_first):
-            if key.startswith(tuple(f"{CHECKPOINTS}/{name}/" for name in gone)):
-                self._bucket.remove(key, objects)
-                self._known.pop(key, None)
+    def _is_sent(self, name: str, file: BinaryIO) -> bool:
+        """Tells whether the object, which exists, was made of this very content."""
+        if self._sent.get(name) != _stamp(file) and self._bucket.sha256(name) == digests_of(file).sha256:
+            self._sent[name] = _stamp(file)
+        return self._sent.get(name) == _stamp(file)
 
-    def _restore_checkpoint(self, objects: Mapping[str, int]) -> bool:
-        root = self._folder / CHECKPOINTS
-        try:
-            newest = latest_checkpoint(root)
-        except IntegrityError:
-            newest = None  # all of them are damaged, and the bucket may have better ones
-        for name in reversed(_checkpoints(objects)):
-            inside = f"{CHECKPOINTS}/{name}/"
-            if newest is not None and not _older(newest.name, name):
+    def _prune(self, sizes: dict[str, int]) -> None:
+        """Removes the checkpoints that the folder no longer has; ones after its newest were never its to prune."""
+        saved = self._saved_updates()
+        for update in _updates_in(sizes):
+            if update not in saved and update < max(saved, default=0):
+                folder = self._name(checkpoint_path(self._root, update))
+                # Its manifest first: what is half removed must not look whole.
+                self._remove(f"{folder}/{MANIFEST}", sizes)
+                for name in [name for name in sizes if name.startswith(f"{folder}/")]:
+                    self._remove(name, sizes)
+
+    def _remove(self, name: str, sizes: dict[str, int]) -> None:
+        self._bucket.remove(name)
+        sizes.pop(name, None)
+
+    def _restore_checkpoint(self, sizes: Mapping[str, int]) -> bool:
+        newest = self._newest_intact()
+        for update in sorted(_updates_in(sizes), reverse=True):
+            path = checkpoint_path(self._root, update)
+            if update <= newest:
                 break
-            if f"{inside}{MANIFEST}" not in objects:
-                continue  # its upload never came to an end
+            if self._name(path / MANIFEST) not in sizes:
+                continue  # its upload has not come to an end
             try:
-                with atomic_directory(root / name) as partial:
-                    for key in sorted(key for key in objects if key.startswith(inside)):
-                        self._fetch(key, _below(partial, key.removeprefix(inside)))
+                with atomic_directory(path) as partial:
+                    for name in sorted(name for name in sizes if name.startswith(f"{self._name(path)}/")):
+                        file = partial / (self._folder / name).relative_to(path)
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        with file.open("wb") as opened:
+                            self._bucket.fetch(name, opened)
                     verify_manifest(partial)
-                    # Before the checkpoint appears, so that a crash in between leaves none without its files.
-                    self._restore_files(objects, replace=True)
-            except (IntegrityError, _Absent) as error:
-                logger.warning("checkpoint %s in %s is skipped: %s", name, self._bucket.uri, error)
+                    # Before the checkpoint appears: a crash in between must not leave it without them.
+                    self._restore_files(sizes, replace=True)
+            except (IntegrityError, ObjectAbsentError) as error:
+                logger.warning("checkpoint %s of %s is skipped: %s", path.name, self._bucket.uri, error)
             else:
-                logger.info("checkpoint %s came from %s", name, self._bucket.uri)
+                logger.info("checkpoint %s came from %s", path.name, self._bucket.uri)
                 return True
         return False
 
-    def _restore_files(self, objects: Mapping[str, int], *, replace: bool) -> bool:
-        """Downloads the files outside the checkpoints that are absent or, with `replace`, differ; tells if any."""
+    def _restore_files(self, sizes: Mapping[str, int], *, replace: bool) -> bool:
+        """Downloads files outside the checkpoints that are absent or, with `replace`, different; tells if any."""
         came = False
-        for key in sorted(key for key in objects if not key.startswith(f"{CHECKPOINTS}/")):
-            path = _below(self._folder, key)
-            if path.exists() and not (replace and not self._has(key, path)):
+        for name in sorted(name for name in sizes if not name.startswith(f"{CHECKPOINTS}/")):
+            path = self._folder / name
+            if path.exists() and not replace:
                 continue
             try:
-                content = self._bucket.get(key)
-            except (IntegrityError, _Absent) as error:
-                logger.warning("%s stays as it is: %s", path, error)
-            else:
-                atomic_write(path, content)
-                came = True
+                came |= self._restore_file(name, path)
+            except (IntegrityError, ObjectAbsentError) as error:
+                logger.warning("%s of %s is left out: %s", name, self._bucket.uri, error)
         return came
 
-    def _fetch(self, key: str, path: Path) -> None:
+    def _restore_file(self, name: str, path: Path) -> bool:
+        expected = self._bucket.sha256(name)
+        if path.exists():
+            with path.open("rb") as file:
+                if digests_of(file).sha256 == expected:
+                    return False
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self._bucket.get(key))
+        partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+        with partial.open("w+b") as file:
+            self._bucket.fetch(name, file)
+            file.seek(0)
+            found = digests_of(file).sha256
+            os.fsync(file.fileno())
+        if found != expected:
+            partial.unlink()
+            raise IntegrityError(path, f"sha256 {expected}", f"sha256 {found}")
+        partial.replace(path)
+        return True
+
+    def _newest_intact(self) -> int:
+        """Gives the update of the folder's newest checkpoint, -1 without any that is intact."""
+        try:
+            path = latest_checkpoint(self._root)
+        except IntegrityError:
+            return -1  # all are damaged, and the bucket may have better ones
+        return -1 if path is None else max(_updates_of([path.name]))
+
+    def _saved_updates(self) -> set[int]:
+        return _updates_of(path.name for path in self._root.glob("update-*"))
 
     def _files(self) -> list[Path]:
-        """Lists what is outside the checkpoints, without the files that are being written."""
-        parts = ((path, path.relative_to(self._folder).parts) for path in sorted(self._folder.rglob("*")))
+        """Lists the files outside the checkpoints, without those that are being written."""
         return [
             path
-            for path, names in parts
-            if names[0] != CHECKPOINTS and not any(name.endswith(PARTIAL_SUFFIX) for name in names) and path.is_file()
+            for path in sorted(self._folder.rglob("*"))
+            if not path.is_relative_to(self._root)
+            and not any(part.endswith(PARTIAL_SUFFIX) for part in path.relative_to(self._folder).parts)
+            and path.is_file()
         ]
 
-    def _local_checkpoints(self) -> list[str]:
-        """Names the checkpoints of the folder, oldest first."""
-        names = (path.name for path in (self._folder / CHECKPOINTS).glob("update-*"))
-        return sorted(filter(_update_index.__call__, names), key=_update_index)
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
+
+
+def run_names(uri: str) -> list[str]:
+    """Lists the runs that are mirrored below `uri`; raises `MirrorError` when the bucket cannot be listed."""
+    return Bucket(uri).folders()
+
+
+def require_run(uri: str, name: str) -> None:
+    """Raises `MirrorError`, with the runs that there are, unless a run of this name is mirrored below `uri`."""
+    names = run_names(uri)
+    if name not in names:
+        there_are = f"there are {', '.join(names)}" if names else "there is none at all"
+        raise MirrorError(f"no run {name} in {uri}; {there_are}")
+
+
+class _Stamp(NamedTuple):
+    """What tells a file from another one, and from itself once it is changed."""
+
+    size: int
+    modified_ns: int
+    inode: int
+
+
+def _stamp(file: BinaryIO) -> _Stamp:
+    status = os.fstat(file.fileno())
+    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _updates_in(names: Iterable[str]) -> set[int]:
+    """Gives the updates of which there is any file of a checkpoint."""
+    parts = (name.split("/") for name in names)
+    return _updates_of(folders[1] for folders in parts if folders[0] == CHECKPOINTS and len(folders) > 2)
+
+
+def _updates_of(folders: Iterable[str]) -> set[int]:
+    updates = (folder.removeprefix("update-") for folder in folders)
+    return {int(update) for update in updates if update.isdecimal()}
+
+
+def _pauses() -> Iterator[float]:
+    """Gives pauses in seconds that double, each shortened at random so that many runs do not come back at once."""
+    pause = FIRST_PAUSE_S
+    while True:
+        yield pause * random.uniform(0.5, 1.0)
+        pause = min(2 * pause, LONGEST_PAUSE_S)

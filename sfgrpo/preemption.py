@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 """Supervisors and schedulers send the first two, a closed terminal the third, Ctrl-C the last."""
+KILL_MARGIN_S = 2
+"""Between the end of the ranks' grace and the SIGKILL by which their launcher ends those that are left."""
+LAUNCHER_MARGIN_S = 4
+"""Between the end of the ranks' grace and that of their launcher."""
 
 
 class StopNotice:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -37,12 +37,11 @@ from sfgrpo.distributed import (
     require_same_everywhere,
     shared_files,
 )
-from sfgrpo.ema import Ema
 from sfgrpo.errors import Preempted
 from sfgrpo.evaluation import Evaluation, evaluate_policy, mean_rewards
-from sfgrpo.files import atomic_directory
 from sfgrpo.gains import step_gains
 from sfgrpo.guards import NumericalGuard, broken_images, without_broken_groups
+from sfgrpo.learner import Learner, read_best, restore_best, save_best
 from sfgrpo.policies.base import Policy
 from sfgrpo.preemption import StopNotice
 from sfgrpo.progress import Progress
@@ -56,7 +55,7 @@ from sfgrpo.sde import trainable_steps
 from sfgrpo.timing import PhaseClock
 from sfgrpo.tracking import Tracker
 from sfgrpo.types import Conditioning, Prompt, RolloutBatch, Trajectory, joined
-from sfgrpo.update import Objective, make_scaler, require_changed_sampler, update_policy
+from sfgrpo.update import Objective, require_changed_sampler, update_policy
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +81,10 @@ class Materials:
     """Called by the main process when the folder has a new checkpoint."""
 
 
+class _ToldToStop(Exception):
+    """Unwinds what is being done between two updates; it has changed nothing that a checkpoint holds."""
+
+
 class Trainer:
     """One run of `config`; making it resumes from the latest checkpoint in the folder, if there is one.
 
@@ -97,15 +100,7 @@ class Trainer:
             num_steps=config.update.steps_per_update,
             num_processes=accelerator.num_processes,
         )
-        update = config.update
-        self._optimizer = torch.optim.AdamW(
-            policy.adapter_parameters().values(),
-            lr=update.learning_rate,
-            betas=update.betas,
-            weight_decay=update.weight_decay,
-        )
-        self._scaler = make_scaler(config.policy.dtype, policy.device)
-        self._ema = Ema(policy.adapter_parameters(), config.ema.decay)
+        self._learner = Learner.of(policy, config)
         self._objective = objective_of(config, policy, self._batches.update_micro_batch)
         self._texts = sorted({prompt.text for prompt in materials.prompts})
         self._encoded = _encode_in_batches(policy, self._texts)
@@ -117,7 +112,7 @@ class Trainer:
         self._sampler_changed = False
         self._restore()
         self._guard = NumericalGuard(
-            update.max_broken_updates,
+            config.update.max_broken_updates,
             materials.folder / "nonfinite.jsonl",
             count=sum(int(metrics["guards/broken"]) for metrics in self.history),
             writes=accelerator.is_main_process,
@@ -135,7 +130,7 @@ class Trainer:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Puts the averaged adapter, which is what gets published, into the policy for a block."""
-        return self._ema.swapped_in(self._policy.module)
+        return self._learner.averaged()
 
     def run(self) -> None:
         """Trains to the last update, evaluating and saving on the way.
@@ -150,19 +145,26 @@ class Trainer:
             first_update=self.update_index,
             shown=self._accelerator.is_main_process,
         ) as progress:
-            while True:
-                if self._is_due(config.evaluation.every_num_updates, first=True) and not self._is_evaluated():
-                    self._evaluate()
-                if self._is_due(config.checkpoint.every_num_updates) and self._saved_update != self.update_index:
-                    self._save()
-                if self.update_index == config.update.num_updates:
-                    return
-                self._heed_notice()
-                metrics = self._update(self.update_index)
-                self._ema.update(self._policy.adapter_parameters())
-                self.history.append({"update": self.update_index + 1, **metrics})
-                self._materials.tracker.log_metrics(metrics, self.update_index)
-                progress.show(self.update_index - 1, metrics)
+            try:
+                self._run(progress)
+            except _ToldToStop:
+                self._leave()
+
+    def _run(self, progress: Progress) -> None:
+        config = self._config
+        while True:
+            if self._is_due(config.evaluation.every_num_updates, first=True) and not self._is_evaluated():
+                self._evaluate()
+            if self._is_due(config.checkpoint.every_num_updates) and self._saved_update != self.update_index:
+                self._save()
+            if self.update_index == config.update.num_updates:
+                return
+            self._heed_notice()
+            metrics = self._update(self.update_index)
+            self._learner.average()
+            self.history.append({"update": self.update_index + 1, **metrics})
+            self._materials.tracker.log_metrics(metrics, self.update_index)
+            progress.show(self.update_index - 1, metrics)
 
     def _is_due(self, every_num_updates: int, first: bool = False) -> bool:
         if self.update_index == 0:
@@ -174,15 +176,19 @@ class Trainer:
         return bool(self.evaluations) and self.evaluations[-1]["update"] == self.update_index
 
     def _heed_notice(self, seconds_to_go: float = math.inf) -> None:
-        """Saves the state after the last update and leaves, if a process was told to stop and time is too short."""
+        """Leaves if some process was told to stop and has less time than what is to be done would take."""
         notice = self._materials.notice
         if any_of(notice.given and notice.remaining_s < seconds_to_go, self._accelerator):
-            if self._saved_update != self.update_index:
-                self._save()
-            raise Preempted(
-                f"the run was told to stop; its state after update {self.update_index} is saved, and starting it again "
-                "goes on"
-            )
+            raise _ToldToStop
+
+    def _leave(self) -> NoReturn:
+        """Saves the state after the last update, of which nothing has changed since, and says so."""
+        if self._saved_update != self.update_index:
+            self._save()
+        raise Preempted(
+            f"the run was told to stop; its state after update {self.update_index} is saved, and starting it again "
+            "goes on"
+        )
 
     def _update(self, update_index: int) -> dict[str, float]:
         """Does one update: rollout, rewards of all states, advantages, optimiser steps."""
@@ -215,9 +221,8 @@ class Trainer:
             constant_N=advantages.constant_N[rows].to(self._policy.device),
         )
         with clock("update"):
-            outcome = update_policy(
-                self._policy, self._optimizer, batch, self._objective, self._accelerator, self._scaler
-            )
+            optimizer, scaler = self._learner.optimizer, self._learner.scaler
+            outcome = update_policy(self._policy, optimizer, batch, self._objective, self._accelerator, scaler)
         if not self._sampler_changed and outcome.trained:
             require_changed_sampler(self._policy, batch, self._objective, self._accelerator)
             self._sampler_changed = True
@@ -235,6 +240,7 @@ class Trainer:
             **outcome.metrics,
             "guards/broken": float(any(images.any() for images in broken.values())),
             **clock.metrics(),
+            "time/total_s": self._seconds_of_update,
         }
 
     def _clock(self) -> PhaseClock:
@@ -332,8 +338,7 @@ class Trainer:
             metrics = {**evaluation.to_dict(), **{f"evaluation_noisy/{name}": value for name, value in noisy.items()}}
             self.evaluations.append({"update": self.update_index, "metrics": metrics})
             if self.best is self.evaluations[-1] and self._accelerator.is_main_process:
-                with atomic_directory(materials.folder / "best") as partial:
-                    self._policy.save_adapter(partial)
+                save_best(self._policy, materials.folder)
         metrics |= clock.metrics()
         materials.tracker.log_metrics(metrics, self.update_index)
         if self._accelerator.is_main_process:
@@ -371,18 +376,14 @@ class Trainer:
         self._saved_update = self.update_index
         if not self._accelerator.is_main_process:
             return
-        best = sorted((materials.folder / "best").glob("*"))
         state = TrainingState(
             update_index=self.update_index,
-            adapter={name: value.detach() for name, value in self._policy.adapter_parameters().items()},
-            ema=self._ema.state_dict(),
-            optimizer=self._optimizer.state_dict(),
-            scaler=self._scaler.state_dict(),
+            **self._learner.state(),
             # All noise is addressed by seed and update; torch's own generator is the only stream with a state.
             rng={"torch": torch.get_rng_state()},
             config=to_flat_dict(self._config),
             history=self.history,
-            best={file.name: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in best},
+            best=read_best(materials.folder),
             extra={"evaluations": self.evaluations},
         )
         save_checkpoint(materials.folder / CHECKPOINTS, state, self._config.checkpoint.keep)
@@ -392,12 +393,7 @@ class Trainer:
         state = self._newest_state()
         if state is None:
             return
-        with torch.no_grad():
-            for name, parameter in self._policy.adapter_parameters().items():
-                parameter.copy_(state.adapter[name])
-        self._ema.load_state_dict(state.ema)
-        self._optimizer.load_state_dict(dict(state.optimizer))
-        self._scaler.load_state_dict(dict(state.scaler))
+        self._learner.load(adapter=state.adapter, ema=state.ema, optimizer=state.optimizer, scaler=state.scaler)
         torch.set_rng_state(torch.as_tensor(state.rng["torch"]))
         self.history = [dict(metrics) for metrics in state.history]
         self.evaluations = list(state.extra["evaluations"])
@@ -420,10 +416,7 @@ class Trainer:
     def _restore_records(self, state: TrainingState) -> None:
         """Puts the best adapter back, and what the tracker may have missed before the process died."""
         materials = self._materials
-        if state.best:
-            with atomic_directory(materials.folder / "best") as partial:
-                for name, content in state.best.items():
-                    (partial / name).write_bytes(content.numpy().tobytes())
+        restore_best(state.best, materials.folder)
         for entry in self.history:
             materials.tracker.log_metrics({k: v for k, v in entry.items() if k != "update"}, entry["update"])
         for evaluation in self.evaluations:

@@ -19,13 +19,14 @@ LAYERS = (
         {"files", "random", "signals", "preemption", "rank", "provenance", "timing", "outbox", "memory", "distributed"},
     ),
     ("maths", {"schedule", "sde", "estimates", "gains", "advantages", "losses"}),
-    ("adapters", {"policies", "rewards", "geneval", "shapes", "prompts"}),
+    ("adapters", {"policies", "rewards", "geneval", "shapes", "prompts", "bucket"}),
     ("steps", {"rollout", "scoring", "update", "guards", "evaluation"}),
     (
         "run",
         {
             "ema",
             "checkpoint",
+            "mirror",
             "tracking",
             "mlflow_store",
             "mlflow_tracking",
@@ -59,6 +60,7 @@ SIBLINGS = {
     "update": {"rollout", "scoring"},
     "evaluation": {"rollout", "scoring"},
     "trainer": {"ema", "checkpoint", "tracking", "progress", "report"},
+    "mirror": {"checkpoint"},
     "mlflow_tracking": {"mlflow_store", "tracking"},
     "registry": {"mlflow_store", "serving"},
     "stages": {"assembly"},
@@ -73,6 +75,7 @@ MATHS_LIBRARIES = {"torch", "jaxtyping"}
 OWNERS = {
     "mlflow": {"sfgrpo.mlflow_store", "sfgrpo.mlflow_tracking", "sfgrpo.registry", "sfgrpo.serving"},
     "prefect": {"tasks", "flows"},
+    "boto3": {"sfgrpo.bucket"},
     "dvc": set(),
     "pickle": set(),
 }

@@ -21,14 +21,18 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = """
-import json, sys
+import json, pathlib, sys
 from sfgrpo.__main__ import guarded, prepare
 from sfgrpo.environment import read_environment
+from sfgrpo.preemption import LAUNCHER_MARGIN_S, StopNotice
 from sfgrpo.sections import LaunchConfig
 
 def launch():
-    from sfgrpo.launcher import launch_ranks
-    launch_ranks(LaunchConfig(**json.loads(sys.argv[1])), read_environment(), ["rank.py"])
+    environment = read_environment()
+    with StopNotice(environment.grace_s + LAUNCHER_MARGIN_S) as notice:
+        pathlib.Path("launching").touch()
+        from sfgrpo.launcher import launch_ranks
+        launch_ranks(LaunchConfig(**json.loads(sys.argv[1])), environment, ["rank.py"], notice)
 
 prepare()
 sys.exit(guarded(launch))
@@ -185,6 +189,15 @@ def test_all_ranks_save_their_state_when_any_process_is_told_to_stop(launch, tol
     assert "stopped: its state after update 3 is saved" in output
     assert "Traceback" not in output and "starting all ranks again" not in output
     assert all(is_gone(pid) for pid in pids)
+
+
+def test_launcher_that_is_told_to_stop_before_its_ranks_are_up_leaves(launch):
+    run = launch()
+    run.wait_for("launching")
+    run.process.terminate()
+    status, output = run.end()
+    assert status == 75, output
+    assert "Traceback" not in output
 
 
 def test_repeated_signals_do_not_keep_the_ranks_from_saving(launch):

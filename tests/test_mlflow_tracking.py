@@ -77,7 +77,9 @@ class Server:
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store that the module's tests share, because making its tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    connect(uri).search_experiments()
+    return uri
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +378,8 @@ def test_run_whose_last_record_is_refused_does_not_finish(uri):
     assert connect(uri).get_run(run.run_id).info.status == "FAILED"
 
 
-def test_new_run_without_a_server_says_what_to_do(impatient):
+def test_new_run_without_a_server_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(mlflow_tracking, "OPEN_S", 5.0)
     run = tracker(f"http://127.0.0.1:{free_port()}")
     with pytest.raises(
         TrackingError,
@@ -388,13 +391,11 @@ def test_new_run_without_a_server_says_what_to_do(impatient):
     assert time.monotonic() - started < 0.5
 
 
-def test_opening_bears_with_a_backlog_that_gets_shorter(uri, monkeypatch):
-    monkeypatch.setattr(mlflow_tracking, "OPEN_S", 0.05)
+def test_opening_bears_with_a_backlog_that_gets_shorter(uri, impatient, monkeypatch):
     send = MlflowTracker._send_tags
-    monkeypatch.setattr(MlflowTracker, "_send_tags", lambda run, tags: (time.sleep(0.02), send(run, tags)))
-    monkeypatch.setattr(mlflow_tracking, "connect", lambda uri, ready=connect(uri): ready)
+    monkeypatch.setattr(MlflowTracker, "_send_tags", lambda run, tags: (time.sleep(0.15), send(run, tags)))
     run = tracker(uri)
-    for _ in range(20):
+    for _ in range(10):
         run.set_tags({"a": "b"})
     run.open()
     assert run.run_id is not None
@@ -403,6 +404,7 @@ def test_opening_bears_with_a_backlog_that_gets_shorter(uri, monkeypatch):
 def test_run_that_cannot_be_recorded_ends_with_a_warning_or_does_not_finish(impatient, caplog):
     run = tracker(f"http://127.0.0.1:{free_port()}")
     run.log_metrics({"x": 1.0}, 1)
+    wait_until(lambda: "takes no records" in caplog.text)
     for status in ("FAILED", "KILLED"):
         run.finish(status)
         assert "did not take" in caplog.messages[-1]

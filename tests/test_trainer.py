@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +25,9 @@ from tiny import LORA_TARGETS, Light, build_tiny_pipeline, counted_passes, make_
 
 import sfgrpo.trainer
 from sfgrpo.batches import BatchArithmetic
-from sfgrpo.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint
+from sfgrpo.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, update_of
 from sfgrpo.config import TrainStage
-from sfgrpo.errors import CanaryError
+from sfgrpo.errors import CanaryError, NumericsError, Preempted
 from sfgrpo.evaluation import draw_images
 from sfgrpo.files import write_manifest
 from sfgrpo.policies.base import Policy
@@ -357,6 +359,152 @@ def test_stopped_run_ends_as_if_it_had_never_been_stopped(run, tmp_path, stopped
     assert timeless(trainer.evaluations) == timeless(run.trainer.evaluations)
     ours, theirs = ((folder / "best" / "pytorch_lora_weights.safetensors") for folder in (tmp_path, run.folder))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+class Told(StopNotice):
+    """Is told to stop at the first or a later look at a moment of the run."""
+
+    def __init__(self, remaining_s: float = 60.0) -> None:
+        super().__init__(grace_s=60.0)
+        self.is_told = False
+        self.left_s = remaining_s
+
+    @property
+    def given(self) -> bool:
+        return self.is_told
+
+    @property
+    def remaining_s(self) -> float:
+        return self.left_s if self.is_told else math.inf
+
+
+class Telling(RecordingTracker):
+    """Gives the notice when an update is recorded."""
+
+    def __init__(self, notice: Told, update: int) -> None:
+        super().__init__()
+        self.notice, self.update = notice, update
+
+    def log_metrics(self, metrics, step):
+        super().log_metrics(metrics, step)
+        self.notice.is_told |= "reward/mean" in metrics and step == self.update
+
+
+class TellingReward(Light):
+    """Gives the notice when it is asked for the first time after an update, that is, in the middle of a rollout."""
+
+    def __init__(self, notice: Told, tracker: RecordingTracker, update: int) -> None:
+        self.notice, self.tracker, self.update = notice, tracker, update
+
+    def __call__(self, images, prompts):
+        self.notice.is_told |= len(self.tracker.metrics.get("reward/mean", ())) == self.update
+        return super().__call__(images, prompts)
+
+
+def assert_ends_as(run: Run, folder: Path) -> None:
+    trainer = trainer_in(
+        folder, policy=make_tiny_policy(seed=0), verdict=Half(*((0.0, 1.0, 0.5, 1.0)[len_of(folder) :]))
+    )
+    trainer.run()
+    ours, theirs = (load_checkpoint(latest_checkpoint(place / "checkpoints")) for place in (folder, run.folder))
+    for field in ("update_index", "adapter", "ema", "optimizer", "scaler", "best"):
+        assert_same(getattr(ours, field), getattr(theirs, field))
+    assert timeless(trainer.history) == timeless(run.trainer.history)
+    assert timeless(trainer.evaluations) == timeless(run.trainer.evaluations)
+
+
+def len_of(folder: Path) -> int:
+    """Counts the evaluations that the newest checkpoint of a run remembers."""
+    return len(load_checkpoint(latest_checkpoint(folder / "checkpoints")).extra["evaluations"])
+
+
+def saved_updates(folder: Path) -> list[int]:
+    return sorted(map(update_of, (folder / "checkpoints").iterdir()))
+
+
+@pytest.mark.parametrize("update", [1, 3, 4])
+def test_run_that_is_told_to_stop_finishes_its_update_and_saves_it(run, tmp_path, update):
+    notice = Told()
+    with pytest.raises(Preempted, match=f"its state after update {update} is saved"):
+        trainer_in(tmp_path, tracker=Telling(notice, update), notice=notice, verdict=Half(0.0, 1.0, 0.5)).run()
+    assert saved_updates(tmp_path)[-1] == update
+    assert_ends_as(run, tmp_path)
+
+
+def test_evaluation_is_broken_off_and_done_again_after_the_resume(run, tmp_path):
+    notice = Told()
+    with pytest.raises(Preempted, match="after update 2 "):
+        trainer_in(tmp_path, tracker=Telling(notice, 2), notice=notice, verdict=Half(0.0, 1.0)).run()
+    assert saved_updates(tmp_path) == [2]
+    assert len_of(tmp_path) == 1
+    assert_ends_as(run, tmp_path)
+
+
+@pytest.mark.parametrize(("remaining_s", "saved"), [(0.0, 3), (60.0, 4)])
+def test_rollout_is_given_up_when_too_little_time_is_left_for_its_update(run, tmp_path, remaining_s, saved):
+    notice, tracker = Told(remaining_s), RecordingTracker()
+    reward = TellingReward(notice, tracker, update=3)
+    with pytest.raises(Preempted, match=f"after update {saved} "):
+        trainer_in(tmp_path, tracker=tracker, notice=notice, reward=reward, verdict=Half(0.0, 1.0, 0.5)).run()
+    assert saved_updates(tmp_path)[-1] == saved
+    assert_ends_as(run, tmp_path)
+
+
+def test_resumed_run_tells_its_tracker_all_that_it_may_have_missed(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path, dirs_exist_ok=True)
+    tracker = RecordingTracker()
+    trainer_in(tmp_path, tracker=tracker)
+    assert tracker.metrics == run.tracker.metrics
+    assert [(key, step) for key, step, _ in tracker.images] == [("samples", step) for step in (0, 2, 4, 5)]
+
+
+def test_best_adapter_comes_back_with_the_checkpoint(run, tmp_path):
+    shutil.copytree(run.folder / "checkpoints", tmp_path / "checkpoints")
+    trainer_in(tmp_path)
+    (ours,), (theirs,) = ((folder / "best").iterdir() for folder in (tmp_path, run.folder))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+class SometimesBroken(Light):
+    """Light that has no number for one of the training prompts."""
+
+    def __call__(self, images, prompts):
+        rewards = super().__call__(images, prompts)
+        return torch.where(torch.tensor([prompt == TRAINING[0] for prompt in prompts]), torch.nan, rewards)
+
+
+def test_reward_that_is_not_finite_costs_its_group_and_is_written_down(tmp_path):
+    trainer = trainer_in(tmp_path, reward=SometimesBroken())
+    trainer.run()
+    broken = [record["guards/broken"] for record in trainer.history]
+    assert 0 < sum(broken) < len(broken)
+    assert all(math.isfinite(value) for record in trainer.history for value in record.values())
+    for record in trainer.history:
+        assert record["groups/constant_fraction"] >= 0.5 * record["guards/broken"]
+    lines = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert {line["update"] + 1 for line in lines} == {
+        record["update"] for record in trainer.history if record["guards/broken"]
+    }
+    assert {(line["kind"], line["prompt"]) for line in lines} == {("reward", TRAINING[0].text)}
+
+
+def test_too_many_updates_that_are_not_finite_stop_the_run_and_a_resume_remembers_them(tmp_path):
+    config = small_config(update={"max_broken_updates": 2}, checkpoint={"every_num_updates": 1})
+    options = {"config": config, "held_out": ()}
+    with pytest.raises(NumericsError, match=r"3 updates had .* more than update\.max_broken_updates = 2"):
+        trainer_in(tmp_path, reward=TrainingBroken(), **options).run()
+    trainer = trainer_in(tmp_path, reward=TrainingBroken(), **options)
+    assert trainer.update_index == 2
+    with pytest.raises(NumericsError, match="3 updates had"):
+        trainer.run()
+
+
+class TrainingBroken(Light):
+    """Has no number for training prompts."""
+
+    def __call__(self, images, prompts):
+        rewards = super().__call__(images, prompts)
+        return torch.where(torch.tensor([prompt in TRAINING for prompt in prompts]), torch.nan, rewards)
 
 
 def test_finished_run_has_nothing_left_to_do(run):

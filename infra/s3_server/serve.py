@@ -92,7 +92,17 @@ use = egg:swift#versioned_writes
 allow_object_versioning = true
 """
 
-PLAIN_FILTERS = ("catch_errors", "gatekeeper", "healthcheck", "listing_formats", "bulk", "slo", "dlo", "symlink", "copy")
+PLAIN_FILTERS = (
+    "catch_errors",
+    "gatekeeper",
+    "healthcheck",
+    "listing_formats",
+    "bulk",
+    "slo",
+    "dlo",
+    "symlink",
+    "copy",
+)
 
 
 def main() -> None:
