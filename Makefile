@@ -5,7 +5,7 @@ S3_INSTALLED := .venv-s3/.installed
 
 .DEFAULT_GOAL := help
 FORM ?= short
-.PHONY: help setup s3-server demo repro study test test-distributed check format clean
+.PHONY: help setup s3-server demo repro study test test-distributed soak check format clean
 
 help: ## Lists the targets
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
@@ -41,6 +41,9 @@ test: setup s3-server ## Runs every test
 
 test-distributed: setup ## Runs the tests that start several processes
 	@$(BIN)/python -m pytest -m distributed
+
+soak: setup s3-server ## Trains under fire: kills, outages and preemptions for half an hour
+	@$(BIN)/python -m benchmarks.soak
 
 check: setup ## Checks format, lint and types
 	@$(BIN)/ruff format --check .

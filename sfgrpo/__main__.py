@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sfgrpo.batches import BatchArithmetic
-from sfgrpo.config import TrainStage, load_config, to_flat_dict
-from sfgrpo.environment import Environment, read_environment
+from sfgrpo.config import load_config, to_flat_dict
+from sfgrpo.environment import read_environment
 from sfgrpo.errors import ConfigError, Preempted, SfgrpoError
+from sfgrpo.paths import PARAMS
 from sfgrpo.preemption import LAUNCHER_MARGIN_S, StopNotice
 from sfgrpo.rank import die_with_launcher, is_first_rank, is_rank, noting_errors
 from sfgrpo.status import ExitStatus
@@ -38,14 +39,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tunes flow-matching text-to-image models with Stepwise-Flow-GRPO, one stage at a time.",
         epilog="The stages run in the order prompts, train, evaluate, register; `dvc repro` runs the first three, "
         "`make demo` all. Values live in params.yaml; where things run, in MLFLOW_TRACKING_URI, MLFLOW_RUN_ID, "
-        "SFGRPO_SCRATCH, SFGRPO_DEVICE, SFGRPO_NUM_THREADS, SFGRPO_TIMEOUT_S and SFGRPO_GRACE_S; where the nodes of a "
+        "SFGRPO_SCRATCH, SFGRPO_MIRROR (S3 bucket that keeps a copy of every run), SFGRPO_DEVICE, SFGRPO_NUM_THREADS, "
+        "SFGRPO_TIMEOUT_S and SFGRPO_GRACE_S; where the nodes of a "
         "training meet, in torchrun's PET_RDZV_ENDPOINT and PET_RDZV_ID. SIGTERM, SIGUSR1 and Ctrl-C make a training "
         "save its state and stop. Exit status: 0 done, 1 failed, 2 wrong configuration, 75 stopped and resumable.",
     )
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, text in HELP.items():
         stage = stages.add_parser(name, help=text, description=text.capitalize() + ".")
-        stage.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (%(default)s)")
+        stage.add_argument("--params", type=Path, default=Path(PARAMS), help="parameter file (%(default)s)")
+        if name == "train":
+            stage.add_argument("--run", metavar="NAME", help="go on with this run, by its own parameters and prompts")
     return parser
 
 
@@ -86,40 +90,48 @@ def guarded(command: Callable[[], None]) -> int:
 
 
 def run(stage: str, params: Path) -> None:
-    """Runs one stage of the pipeline."""
+    """Runs one stage of the pipeline other than the training."""
     config = load_config(stage, params)
     environment = read_environment()
-    if isinstance(config, TrainStage):
-        train(config, environment, params)
-        return
     from sfgrpo import stages
 
     getattr(stages, stage)(config, environment)
 
 
-def train(config: TrainStage, environment: Environment, params: Path) -> None:
-    """Trains in this process or, where there are to be several, as their launcher or as one of them."""
+def train(params: Path, run_name: str | None) -> None:
+    """Trains in this process or, where there are to be several, as their launcher or as one of them.
+
+    By the parameters, unless it is to go on with a run that has its own.
+    """
     launch = load_config("launch", params).launch
+    environment = read_environment()
     if is_rank():
         die_with_launcher()
-    else:
+    from sfgrpo.training import find_inputs, train_policy
+
+    inputs = None if run_name is None else find_inputs(run_name, environment)
+    config = load_config("train", params if inputs is None else inputs / PARAMS)
+    if not is_rank():
         BatchArithmetic(config=config, num_processes=launch.world_size)
     if is_rank() or launch.world_size == 1:
-        from sfgrpo import stages
-
-        stages.train(config, environment, launch)
+        train_policy(config, environment, launch, inputs)
         return
+    command = ["-m", "sfgrpo", "train", "--params", str(params), *(() if run_name is None else ("--run", run_name))]
     with StopNotice(environment.grace_s + LAUNCHER_MARGIN_S) as notice:
         from sfgrpo.launcher import launch_ranks
 
-        launch_ranks(launch, environment, ["-m", "sfgrpo", "train", "--params", str(params)], notice)
+        launch_ranks(launch, environment, command, notice)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one stage and returns the exit status."""
     chosen = _parser().parse_args(arguments)
     prepare()
-    return guarded(lambda: show(chosen.params) if chosen.stage == "show" else run(chosen.stage, chosen.params))
+    commands: dict[str, Callable[[], None]] = {
+        "show": lambda: show(chosen.params),
+        "train": lambda: train(chosen.params, chosen.run),
+    }
+    return guarded(commands.get(chosen.stage, lambda: run(chosen.stage, chosen.params)))
 
 
 if __name__ == "__main__":

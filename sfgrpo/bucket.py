@@ -86,7 +86,7 @@ class Bucket:
         return sorted(entry["Prefix"].removeprefix(self._below).rstrip("/") for entry in entries)
 
     def put(self, name: str, file: BinaryIO) -> None:
-        """Uploads an open file and proves that the object holds it."""
+        """Uploads an open file, which may be closed after that, and proves that the object holds it."""
         digests = digests_of(file)
         file.seek(0)
         with self._clear_errors():
@@ -182,9 +182,7 @@ class Bucket:
         if code in REFUSALS:
             cure = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they are allowed to do"
             return MirrorError(f"{self.uri} cannot be used with these credentials ({reason}); {cure}")
-        return MirrorError(
-            f"{self.uri} cannot be reached ({reason}); check the server, the network and AWS_ENDPOINT_URL"
-        )
+        return MirrorError(f"{self.uri} cannot be used ({reason}); check the server, the network and AWS_ENDPOINT_URL")
 
 
 def digests_of(file: BinaryIO) -> Digests:

@@ -35,6 +35,9 @@ from sfgrpo.status import ExitStatus
 
 logger = logging.getLogger(__name__)
 
+SOON_S = 5
+"""Failures of so many seconds have one cause."""
+
 
 def launch_ranks(launch: LaunchConfig, environment: Environment, arguments: Sequence[str], notice: StopNotice) -> None:
     """Runs this Python with `arguments` as every rank of this node, and returns once all are done.
@@ -134,8 +137,8 @@ class _Agent(LocalElasticAgent):
         result: RunResult = super()._monitor_workers(worker_group)
         if not result.is_failed():
             return result
-        statuses = {failure.exitcode for failure in result.failures.values()}
-        if statuses == {int(ExitStatus.RESUMABLE)}:
+        # Torch lists first who left by itself, then who did when torch told the others to.
+        if next(iter(result.failures.values())).exitcode == ExitStatus.RESUMABLE:
             raise Preempted("a rank was told to stop and all have left; starting the run again goes on")
         rank, failure = _first_failure(result.failures)
         if failure.exitcode == ExitStatus.WRONG_CONFIGURATION:
@@ -148,13 +151,15 @@ class _Agent(LocalElasticAgent):
 def _first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """Picks the failure that caused the others.
 
-    Ranks that are told to stop because of it, or that miss the failed one, fail later, but perhaps in the same second.
+    Ranks that miss the failed one fail by themselves, perhaps in the same second. Torch tells the rest to stop, and
+    kills those that do not within half a minute.
     """
+    earliest = min(failure.timestamp for failure in failures.values())
 
-    def order(rank: int) -> tuple[bool, bool, int]:
+    def order(rank: int) -> tuple[bool, bool, bool, int]:
         failure = failures[rank]
         told = failure.exitcode in (-signal.SIGTERM, ExitStatus.RESUMABLE)
-        return told, failure.exitcode > 0, failure.timestamp
+        return told, failure.timestamp > earliest + SOON_S, failure.exitcode > 0, failure.timestamp
 
     rank = min(failures, key=order)
     return rank, failures[rank]

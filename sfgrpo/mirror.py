@@ -103,7 +103,7 @@ class Mirror:
             try:
                 self._upload()
             except Exception as error:  # whatever it is, training goes on
-                if broken_since is None:
+                if broken_since is None and not self._closed:
                     broken_since = time.monotonic()
                     reason = str(error) if isinstance(error, SfgrpoError) else f"{type(error).__name__}: {error}"
                     logger.warning("the run is not mirrored now, which is tried until it works: %s", reason)
@@ -184,10 +184,10 @@ class Mirror:
                 self._put(name, file, sizes)
 
     def _put(self, name: str, file: BinaryIO, sizes: dict[str, int]) -> None:
+        stamp = _stamp(file)
         file.seek(0)
         self._bucket.put(name, file)
-        self._sent[name] = _stamp(file)
-        sizes[name] = self._sent[name].size
+        self._sent[name], sizes[name] = stamp, stamp.size
 
     def _is_sent(self, name: str, file: BinaryIO) -> bool:
         """Tells whether the object, which exists, was made of this very content."""

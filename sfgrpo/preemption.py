@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ KILL_MARGIN_S = 2
 LAUNCHER_MARGIN_S = 4
 """Between the end of the ranks' grace and that of their launcher."""
 
+END = b"\0"
+"""No signal has this number."""
+
 
 class StopNotice:
     """Whether this process was told to stop, by the first of `SIGNALS` that it gets within the block.
@@ -36,12 +40,8 @@ class StopNotice:
 
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
-        self._deferred = False
+        self._deferred = self._heard = False
         self._deadline: float | None = None
-        self._name = ""
-        self._interrupts = 0
-        self._told, self._left = threading.Event(), threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="stop-notice", daemon=True)
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -64,44 +64,65 @@ class StopNotice:
             self._deferred = False
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            # A handler interrupts the main thread anywhere, so logging and waiting is another thread's work.
-            self._watcher.start()
-            # What is ignored stays so: nohup ignores SIGHUP.
-            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-            self._previous = {number: signal.signal(number, self._handle) for number in heard}
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        # Handlers wait until the main thread is back in Python, and a collective whose partner is gone does not come
+        # back. The numbers of the signals reach another thread all the same, which sees to the deadline.
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        self._watcher = threading.Thread(target=self._watch, name="stop-notice", daemon=True)
+        self._watcher.start()
+        self._previous_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        # What is ignored stays so: nohup ignores SIGHUP.
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._previous:
+            return
         # Who leaves because it was told to must not die of being told again; neither must a rank that leaves because
         # another one was told.
         leaving = self.given or isinstance(error, Preempted)
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if leaving else handler)
-        self._left.set()
-        self._told.set()
-        if self._watcher.is_alive():
-            self._watcher.join()
+        signal.set_wakeup_fd(self._previous_fd)
+        self._sender.setblocking(True)
+        self._sender.sendall(END)
+        self._watcher.join()
+        self._sender.close()
+        self._receiver.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts == 2:
-            os._exit(ExitStatus.RESUMABLE)
-        if self.given:
+        if self._heard:
             return
-        self._deadline = time.monotonic() + self._grace_s
-        self._name = signal.Signals(number).name
-        self._told.set()
+        self._heard = True
+        self._start_grace()
         if not self._deferred:
             raise Preempted("the run was told to stop; starting it again goes on from its last checkpoint")
 
+    def _start_grace(self) -> None:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._grace_s
+
     def _watch(self) -> None:
-        self._told.wait()
-        if not self.given:
-            return
-        logger.warning("told to stop by %s; %g s are left to save the state", self._name, self._grace_s)
-        if not self._left.wait(self.remaining_s):
+        """Starts the grace at the first signal and ends the process after it, or at the second Ctrl-C."""
+        numbers: list[int] = []
+        try:
+            while (received := self._receiver.recv(1)) != END:
+                if received[0] not in SIGNALS:
+                    continue
+                numbers.append(received[0])
+                if numbers.count(signal.SIGINT) == 2:
+                    os._exit(ExitStatus.RESUMABLE)
+                self._start_grace()
+                if len(numbers) == 1:
+                    name = signal.Signals(numbers[0]).name
+                    logger.warning("told to stop by %s; %g s are left to save the state", name, self._grace_s)
+                # Not 0, which would mean not to wait at all.
+                self._receiver.settimeout(max(0.001, self.remaining_s))
+        except TimeoutError:
             logger.error("the process is ended: it was still at work %g s after it was told to stop", self._grace_s)
             os._exit(ExitStatus.RESUMABLE)

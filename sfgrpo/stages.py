@@ -1,4 +1,4 @@
-"""The stages of the pipeline: each builds its objects from its configuration, calls the library, writes its files."""
+"""The stages of the pipeline but for the training: each makes its objects by its configuration and writes its files."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from sfgrpo.config import (
     PretrainStage,
     PromptsStage,
     RegisterStage,
-    TrainStage,
     config_digest,
 )
 from sfgrpo.environment import Environment
 from sfgrpo.errors import SfgrpoError
 from sfgrpo.files import atomic_directory
+from sfgrpo.paths import EVALUATE_REPORT, EVALUATION_PROMPTS, POLICY, PROMPTS, REGISTRATION, TRAINING_PROMPTS
 from sfgrpo.prompts import read_prompts, write_prompts
 from sfgrpo.provenance import provenance_tags
-from sfgrpo.sections import LaunchConfig
-from sfgrpo.training import EVALUATION_PROMPTS, EXPERIMENT, POLICY, PROMPTS, TRAINING_PROMPTS, train_policy
+from sfgrpo.training import EXPERIMENT
 from sfgrpo.types import TAGS, Prompt
 
 if TYPE_CHECKING:
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EVALUATE_REPORT = Path("reports/evaluate")
-REGISTRATION = Path("reports/registered.json")
 GRID_ROWS_PER_TASK = 2
 
 
@@ -70,11 +67,6 @@ def prompts(config: PromptsStage, environment: Environment) -> None:
         write_prompts(partial / EVALUATION_PROMPTS.name, evaluation)
     unique = len({prompt.text for prompt in training})
     print(f"{len(training)} training prompts ({unique} unique) and {len(evaluation)} evaluation prompts in {PROMPTS}")
-
-
-def train(config: TrainStage, environment: Environment, launch: LaunchConfig) -> None:
-    """Trains the adapter and publishes the best; each process of a distributed training calls this."""
-    train_policy(config, environment, launch)
 
 
 def evaluate(config: EvaluateStage, environment: Environment) -> None:

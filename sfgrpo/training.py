@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sfgrpo.assembly import (
     check_pretrained,
@@ -20,7 +21,9 @@ from sfgrpo.assembly import (
 )
 from sfgrpo.config import TrainStage, to_flat_dict
 from sfgrpo.environment import Environment
+from sfgrpo.errors import ConfigError, SfgrpoError
 from sfgrpo.files import atomic_directory
+from sfgrpo.paths import EVALUATION_PROMPTS, PARAMS, POLICY, PROMPTS, TRAIN_REPORT, TRAINING_PROMPTS
 from sfgrpo.preemption import StopNotice
 from sfgrpo.prompts import read_prompts
 from sfgrpo.provenance import provenance_tags
@@ -33,23 +36,45 @@ if TYPE_CHECKING:
     from sfgrpo.trainer import Trainer
 
 EXPERIMENT = "sfgrpo"
-PROMPTS = Path("data/prompts")
-TRAINING_PROMPTS = PROMPTS / "train.jsonl"
-EVALUATION_PROMPTS = PROMPTS / "evaluation.jsonl"
-POLICY = Path("models/policy")
-TRAIN_REPORT = Path("reports/train")
+INPUTS = "inputs"
+"""Folder, below that of a run, with what it was started with."""
+PROVENANCE = "provenance.json"
 MIRROR_S = 300.0
 """How long the end of a training waits for its mirror."""
 LEAVING_S = 2.0
 """What is kept of the time that a stopped process has, for the rest of its leaving."""
 
 
-def train_policy(config: TrainStage, environment: Environment, launch: LaunchConfig) -> None:
-    """Trains the adapter, going on where an interrupted run of the same configuration, data and code stopped.
-
-    Every process of a distributed training calls this; the first one records and publishes.
+def find_inputs(name: str, environment: Environment) -> Path:
+    """Finds what a run was started with, parameters and prompts, in the scratch folder or in the mirror.
 
     Raises:
+        SfgrpoError: neither has a run of this name.
+    """
+    folder = environment.scratch_dir / name
+    if not (folder / INPUTS).exists():
+        if environment.mirror is None:
+            raise SfgrpoError(
+                f"no run {name} in {environment.scratch_dir}; set SFGRPO_MIRROR to the bucket that has it, or start it "
+                "anew without --run"
+            )
+        from sfgrpo.mirror import Mirror, require_run
+
+        require_run(environment.mirror, name)
+        Mirror(environment.mirror, folder).restore()
+    return folder / INPUTS
+
+
+def train_policy(
+    config: TrainStage, environment: Environment, launch: LaunchConfig, inputs: Path | None = None
+) -> None:
+    """Trains the adapter, going on where an interrupted run of the same configuration, data and code stopped.
+
+    Every process of a distributed training calls this; the first one records and publishes. The prompts are those of
+    `inputs`, which `find_inputs` gave, or else those that the stage before this one wrote.
+
+    Raises:
+        ConfigError: `inputs` belong to a run of other code or models.
         Preempted: the process was told to stop; calling this again goes on.
     """
     with StopNotice(environment.grace_s) as notice:
@@ -57,13 +82,16 @@ def train_policy(config: TrainStage, environment: Environment, launch: LaunchCon
         reward = make_reward(config.reward)
         check_pretrained(config.policy)
         use_threads(environment)
-        prompts, evaluation_prompts = read_prompts(TRAINING_PROMPTS), read_prompts(EVALUATION_PROMPTS)
+        prompt_files = [(inputs or PROMPTS) / path.name for path in (TRAINING_PROMPTS, EVALUATION_PROMPTS)]
+        prompts, evaluation_prompts = map(read_prompts, prompt_files)
         key = run_key(config, prompts, evaluation_prompts)
         folder = environment.scratch_dir / f"train-{key[:16]}"
+        if inputs is not None and inputs.parent != folder:
+            _refuse_other_code(inputs)
         folder.mkdir(parents=True, exist_ok=True)
         with (
             _mirrored(folder, environment, notice, accelerator) as saved,
-            _recorded(config, environment, key, folder, accelerator) as tracker,
+            _recorded(config, environment, key, folder, accelerator, prompt_files) as tracker,
         ):
             policy = make_policy(config.policy, config.seed, environment, launch.sharding)
             trainer = make_trainer(
@@ -78,9 +106,14 @@ def train_policy(config: TrainStage, environment: Environment, launch: LaunchCon
 
 @contextlib.contextmanager
 def _recorded(
-    config: TrainStage, environment: Environment, key: str, folder: Path, accelerator: Accelerator
+    config: TrainStage,
+    environment: Environment,
+    key: str,
+    folder: Path,
+    accelerator: Accelerator,
+    prompt_files: Sequence[Path],
 ) -> Iterator[Tracker]:
-    """Opens the run's record and ends it with the block; only the first process has one."""
+    """Keeps what the run starts with, opens its record and ends it with the block; the first process alone does so."""
     from sfgrpo.checkpoint import CHECKPOINTS, latest_checkpoint
     from sfgrpo.mlflow_tracking import MlflowTracker
     from sfgrpo.tracking import SilentTracker, ending
@@ -95,14 +128,22 @@ def _recorded(
         run_id=environment.run_id,
         key=key,
     )
+    provenance = provenance_tags(Path.cwd(), prompt_files[0])
+    if not (folder / INPUTS).exists():
+        with atomic_directory(folder / INPUTS) as partial:
+            # JSON is YAML.
+            (partial / PARAMS).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
+            (partial / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+            for file in prompt_files:
+                shutil.copy(file, partial / file.name)
     with ending(tracker):
         if latest_checkpoint(folder / CHECKPOINTS) is None:
             # A run that is new finds out about a store that is away before it costs anything; others go on without.
             tracker.open()
         tracker.log_params(to_flat_dict(config))
-        tracker.set_tags(provenance_tags(Path.cwd(), TRAINING_PROMPTS))
-        tracker.log_prompts(TRAINING_PROMPTS, "training-prompts", "training")
-        tracker.log_prompts(EVALUATION_PROMPTS, "evaluation-prompts", "evaluation")
+        tracker.set_tags(provenance)
+        tracker.log_prompts(prompt_files[0], "training-prompts", "training")
+        tracker.log_prompts(prompt_files[1], "evaluation-prompts", "evaluation")
         yield tracker
 
 
@@ -124,6 +165,14 @@ def _mirrored(
         yield mirror.sync
     finally:
         mirror.close(min(MIRROR_S, notice.remaining_s - LEAVING_S))
+
+
+def _refuse_other_code(inputs: Path) -> NoReturn:
+    commit = json.loads((inputs / PROVENANCE).read_text(encoding="utf-8"))["git_commit"]
+    raise ConfigError(
+        f"run {inputs.parent.name} was started with other code or models, and would not be the same run; check out "
+        f"commit {commit}, or start anew without --run"
+    )
 
 
 def _publish(

@@ -8,11 +8,14 @@ would: when it was killed, and when it left with `ExitStatus.RESUMABLE`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +25,8 @@ from typing import Self
 from sfgrpo.status import ExitStatus
 
 PREFIX = "10.77.0"
+SWITCH = f"{PREFIX}.254"
+CLONE_NEWNET = 0x40000000
 POLL_S = 0.05
 _numbers = itertools.count()
 
@@ -53,10 +58,11 @@ class Network:
         try:
             self._add_namespace(self._switch)
             _ip("-n", self._switch, "link", "add", "bridge", "type", "bridge")
+            _ip("-n", self._switch, "address", "add", f"{SWITCH}/24", "dev", "bridge")
             _ip("-n", self._switch, "link", "set", "bridge", "up")
             for host in self.hosts.values():
                 self._add_namespace(host.namespace)
-                _ip("-n", self._switch, "link", "add", host.name, *"type veth peer name eth0 netns".split(), host.namespace)
+                _ip("-n", self._switch, "link", "add", host.name, *["type", "veth", "peer", "name", "eth0", "netns"], host.namespace)
                 _ip("-n", self._switch, "link", "set", host.name, "master", "bridge", "up")
                 _ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", "eth0")
                 _ip("-n", host.namespace, "link", "set", "eth0", "up")
@@ -69,6 +75,29 @@ class Network:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._remove()
+
+    @contextlib.contextmanager
+    def exposed(self, port: int) -> Iterator[str]:
+        """Lets the hosts reach, within the block, what listens on this port of the real machine; gives host:port."""
+        with self._listener() as listener:
+            thread = threading.Thread(target=_accept, args=(listener, ("127.0.0.1", port)), daemon=True)
+            thread.start()
+            try:
+                yield f"{SWITCH}:{listener.getsockname()[1]}"
+            finally:
+                listener.shutdown(socket.SHUT_RDWR)
+                thread.join()
+
+    def _listener(self) -> socket.socket:
+        """Makes a socket that listens on the switch; a socket stays in the namespace in which it was made."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open("/proc/thread-self/ns/net") as own, open(f"/run/netns/{self._switch}") as other:
+            if libc.setns(other.fileno(), CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), f"the namespace {self._switch} cannot be entered")
+            try:
+                return socket.create_server((SWITCH, 0))
+            finally:
+                assert libc.setns(own.fileno(), CLONE_NEWNET) == 0, "this process is lost in another namespace"
 
     def _add_namespace(self, name: str) -> None:
         _ip("netns", "add", name)
@@ -199,6 +228,32 @@ def wait_for(seconds: float, nodes: Sequence[Node]) -> None:
 def outputs(nodes: Sequence[Node]) -> str:
     """Gives what all nodes have said, node by node."""
     return "\n".join(f"======== {node.host.name}, exit statuses {node.statuses}\n{node.output()}" for node in nodes)
+
+
+def _accept(listener: socket.socket, target: tuple[str, int]) -> None:
+    """Passes on every connection until the listener is shut down."""
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            return
+        threading.Thread(target=_connect, args=(client, target), daemon=True).start()
+
+
+def _connect(client: socket.socket, target: tuple[str, int]) -> None:
+    with client, contextlib.suppress(OSError), socket.create_connection(target) as server:
+        back = threading.Thread(target=_pump, args=(server, client), daemon=True)
+        back.start()
+        _pump(client, server)
+        back.join()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(2**16):
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
 
 
 def _ip(*words: str) -> str:

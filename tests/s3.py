@@ -53,7 +53,7 @@ class S3Server:
 
     def client(self) -> Any:
         """Makes a boto3 client of this server, whatever the environment says."""
-        import boto3
+        import boto3  # type: ignore[import-untyped]
 
         return boto3.session.Session().client(
             "s3",

@@ -1,4 +1,4 @@
-"""One run on one, two and four processes: the same images, the same advantages, and the same weights but for rounding."""
+"""One run on one, two and four processes: the same images and advantages, and the same weights but for rounding."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 
 LAYERS = (
-    ("words", {"types", "errors", "sections", "validation", "config", "batches", "environment", "status"}),
+    ("words", {"types", "errors", "sections", "validation", "config", "batches", "environment", "status", "paths"}),
     (
         "tools",
         {"files", "random", "signals", "preemption", "rank", "provenance", "timing", "outbox", "memory", "distributed"},
@@ -25,6 +25,7 @@ LAYERS = (
         "run",
         {
             "ema",
+            "learner",
             "checkpoint",
             "mirror",
             "tracking",
@@ -40,7 +41,7 @@ LAYERS = (
             "pretrain_reward",
         },
     ),
-    ("doors", {"assembly", "stages", "study", "__main__"}),
+    ("doors", {"assembly", "training", "stages", "study", "__main__"}),
 )
 """Members of a layer import lower layers; a folder counts as one member."""
 
@@ -59,13 +60,15 @@ SIBLINGS = {
     "scoring": {"rollout"},
     "update": {"rollout", "scoring"},
     "evaluation": {"rollout", "scoring"},
-    "trainer": {"ema", "checkpoint", "tracking", "progress", "report"},
+    "learner": {"ema"},
+    "trainer": {"learner", "checkpoint", "tracking", "progress", "report"},
     "mirror": {"checkpoint"},
     "mlflow_tracking": {"mlflow_store", "tracking"},
     "registry": {"mlflow_store", "serving"},
-    "stages": {"assembly"},
+    "training": {"assembly"},
+    "stages": {"assembly", "training"},
     "study": {"assembly", "__main__"},
-    "__main__": {"stages"},
+    "__main__": {"stages", "training"},
 }
 """Members of the same layer that a member may import all the same."""
 

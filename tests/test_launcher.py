@@ -16,6 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from sfgrpo.launcher import _first_failure
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -210,6 +213,36 @@ def test_repeated_signals_do_not_keep_the_ranks_from_saving(launch):
         time.sleep(0.05)
     assert run.end()[0] == 75
     assert run.saved() == ["saved_0", "saved_1"]
+
+
+def test_rank_that_fails_because_another_one_left_is_no_failure(launch):
+    run = launch(environment={"SFGRPO_GRACE_S": "1"})
+    pids = [run.pid(0), run.pid(1)]
+    (run.folder / "busy").touch()
+    os.kill(pids[0], signal.SIGTERM)
+    # It leaves at the end of its grace; then the other one is told to stop, but is killed.
+    assert is_gone(pids[0])
+    os.kill(pids[1], signal.SIGKILL)
+    status, output = run.end()
+    assert status == 75, output
+    assert "starting all ranks again" not in output
+
+
+@pytest.mark.parametrize(
+    ("failures", "rank"),
+    [
+        ({0: (1, 100), 1: (-9, 100)}, 1),
+        ({0: (-9, 130), 1: (1, 100)}, 1),
+        ({0: (75, 100), 1: (1, 101)}, 1),
+        ({0: (-15, 100), 1: (3, 102), 2: (1, 101)}, 2),
+    ],
+)
+def test_first_failure_is_the_one_that_caused_the_others(failures, rank):
+    made = {}
+    for number, (status, timestamp) in failures.items():
+        made[number] = ProcessFailure(local_rank=number, pid=1, exitcode=status, error_file="absent")
+        made[number].timestamp = timestamp
+    assert _first_failure(made)[0] == rank
 
 
 def test_ranks_that_do_not_leave_in_time_are_ended(launch):

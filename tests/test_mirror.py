@@ -8,10 +8,10 @@ import io
 import logging
 import os
 import shutil
-import signal
 import socket
 import socketserver
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -99,9 +99,6 @@ class Proxy:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-
-            def handle_one_request(self) -> None:
-                super().handle_one_request()
 
             def answer(self) -> None:
                 proxy.requests.append((self.command, self.path))
@@ -193,7 +190,9 @@ def test_bucket_follows_while_checkpoints_come_and_go(s3_server, uri, folder):
     }
 
 
-def test_server_that_is_killed_midway_gets_everything_in_the_end(s3_server, uri, folder, caplog):
+@pytest.mark.slow
+def test_server_that_is_killed_midway_gets_everything_in_the_end(s3_server, uri, folder, monkeypatch, caplog):
+    monkeypatch.setattr(bucket, "NUM_ATTEMPTS", 1)
     copy = Mirror(uri, folder)
     for update in (1, 2):
         save(folder, update, size=BIG)
@@ -215,6 +214,7 @@ def test_server_that_is_killed_midway_gets_everything_in_the_end(s3_server, uri,
     assert "is up to date again after" in warnings[-1]
 
 
+@pytest.mark.slow
 def test_data_survive_the_death_of_the_server_and_no_process_is_left(tmp_path):
     server = S3Server(tmp_path)
     with server:
@@ -299,13 +299,20 @@ def test_half_uploaded_checkpoint_is_not_taken_for_whole(s3_server, uri, folder,
     assert stored(s3_server, uri) == content(folder)
 
 
-@pytest.mark.parametrize("change", [flipped, lambda content: content[:-1], lambda content: b""])
-@pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("state.safetensors", flipped),
+        ("state.safetensors", lambda content: content[:-1]),
+        ("manifest.json", lambda content: content[:-10]),
+        ("manifest.json", lambda content: b""),
+    ],
+)
 def test_damaged_checkpoint_is_skipped_for_an_older_one(s3_server, uri, folder, tmp_path, caplog, name, change):
     save(folder, 1)
     save(folder, 2)
     sent(uri, folder)
-    damage(s3_server, uri, f"run/checkpoints/update-000002/{name}".removeprefix("run/"), change)
+    damage(s3_server, uri, f"checkpoints/update-000002/{name}", change)
     bare = tmp_path / "bare" / "run"
     assert Mirror(uri, bare).restore()
     assert [path.name for path in (bare / "checkpoints").iterdir()] == ["update-000001"]
@@ -433,7 +440,7 @@ def test_outage_is_told_once_and_its_end_too(s3_server, uri, folder, proxy, monk
     proxy.mode = "pass"
     assert copy.wait(WAIT_S)
     copy.close(WAIT_S)
-    assert stored(s3_server, f"{uri}") == content(folder)
+    assert stored(s3_server, uri) == content(folder)
     messages = [record.message for record in caplog.records if record.name == "sfgrpo.mirror"]
     assert len(messages) == 2
     assert "is not mirrored now" in messages[0] and "is up to date again" in messages[1]
@@ -495,7 +502,9 @@ def test_missing_credentials_are_a_clear_error(uri, folder, monkeypatch, tmp_pat
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "absent"))
-    with pytest.raises(MirrorError, match=r"cannot be used with these credentials \(NoCredentialsError: .*; check AWS_"):
+    with pytest.raises(
+        MirrorError, match=r"cannot be used with these credentials \(NoCredentialsError: .*; check AWS_"
+    ):
         Mirror(uri, folder).restore()
 
 
@@ -504,7 +513,7 @@ def test_secrets_in_messages_are_blotted_out(uri, folder, monkeypatch):
     monkeypatch.setattr(bucket, "NUM_ATTEMPTS", 1)
     with pytest.raises(MirrorError) as caught:
         Mirror(uri, folder).restore()
-    assert "password" not in str(caught.value) and "cannot be reached" in str(caught.value)
+    assert "password" not in str(caught.value) and "cannot be used" in str(caught.value)
     monkeypatch.setenv("AWS_SESSION_TOKEN", "token-with-a-newline\n")
     assert bucket.without_secrets("Invalid header value b'token-with-a-newline\\n'") == "Invalid header value b'***\\n'"
 
@@ -512,7 +521,7 @@ def test_secrets_in_messages_are_blotted_out(uri, folder, monkeypatch):
 def test_server_that_is_away_is_a_clear_error(uri, folder, monkeypatch):
     monkeypatch.setattr(bucket, "NUM_ATTEMPTS", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    with pytest.raises(MirrorError, match=rf"{uri}/run cannot be reached \(EndpointConnectionError: .*AWS_ENDPOINT_URL"):
+    with pytest.raises(MirrorError, match=rf"{uri}/run cannot be used \(EndpointConnectionError: .*AWS_ENDPOINT_URL"):
         Mirror(uri, folder).restore()
 
 
@@ -553,9 +562,6 @@ def test_process_ends_while_a_server_hangs(s3_server, uri, folder):
             "copy = Mirror(sys.argv[1], Path(sys.argv[2])); copy.sync(); copy.close(0.5); print('closed')"
         )
         environment = os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
-        python = shutil.which("python", path=str(Path(os.sys.executable).parent)) or os.sys.executable
-        process = subprocess.run(
-            [python, "-c", program, uri, str(folder)], env=environment, capture_output=True, text=True, timeout=50
-        )
-    assert process.returncode == 0 and process.stdout == "closed\n"
-    assert process.returncode != -signal.SIGKILL
+        command = [sys.executable, "-c", program, uri, str(folder)]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+    assert (process.returncode, process.stdout) == (0, "closed\n")

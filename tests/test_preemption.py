@@ -63,6 +63,15 @@ SWALLOWING = """
             except Exception:
                 pass
 """
+STUCK = """
+        import ctypes
+        with notice.deferred():
+            lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+            libc.pthread_mutex_lock(lock)
+            print("ready", flush=True)
+            libc.pthread_mutex_lock(lock)
+"""
+"""Waits in C without end, as in a collective whose partner is gone."""
 LINGERING = "print('leaving', flush=True); time.sleep(0.5)"
 
 
@@ -128,7 +137,7 @@ def test_repeated_signals_are_ignored_also_while_the_process_leaves(start):
     assert process.wait(20) == 75
 
 
-@pytest.mark.parametrize("body", [BUSY, SWALLOWING])
+@pytest.mark.parametrize("body", [BUSY, SWALLOWING, STUCK])
 def test_process_that_does_not_leave_in_time_is_ended(start, body):
     process = start(body, grace_s=1.0)
     begin = time.monotonic()
@@ -139,8 +148,9 @@ def test_process_that_does_not_leave_in_time_is_ended(start, body):
     assert "the process is ended: it was still at work 1 s after it was told to stop" in errors
 
 
-def test_second_interrupt_ends_the_process_at_once(start):
-    process = start(BUSY, grace_s=60)
+@pytest.mark.parametrize("body", [BUSY, STUCK])
+def test_second_interrupt_ends_the_process_at_once(start, body):
+    process = start(body, grace_s=60)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None

@@ -89,7 +89,7 @@ def failing(kind: str) -> type[Light]:
             if kind == "raise":
                 raise RuntimeError("the lamp is broken")
             if kind == "nan":
-                rewards[1] = float("nan")
+                rewards[-1] = float("nan")
             return rewards[:-1] if kind == "count" else rewards
 
     return Failing
@@ -190,7 +190,7 @@ def test_finished_training_is_not_repeated(folder, tracker):
 @pytest.mark.parametrize(
     ("kind", "complaint"),
     [
-        ("nan", r"reward light gave nan for image 1 \('a photo of .*'\)"),
+        ("nan", r"reward light gave nan for image \d+ \('a photo of .*'\)"),
         ("count", r"reward light gave \[\d+\] torch.float32 for \d+ images from \['a photo of .*'\] on"),
         ("raise", r"reward light failed on image 0 \('a photo of .*'\): the lamp is broken"),
     ],
@@ -204,7 +204,7 @@ def test_failing_reward_stops_the_training_and_costs_no_checkpoint(folder, capsy
     verify_manifest(checkpoints(folder) / "update-000001")
     with inside(folder):
         assert main(["train"]) == 0
-    assert "resuming after update 1 from update-000001" in caplog.text
+    assert "resuming after update 1" in caplog.text
     assert [metrics["update"] for metrics in read_history(folder)] == [1, 2, 3]
 
 
@@ -215,9 +215,35 @@ def test_damaged_newest_checkpoint_gives_way_to_the_one_before(folder, tracker, 
     flip_a_byte(checkpoints(folder) / "update-000003/state.safetensors")
     assert main(["train"]) == 0
     assert "checkpoint update-000003 is skipped" in caplog.text
-    assert "resuming after update 2 from update-000002" in caplog.text
+    assert "resuming after update 2" in caplog.text
     assert read_history(folder) == expected
     assert latest_checkpoint(checkpoints(folder)).name == "update-000003"
+
+
+def test_run_goes_on_by_its_name_with_its_own_parameters_and_prompts(folder, tracker, capsys):
+    with inside(folder, failing("raise")):
+        assert main(["train"]) == 1
+    (run,) = Path(".scratch").glob("train-*")
+    shutil.rmtree("data/prompts")
+    write_params(folder, {**TINY, "seed": 5, "update.num_updates": 9})
+    assert main(["train", "--run", run.name]) == 0
+    record = json.loads(Path("models/policy/training.json").read_text())
+    assert record["num_updates"] == TINY["update.num_updates"]
+    assert f"train-{record['run_key'][:16]}" == run.name
+    assert [path.name for path in Path(".scratch").glob("train-*")] == [run.name]
+
+
+def test_unknown_run_is_an_error_with_the_cure(folder, tracker, capsys):
+    assert main(["train", "--run", "train-0"]) == 1
+    assert_error(capsys, "no run train-0 in .scratch; set SFGRPO_MIRROR to the bucket that has it, or start it anew")
+
+
+def test_run_of_other_code_is_not_taken_up(folder, tracker, capsys):
+    assert main(["train"]) == 0
+    (run,) = Path(".scratch").glob("train-*")
+    run.rename(run.with_name("train-0"))
+    assert main(["train", "--run", "train-0"]) == 2
+    assert_error(capsys, "run train-0 was started with other code or models, .*; check out commit")
 
 
 def test_evaluation_compares_before_and_after(folder, tracker):

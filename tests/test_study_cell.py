@@ -86,8 +86,9 @@ def test_cell_writes_what_the_report_reads(cells):
 
 def test_methods_start_from_the_same_prompts_noise_and_weights(cells):
     first = [json.loads((cells / row / "0/evaluations.json").read_text())[0] for row in (FLOW_GRPO, STEPWISE)]
-    assert {key: value for key, value in first[0].items() if not key.startswith("time/")} == {
-        key: value for key, value in first[1].items() if not key.startswith("time/")
+    measured = ("time/", "memory/")
+    assert {key: value for key, value in first[0].items() if not key.startswith(measured)} == {
+        key: value for key, value in first[1].items() if not key.startswith(measured)
     }
     histories = [json.loads((cells / row / "0/history.json").read_text()) for row in (FLOW_GRPO, STEPWISE)]
     assert histories[0][0]["reward/mean"] == pytest.approx(histories[1][0]["reward/mean"], abs=1e-6)

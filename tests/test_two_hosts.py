@@ -9,18 +9,21 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hosts import HostsUnavailableError, Network, Node, outputs, wait_for, wait_until
+from s3 import BUCKET, S3Server
 from test_trainer import ROOT, lay_out, timeless
+
+from sfgrpo.files import MANIFEST
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 NUM_UPDATES, EVERY = 24, 2
-TIMEOUT_S = 10
+TIMEOUT_S, CUT_S = 10, 12
 START_S, FINISH_S = 90, 150
 PORT = 29400
 
@@ -52,6 +55,7 @@ class Training:
     """A training of two nodes: `first` is where they meet, and has the checkpoints."""
 
     def __init__(self, network: Network, folder: Path, environment: dict[str, str]) -> None:
+        self.network = network
         self.first, self.second = self.nodes = tuple(
             Node(
                 host,
@@ -63,14 +67,15 @@ class Training:
             for host in network.hosts.values()
         )
 
-    def wait_for_update(self, update: int) -> None:
-        """Waits until a checkpoint after this update, or a later one, is there."""
+    def saved(self) -> list[int]:
+        """Lists the updates of which the first host has a checkpoint."""
+        paths = self.first.folder.glob(".scratch/train-*/checkpoints/update-??????")
+        return [int(path.name.removeprefix("update-")) for path in paths]
 
-        def is_saved() -> bool:
-            paths = self.first.folder.glob(".scratch/train-*/checkpoints/update-??????")
-            return any(int(path.name.removeprefix("update-")) >= update for path in paths)
-
-        wait_until(is_saved, self.nodes, f"checkpoint after update {update}", START_S)
+    def wait_for_update(self, update: int, saved: Callable[[], list[int]] | None = None) -> None:
+        """Waits until a checkpoint after this update, or a later one, is there, or wherever `saved` looks."""
+        look = saved or self.saved
+        wait_until(lambda: max(look(), default=0) >= update, self.nodes, f"checkpoint after update {update}", START_S)
         assert not any(node.is_done for node in self.nodes), outputs(self.nodes)
 
     def finish(self) -> Result:
@@ -113,14 +118,18 @@ def _environment() -> dict[str, str]:
         "PET_RDZV_ENDPOINT": f"first:{PORT}",
         "PET_RDZV_ID": "two-hosts",
         "PET_RDZV_BACKEND": "c10d",
+        **({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if os.environ.get("EXPERIMENT") else {}),
     }
 
 
 @contextlib.contextmanager
-def training_in(folder: Path, **environment: str) -> Iterator[Training]:
-    folder.mkdir(exist_ok=True)
+def training_in(folder: Path, server: S3Server | None = None) -> Iterator[Training]:
     try:
-        with Network(folder, ["first", "second"]) as network:
+        with Network(folder, ["first", "second"]) as network, contextlib.ExitStack() as stack:
+            environment = {}
+            if server is not None:
+                url = f"http://{stack.enter_context(network.exposed(server.port))}"
+                environment = {**server.environment, "AWS_ENDPOINT_URL": url, "SFGRPO_MIRROR": f"s3://{BUCKET}/kept"}
             yield Training(network, folder, environment)
     except HostsUnavailableError as error:
         pytest.fail(str(error))
@@ -144,7 +153,7 @@ def test_link_that_fails_for_a_while_changes_nothing(undisturbed, tmp_path):
     with training_in(tmp_path) as training:
         training.wait_for_update(8)
         with training.second.host.cut_off():
-            wait_for(2 * TIMEOUT_S, training.nodes)
+            wait_for(CUT_S, training.nodes)
         try:
             assert training.finish() == undisturbed
         finally:
@@ -159,3 +168,23 @@ def test_second_host_that_loses_power_changes_nothing(undisturbed, tmp_path):
             assert training.finish() == undisturbed
         finally:
             print(outputs(training.nodes))
+
+
+def test_first_host_that_loses_power_and_disk_changes_nothing(undisturbed, tmp_path):
+    with S3Server(tmp_path / "s3") as server:
+        client = server.client()
+        client.create_bucket(Bucket=BUCKET)
+
+        def mirrored() -> list[int]:
+            names = [Path(entry["Key"]) for entry in client.list_objects_v2(Bucket=BUCKET).get("Contents", ())]
+            return [int(name.parent.name.removeprefix("update-")) for name in names if name.name == MANIFEST and "checkpoints" in name.parts]
+
+        with training_in(tmp_path, server) as training:
+            training.wait_for_update(4, mirrored)
+            training.first.lose_power()
+            training.first.lose_disk(lay_out_node)
+            try:
+                assert training.finish() == undisturbed
+                assert "came from s3" in training.first.output()
+            finally:
+                print(outputs(training.nodes))

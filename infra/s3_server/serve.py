@@ -24,7 +24,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,6 +39,8 @@ PARTITION_POWER = 8
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 LOCK_TIMEOUT_S = 5.0
+
+Servers = dict[str, subprocess.Popen[bytes]]
 
 COMMON = """\
 [DEFAULT]
@@ -113,16 +114,18 @@ def main() -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_extended_attributes(folder)
     with _locked(folder) as lock, contextlib.ExitStack() as running:
-        ports = _write_configuration(folder, arguments.port, arguments.access_key, _secret_key(arguments))
+        ports = _write_configuration(
+            folder, arguments.port, arguments.access_key, _secret_key(arguments.secret_key_file)
+        )
         # The proxy comes last and goes first, so that no request finds a part of the servers.
-        servers = [running.enter_context(_server(kind, folder, lock)) for kind in STORAGE_KINDS]
-        for kind, port in ports.items():
-            _wait_until(partial(_accepts, port), servers, f"the {kind} server")
-        servers.append(running.enter_context(_server("proxy", folder, lock)))
-        _wait_until(partial(_is_healthy, arguments.port), servers, "the proxy")
+        servers = {kind: running.enter_context(_server(kind, folder, lock)) for kind in STORAGE_KINDS}
+        for port in ports.values():
+            _wait_until(partial(_accepts, port), servers, folder)
+        servers["proxy"] = running.enter_context(_server("proxy", folder, lock))
+        _wait_until(partial(_is_healthy, arguments.port), servers, folder)
         print(f"ready: http://{HOST}:{arguments.port}", flush=True)
         while True:
-            _require_running(servers)
+            _require_running(servers, folder)
             time.sleep(0.2)
 
 
@@ -144,11 +147,8 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _secret_key(arguments: argparse.Namespace) -> str:
-    if arguments.secret_key_file is not None:
-        secret = arguments.secret_key_file.read_text(encoding="utf-8").strip()
-    else:
-        secret = os.environ.get("AWS_SECRET_ACCESS_KEY", "")
+def _secret_key(file: Path | None) -> str:
+    secret = os.environ.get("AWS_SECRET_ACCESS_KEY", "") if file is None else file.read_text(encoding="utf-8").strip()
     if not re.fullmatch(r"[A-Za-z0-9/+=_-]{8,}", secret):
         sys.exit(
             "the secret key is not of at least 8 letters, digits and /+=_-; "
@@ -249,19 +249,18 @@ def _server(kind: str, folder: Path, lock: int) -> Iterator[subprocess.Popen[byt
             server.wait()
 
 
-def _wait_until(condition: Callable[[], bool], servers: list[subprocess.Popen[bytes]], name: str) -> None:
+def _wait_until(condition: Callable[[], bool], servers: Servers, folder: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not condition():
-        _require_running(servers)
+        _require_running(servers, folder)
         if time.monotonic() > deadline:
-            sys.exit(f"{name} does not answer after {START_TIMEOUT_S:.0f} s; its log lies in the folder")
+            sys.exit(f"the server does not answer after {START_TIMEOUT_S:.0f} s; see the logs in {folder}")
         time.sleep(0.05)
 
 
-def _require_running(servers: list[subprocess.Popen[bytes]]) -> None:
-    for server in servers:
+def _require_running(servers: Servers, folder: Path) -> None:
+    for kind, server in servers.items():
         if server.poll() is not None:
-            kind, folder = server.args[2:4]  # type: ignore[index]
             sys.exit(f"the {kind} server ended with status {server.returncode}; see {folder}/{kind}.log")
 
 
@@ -277,8 +276,8 @@ def _is_healthy(port: int) -> bool:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"http://{HOST}:{port}/healthcheck", timeout=5.0) as answer:
-            return answer.read() == b"OK"
-    except (OSError, urllib.error.URLError):
+            return bool(answer.read() == b"OK")
+    except OSError:
         return False
 
 
