@@ -62,8 +62,9 @@ def show(params: Path) -> None:
 
 
 def prepare() -> None:
-    """Sets up logging; the bars and notices of other libraries would bury the one line per update."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    """Sets up logging; other ranks than the first only warn, and other libraries would bury the line per update."""
+    level = logging.INFO if is_first_rank() else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for name in ("httpx", "matplotlib", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

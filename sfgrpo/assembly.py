@@ -44,9 +44,16 @@ def make_accelerator(config: TrainStage, environment: Environment) -> Accelerato
     from accelerate.utils import InitProcessGroupKwargs
 
     accelerator = Accelerator(
-        cpu=environment.device == "cpu",
+        cpu=_device(environment) == "cpu",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=environment.timeout_s))],
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        # Each would train by itself, and all would write the same files.
+        raise ConfigError(
+            f"{launched} processes were launched (WORLD_SIZE), but accelerate sees {accelerator.num_processes}; set "
+            "SFGRPO_DEVICE to cuda or cpu, as the processes are to compute on, and unset the ACCELERATE_ variables"
+        )
     BatchArithmetic(config=config, num_processes=accelerator.num_processes)
     return accelerator
 
@@ -96,7 +103,6 @@ def make_policy(
     config: PolicyConfig, seed: int, environment: Environment, sharding: Literal["none", "full"] = "none"
 ) -> SD3Policy:
     """Loads the pipeline onto the device, with a fresh adapter of the seed; `full` sharding needs other processes."""
-    import torch
     from diffusers.utils.logging import disable_progress_bar
 
     from sfgrpo.policies.sd3 import SD3Policy
@@ -114,14 +120,21 @@ def make_policy(
             lora_targets=config.lora_targets,
             seed=seed,
         )
-    device = environment.device
-    if device == "auto":
-        # Every process of a node has a GPU of its own.
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    policy.pipeline.to(device)
+    policy.pipeline.to(_device(environment))
     if sharding == "full":
         policy.shard()
     return policy
+
+
+def _device(environment: Environment) -> str:
+    """Chooses the device: where nothing else is asked for, each process of a node has a GPU of its own."""
+    import torch
+
+    if environment.device not in ("auto", "cuda"):
+        return environment.device
+    if environment.device == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def check_pretrained(config: PolicyConfig) -> None:

@@ -55,6 +55,9 @@ def launch_ranks(launch: LaunchConfig, environment: Environment, arguments: Sequ
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // launch.num_processes)))
     os.environ[LAUNCHER] = str(os.getpid())
+    # Torch would keep one store over all restarts: ranks find addresses of dead ones there, and a node that comes back
+    # never learns where it is.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with tempfile.TemporaryDirectory(prefix="sfgrpo-ranks-", ignore_cleanup_errors=True) as folder:
         options = {
             **rendezvous,

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from sfgrpo.bucket import Bucket, ObjectAbsentError, digests_of
-from sfgrpo.checkpoint import checkpoint_path, latest_checkpoint
+from sfgrpo.checkpoint import CHECKPOINTS, checkpoint_path, latest_checkpoint
 from sfgrpo.errors import IntegrityError, MirrorError, SfgrpoError
 from sfgrpo.files import MANIFEST, PARTIAL_SUFFIX, atomic_directory, verify_manifest
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 60.0
 

@@ -1,8 +1,8 @@
 """Hosts without a shared disk, for tests of several nodes: network namespaces on a switch whose ports can be cut.
 
-Each host has a name, an address, a network and a folder of its own, and sees no process listening on another one. A
-node of a training runs on a host under a small service manager, which starts it again as Kubernetes, Slurm or systemd
-would: when it was killed, and when it left with `ExitStatus.RESUMABLE`.
+A host has a name, an address and a network stack of its own. A node of a training runs on a host under a small service
+manager, which starts it again as Kubernetes, Slurm or systemd would: when it was killed, and when it left with
+`ExitStatus.RESUMABLE`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ PREFIX = "10.77.0"
 SWITCH = f"{PREFIX}.254"
 CLONE_NEWNET = 0x40000000
 POLL_S = 0.05
+KILL_TIMEOUT_S = 20
 _numbers = itertools.count()
 
 
@@ -39,7 +40,7 @@ class Network:
     """A switch and its hosts; the block removes them, with every process that is left on them."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """Takes the folder for the hosts' folders; contacts nothing until the block is entered."""
+        """Takes a folder for what the network itself needs; makes nothing until the block is entered."""
         self._prefix = f"sfgrpo-{os.getpid()}-{next(_numbers)}"
         self._namespaces: list[str] = []
         self._hosts_file = folder / "etc-hosts"
@@ -55,17 +56,18 @@ class Network:
     def __enter__(self) -> Self:
         lines = [f"{host.address} {host.name}" for host in self.hosts.values()]
         self._hosts_file.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        switch = f"-n {self._switch}"
         try:
             self._add_namespace(self._switch)
-            _ip("-n", self._switch, "link", "add", "bridge", "type", "bridge")
-            _ip("-n", self._switch, "address", "add", f"{SWITCH}/24", "dev", "bridge")
-            _ip("-n", self._switch, "link", "set", "bridge", "up")
+            _ip(f"{switch} link add bridge type bridge")
+            _ip(f"{switch} address add {SWITCH}/24 dev bridge")
+            _ip(f"{switch} link set bridge up")
             for host in self.hosts.values():
                 self._add_namespace(host.namespace)
-                _ip("-n", self._switch, "link", "add", host.name, *["type", "veth", "peer", "name", "eth0", "netns"], host.namespace)
-                _ip("-n", self._switch, "link", "set", host.name, "master", "bridge", "up")
-                _ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", "eth0")
-                _ip("-n", host.namespace, "link", "set", "eth0", "up")
+                _ip(f"{switch} link add {host.name} type veth peer name eth0 netns {host.namespace}")
+                _ip(f"{switch} link set {host.name} master bridge up")
+                _ip(f"-n {host.namespace} address add {host.address}/24 dev eth0")
+                _ip(f"-n {host.namespace} link set eth0 up")
         except BaseException:
             self._remove()
             raise
@@ -91,7 +93,7 @@ class Network:
     def _listener(self) -> socket.socket:
         """Makes a socket that listens on the switch; a socket stays in the namespace in which it was made."""
         libc = ctypes.CDLL(None, use_errno=True)
-        with open("/proc/thread-self/ns/net") as own, open(f"/run/netns/{self._switch}") as other:
+        with Path("/proc/thread-self/ns/net").open() as own, Path("/var/run/netns", self._switch).open() as other:
             if libc.setns(other.fileno(), CLONE_NEWNET) != 0:
                 raise OSError(ctypes.get_errno(), f"the namespace {self._switch} cannot be entered")
             try:
@@ -100,16 +102,16 @@ class Network:
                 assert libc.setns(own.fileno(), CLONE_NEWNET) == 0, "this process is lost in another namespace"
 
     def _add_namespace(self, name: str) -> None:
-        _ip("netns", "add", name)
+        _ip(f"netns add {name}")
         self._namespaces.append(name)
-        _ip("-n", name, "link", "set", "lo", "up")
+        _ip(f"-n {name} link set lo up")
 
     def _remove(self) -> None:
         for host in self.hosts.values():
             if host.namespace in self._namespaces:
                 host.kill()
         while self._namespaces:
-            _ip("netns", "delete", self._namespaces.pop())
+            _ip(f"netns delete {self._namespaces.pop()}")
 
 
 class Host:
@@ -122,7 +124,9 @@ class Host:
         self._switch = switch
         self._hosts_file = hosts_file
 
-    def start(self, command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    def start(
+        self, command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path
+    ) -> subprocess.Popen[bytes]:
         """Starts a program in a folder, which dies with this process; its output is appended to a log."""
         # The mounts are the namespace's own, by `ip netns exec`, and so is the host's name, by unshare.
         enter = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
@@ -130,16 +134,23 @@ class Host:
         named = ["sh", "-c", enter, "sh", self.name, str(self._hosts_file)]
         with log.open("ab") as output:
             return subprocess.Popen(
-                [*isolated, *named, *command], cwd=folder, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                [*isolated, *named, *command],
+                cwd=folder,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
 
     def processes(self) -> list[int]:
         """Lists all that runs on the host."""
-        return [int(line) for line in _ip("netns", "pids", self.namespace).split()]
+        return [int(line) for line in _ip(f"netns pids {self.namespace}").split()]
 
     def kill(self) -> None:
-        """Ends all that runs on the host at once, as a loss of power would."""
+        """Ends all that runs on the host at once, and with SIGKILL."""
+        deadline = time.monotonic() + KILL_TIMEOUT_S
         while pids := self.processes():
+            assert time.monotonic() < deadline, f"{self.name} has processes that cannot be killed: {pids}"
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -148,11 +159,11 @@ class Host:
     @contextlib.contextmanager
     def cut_off(self) -> Iterator[None]:
         """Unplugs the host from the switch for the length of the block."""
-        _ip("-n", self._switch, "link", "set", self.name, "down")
+        _ip(f"-n {self._switch} link set {self.name} down")
         try:
             yield
         finally:
-            _ip("-n", self._switch, "link", "set", self.name, "up")
+            _ip(f"-n {self._switch} link set {self.name} up")
 
 
 class Node:
@@ -189,9 +200,17 @@ class Node:
             self._process = self.host.start(self._command, self.folder, self._environment, self.log)
             self._start_at = None
 
-    def lose_power(self) -> None:
-        """Ends everything on the host; the service manager then starts the program again."""
-        self._note("the host loses power")
+    def stop(self) -> None:
+        """Ends everything on the host, for good."""
+        self._start_at = None
+        self.host.kill()
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
+
+    def kill(self) -> None:
+        """Kills everything on the host; the service manager then starts the program again."""
+        self._note("all that runs here is killed")
         self.host.kill()
 
     def lose_disk(self, lay_out: Callable[[Path], object]) -> None:
@@ -256,9 +275,9 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
         sink.shutdown(socket.SHUT_WR)
 
 
-def _ip(*words: str) -> str:
+def _ip(command: str) -> str:
     try:
-        done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(["ip", *command.split()], capture_output=True, text=True, timeout=30, check=False)
     except FileNotFoundError as error:
         raise HostsUnavailableError("there is no `ip` here; install iproute2") from error
     if done.returncode != 0:
@@ -268,5 +287,5 @@ def _ip(*words: str) -> str:
                 f"this process may not make network namespaces ({told}); it needs root with CAP_SYS_ADMIN and "
                 "CAP_NET_ADMIN"
             )
-        raise RuntimeError(f"`ip {' '.join(words)}` failed: {told}")
+        raise RuntimeError(f"`ip {command}` failed: {told}")
     return done.stdout

@@ -42,6 +42,7 @@ from sfgrpo.validation import validated
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_UPDATES, NUM_STEPS, GROUP_SIZE, NUM_IMAGES = 5, 3, 3, 6
+NUM_LONG_UPDATES = 30
 TRAINING, EVALUATION = tiny_prompts(6)[:4], tiny_prompts(6)[4:]
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -532,7 +533,7 @@ def lay_out(folder: Path) -> Path:
     params = small_params(
         policy={"pretrained": "pipeline"},
         rollout={"group_size": 12, "micro_batch_size": 24},
-        update={"num_updates": 30, "clip_range": 0.1, "micro_batch_size": 12},
+        update={"num_updates": NUM_LONG_UPDATES, "clip_range": 0.1, "micro_batch_size": 12},
         checkpoint={"every_num_updates": 1, "keep": 2},
         evaluation={"every_num_updates": 6, "images_per_prompt": 16, "micro_batch_size": 32},
     )
@@ -563,7 +564,7 @@ def finished(process: subprocess.Popen, folder: Path) -> tuple[bytes, bytes]:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output + (folder / "log").read_text()
     (published,) = (folder / "models/policy/adapter").iterdir()
-    (last,) = folder.glob(".scratch/train-*/checkpoints/update-000030/adapter.safetensors")
+    (last,) = folder.glob(f".scratch/train-*/checkpoints/update-{NUM_LONG_UPDATES:06d}/adapter.safetensors")
     return published.read_bytes(), last.read_bytes()
 
 

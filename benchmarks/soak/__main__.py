@@ -91,7 +91,7 @@ def _soak(folder: Path, minutes: float, seed: int, ending: ExitStack) -> tuple[s
     found = [
         (f"at least {num_demanded} faults", enough),
         ("every process ended as it should", "; ".join(chaos.complaints)),
-        ("every resumption lost no more than it may", "; ".join(recovery_complaints(training, chaos.faults))),
+        ("every resumption lost no more than it had to", "; ".join(recovery_complaints(training, chaos.faults))),
         *verdicts(folder / "undisturbed", folder / "disturbed", mlflow.uri, mirror, num_updates),
     ]
     for service in (mlflow, s3):

@@ -127,13 +127,9 @@ class Training:
         self._keeper.start()
 
     @property
-    def launcher(self) -> psutil.Process | None:
-        """The running process of the last launch."""
-        if not self.launches or self.launches[-1].process.poll() is not None:
-            return None
-        with contextlib.suppress(psutil.Error):
-            return psutil.Process(self.launches[-1].process.pid)
-        return None
+    def launcher(self) -> psutil.Process:
+        """The process of the last launch, which may be dead; raises `psutil.NoSuchProcess` once it was waited for."""
+        return psutil.Process(self.launches[-1].process.pid)
 
     @property
     def newest_update(self) -> int:
@@ -183,10 +179,10 @@ class Training:
         """Ends the training at once, for good."""
         self._stopping = True
         with self.held:
-            for process in (*self.ranks(), self.launcher):
-                if process is not None:
-                    with contextlib.suppress(psutil.Error):
-                        process.kill()
+            for process in self.ranks():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            self.launches[-1].process.kill()
         self._keeper.join(10)
 
     def _keep(self) -> None:
