@@ -78,13 +78,30 @@ prepare()
 sys.exit(guarded(train))
 """
 
+COLLECTIVE = """
+import datetime, os, signal, sys, time
+import torch.distributed as dist
+from sfgrpo.rank import die_with_launcher
+
+die_with_launcher()
+rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+# The other one asks for its address before it has told the new one.
+time.sleep(2 * rank)
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+dist.barrier()
+if attempt < 2 and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+dist.barrier()
+"""
+"""Ranks that work together, of which one dies twice."""
+
 
 class Run:
     """A launcher in a folder, and the stand-ins that it started."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], **launch: Any) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], script: str, **launch: Any) -> None:
         self.folder = folder
-        (folder / "rank.py").write_text(RANK)
+        (folder / "rank.py").write_text(script)
         settings = str({"num_processes": 2, "max_restarts": 1, **launch}).replace("'", '"')
         foreign = ("SFGRPO_", "PET_", "TORCHELASTIC_", "MASTER_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
@@ -126,9 +143,11 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     """Launches stand-ins, and sees that none stays behind."""
     runs: list[Run] = []
 
-    def launch(folder: Path = tmp_path, environment: dict[str, str] | None = None, **settings: Any) -> Run:
+    def launch(
+        folder: Path = tmp_path, environment: dict[str, str] | None = None, script: str = RANK, **settings: Any
+    ) -> Run:
         folder.mkdir(exist_ok=True)
-        runs.append(Run(folder, environment or {}, **settings))
+        runs.append(Run(folder, environment or {}, script, **settings))
         return runs[-1]
 
     yield launch
@@ -277,6 +296,13 @@ def test_killed_rank_makes_all_ranks_start_again(launch):
     status, output = run.end()
     assert status == 0
     assert "rank 0 was killed by SIGKILL (as by Linux when memory runs out); starting all ranks again" in output
+
+
+def test_ranks_that_start_again_find_one_another(launch):
+    run = launch(max_restarts=2, script=COLLECTIVE)
+    status, output = run.end(120)
+    assert status == 0, output
+    assert output.count("rank 1 was killed by SIGKILL") == 2
 
 
 def test_rank_that_fails_too_often_is_named(launch):

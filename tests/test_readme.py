@@ -19,6 +19,7 @@ PLACEHOLDERS = {
     "<kk>": r"\d\d",
     "<task>": f"(?:{'|'.join(TAGS)})",
     "<reward>": "[a-z_]+",
+    "<phase>": "(?:rollout|estimates|decode|reward|update)",
     "<metric>": ".+",
 }
 
@@ -42,11 +43,16 @@ def pattern(key: str) -> re.Pattern[str]:
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Gives the keys of two trainings, one of them in float16, which has some of its own."""
     folder = tmp_path_factory.mktemp("tiny")
     build_tiny_project(folder)
-    with inside(folder) as tracker:
-        assert main(["train"]) == 0
-    return set(tracker.metrics)
+    keys: set[str] = set()
+    for dtype in ("float32", "float16"):
+        write_params(folder, {**TINY, "policy.dtype": dtype, "update.ratio_tolerance": 1.0})
+        with inside(folder) as tracker:
+            assert main(["train"]) == 0
+        keys |= set(tracker.metrics)
+    return keys
 
 
 @pytest.mark.parametrize("page", PAGES)
