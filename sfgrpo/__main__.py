@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         stage = stages.add_parser(name, help=text, description=text.capitalize() + ".")
         stage.add_argument("--params", type=Path, default=Path(PARAMS), help="parameter file (%(default)s)")
         if name == "train":
-            stage.add_argument("--run", metavar="NAME", help="go on with this run, by its own parameters and prompts")
+            stage.add_argument("--resume", metavar="RUN", help="go on with this run, by its own parameters and prompts")
     return parser
 
 
@@ -65,7 +65,7 @@ def prepare() -> None:
     """Sets up logging; other ranks than the first only warn, and other libraries would bury the line per update."""
     level = logging.INFO if is_first_rank() else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for name in ("httpx", "matplotlib", "accelerate"):
+    for name in ("httpx", "matplotlib", "accelerate", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -117,7 +117,7 @@ def train(params: Path, run_name: str | None) -> None:
     if is_rank() or launch.world_size == 1:
         train_policy(config, environment, launch, inputs)
         return
-    command = ["-m", "sfgrpo", "train", "--params", str(params), *(() if run_name is None else ("--run", run_name))]
+    command = ["-m", "sfgrpo", "train", "--params", str(params), *(() if run_name is None else ("--resume", run_name))]
     with StopNotice(environment.grace_s + LAUNCHER_MARGIN_S) as notice:
         from sfgrpo.launcher import launch_ranks
 
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     prepare()
     commands: dict[str, Callable[[], None]] = {
         "show": lambda: show(chosen.params),
-        "train": lambda: train(chosen.params, chosen.run),
+        "train": lambda: train(chosen.params, chosen.resume),
     }
     return guarded(commands.get(chosen.stage, lambda: run(chosen.stage, chosen.params)))
 

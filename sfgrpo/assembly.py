@@ -120,9 +120,10 @@ def make_policy(
             lora_targets=config.lora_targets,
             seed=seed,
         )
-    policy.pipeline.to(_device(environment))
     if sharding == "full":
+        # First, so that no device ever holds more than its part and one block.
         policy.shard()
+    policy.pipeline.to(_device(environment))
     return policy
 
 

@@ -56,7 +56,7 @@ def find_inputs(name: str, environment: Environment) -> Path:
         if environment.mirror is None:
             raise SfgrpoError(
                 f"no run {name} in {environment.scratch_dir}; set SFGRPO_MIRROR to the bucket that has it, or start it "
-                "anew without --run"
+                "anew without --resume"
             )
         from sfgrpo.mirror import Mirror, require_run
 
@@ -79,6 +79,11 @@ def train_policy(
     """
     with StopNotice(environment.grace_s) as notice:
         accelerator = make_accelerator(config, environment)
+        if launch.sharding == "full" and accelerator.num_processes == 1:
+            raise ConfigError(
+                "launch.sharding: full spreads the frozen weights over processes, and there is one; use none, or a "
+                "launch.num_processes of 2 or more"
+            )
         reward = make_reward(config.reward)
         check_pretrained(config.policy)
         use_threads(environment)
@@ -171,7 +176,7 @@ def _refuse_other_code(inputs: Path) -> NoReturn:
     commit = json.loads((inputs / PROVENANCE).read_text(encoding="utf-8"))["git_commit"]
     raise ConfigError(
         f"run {inputs.parent.name} was started with other code or models, and would not be the same run; check out "
-        f"commit {commit}, or start anew without --run"
+        f"commit {commit}, or start anew without --resume"
     )
 
 

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ from typing import Self
 
 from sfgrpo.status import ExitStatus
 
+NAMESPACES = "sfgrpo-test"
 PREFIX = "10.77.0"
 SWITCH = f"{PREFIX}.254"
 CLONE_NEWNET = 0x40000000
@@ -41,7 +43,7 @@ class Network:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         """Takes a folder for what the network itself needs; makes nothing until the block is entered."""
-        self._prefix = f"sfgrpo-{os.getpid()}-{next(_numbers)}"
+        self._prefix = f"{NAMESPACES}-{os.getpid()}-{next(_numbers)}"
         self._namespaces: list[str] = []
         self._hosts_file = folder / "etc-hosts"
         self.hosts = {
@@ -56,6 +58,7 @@ class Network:
     def __enter__(self) -> Self:
         lines = [f"{host.address} {host.name}" for host in self.hosts.values()]
         self._hosts_file.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        _remove_stale()
         switch = f"-n {self._switch}"
         try:
             self._add_namespace(self._switch)
@@ -247,6 +250,14 @@ def wait_for(seconds: float, nodes: Sequence[Node]) -> None:
 def outputs(nodes: Sequence[Node]) -> str:
     """Gives what all nodes have said, node by node."""
     return "\n".join(f"======== {node.host.name}, exit statuses {node.statuses}\n{node.output()}" for node in nodes)
+
+
+def _remove_stale() -> None:
+    """Removes the namespaces of test processes that were killed; what ran in them has died with these."""
+    for line in _ip("netns list").splitlines():
+        name = line.split()[0]
+        if (match := re.fullmatch(rf"{NAMESPACES}-(\d+)-.*", name)) and not Path("/proc", match[1]).exists():
+            _ip(f"netns delete {name}")
 
 
 def _accept(listener: socket.socket, target: tuple[str, int]) -> None:

@@ -188,12 +188,12 @@ def test_bare_machine_takes_the_run_up_from_s3_by_its_name(undisturbed, tmp_path
     # Another seed, which a run that is taken up by its name has to leave alone.
     params = json.loads((folder / "params.yaml").read_text()) | {"seed": 99}
     (bare / "params.yaml").write_text(json.dumps(params))
-    with training(bare, environment, "--run", run.name) as started:
+    with training(bare, environment, "--resume", run.name) as started:
         assert started.ended() == 0, started.output()
         assert f"resuming after update {end_of(folder).update_index}" in started.output()
         assert "update 1/" not in started.output()
     assert_same_end(bare, undisturbed)
-    with training(bare, environment, "--run", "train-0") as started:
+    with training(bare, environment, "--resume", "train-0") as started:
         assert started.ended() == ExitStatus.FAILED
         assert f"no run train-0 in s3://runs/{tmp_path.name}; there are {run.name}" in started.output()
 

@@ -226,7 +226,7 @@ def test_run_goes_on_by_its_name_with_its_own_parameters_and_prompts(folder, tra
     (run,) = Path(".scratch").glob("train-*")
     shutil.rmtree("data/prompts")
     write_params(folder, {**TINY, "seed": 5, "update.num_updates": 9})
-    assert main(["train", "--run", run.name]) == 0
+    assert main(["train", "--resume", run.name]) == 0
     record = json.loads(Path("models/policy/training.json").read_text())
     assert record["num_updates"] == TINY["update.num_updates"]
     assert f"train-{record['run_key'][:16]}" == run.name
@@ -234,7 +234,7 @@ def test_run_goes_on_by_its_name_with_its_own_parameters_and_prompts(folder, tra
 
 
 def test_unknown_run_is_an_error_with_the_cure(folder, tracker, capsys):
-    assert main(["train", "--run", "train-0"]) == 1
+    assert main(["train", "--resume", "train-0"]) == 1
     assert_error(capsys, "no run train-0 in .scratch; set SFGRPO_MIRROR to the bucket that has it, or start it anew")
 
 
@@ -242,7 +242,7 @@ def test_run_of_other_code_is_not_taken_up(folder, tracker, capsys):
     assert main(["train"]) == 0
     (run,) = Path(".scratch").glob("train-*")
     run.rename(run.with_name("train-0"))
-    assert main(["train", "--run", "train-0"]) == 2
+    assert main(["train", "--resume", "train-0"]) == 2
     assert_error(capsys, "run train-0 was started with other code or models, .*; check out commit")
 
 

@@ -32,11 +32,11 @@ pytestmark = [
 ]
 
 NUM_UPDATES, DISTURBED_AFTER = 20, 6
-TIMEOUT_S, CUT_S = 10, 12
+TIMEOUT_S, CUT_S = 20, 22
 """How long a rank waits for the other, and for how long it does so in vain."""
 RESTART_PAUSE_S = 3
-MIDDLE_S, END_S = 90, 150
-"""By when a training must be in its middle, and then at its end: it takes a quarter of that on two idle cores."""
+MIDDLE_S, END_S = 120, 180
+"""By when a training must be in its middle, and then at its end: on two idle cores it takes a quarter of that."""
 HOSTS = ("first", "second")
 KEPT = f"s3://{BUCKET}/kept"
 REPORTS = ("history", "evaluations")

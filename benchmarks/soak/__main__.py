@@ -74,7 +74,6 @@ def _soak(folder: Path, minutes: float, seed: int, ending: ExitStack) -> tuple[s
     s3, variables = s3_server(folder / "s3")
     os.environ.update(variables)
     for service in (mlflow, s3):
-        ending.callback(service.kill)
         service.start()
     mirror = make_bucket()
     more = variables | {"MLFLOW_TRACKING_URI": mlflow.uri, "SFGRPO_MIRROR": mirror}

@@ -76,12 +76,11 @@ def environment_of(folder: Path, more: Mapping[str, str] | None = None) -> dict[
 def processes_where(**variables: str) -> list[psutil.Process]:
     """Lists the living processes whose environment has these values."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.Error, OSError):
-            environment = process.environ()
-            if all(environment.get(name) == value for name, value in variables.items()):
+            if variables.items() <= process.environ().items() and is_alive(process):
                 found.append(process)
-    return [process for process in found if is_alive(process)]
+    return found
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -140,7 +139,8 @@ class Training:
         if not self.launches:
             return []
         launched = processes_where(**{LAUNCHER: str(self.launches[-1].process.pid), MARK: str(self.folder.parent)})
-        return [process for process in launched if _is_rank(process)]
+        # They start other programs now and then.
+        return [process for process in launched if "sfgrpo" in (process.info["cmdline"] or ())]
 
     def wait(self, condition: Callable[[], object], timeout_s: float = float("inf")) -> bool:
         """Waits until the condition holds, the training is done or the time is up; tells whether the condition holds.
@@ -176,14 +176,9 @@ class Training:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Ends the training at once, for good."""
-        self._stopping = True
+        """Lets the training not be started again; what runs has to be ended by its mark."""
         with self.held:
-            for process in self.ranks():
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            self.launches[-1].process.kill()
-        self._keeper.join(10)
+            self._stopping = True
 
     def _keep(self) -> None:
         while self.done_at is None and self._failure is None:
@@ -230,10 +225,3 @@ class Training:
 
     def _with_tail(self, complaint: str) -> str:
         return "\n".join((f"the training in {self.folder}: {complaint}; its log ends with", *self._tail))
-
-
-def _is_rank(process: psutil.Process) -> bool:
-    try:
-        return "RANK" in process.environ() and "sfgrpo" in process.cmdline()
-    except (psutil.Error, OSError):
-        return False
