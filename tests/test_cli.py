@@ -72,10 +72,12 @@ def test_every_stage_has_a_line_of_help():
 
 
 @pytest.mark.parametrize("stage", HELP)
-def test_only_option_of_a_stage_is_the_parameter_file(stage, capsys):
+def test_only_option_is_the_parameter_file_and_for_a_training_the_run_to_resume(stage, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([stage, "--help"])
-    assert set(re.findall(r"--\w+", capsys.readouterr().out)) == {"--help", "--params"}
+    assert set(re.findall(r"--\w+", capsys.readouterr().out)) == {"--help", "--params"} | (
+        {"--resume"} if stage == "train" else set()
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["tarin"], ["train", "--learning-rate", "1"]])

@@ -68,8 +68,16 @@ def lay_out(folder: Path, num_updates: int) -> None:
 
 def environment_of(folder: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Makes the environment of what runs in a working folder: the copied code, one thread, nothing from outside."""
+    # A launcher that is killed leaves its temporary folder behind.
+    temporary = folder.parent / "tmp"
+    temporary.mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(CLEAN)}
-    own = {"PYTHONPATH": str(folder.parent / "code"), MARK: str(folder.parent), "OMP_NUM_THREADS": "1"}
+    own = {
+        "PYTHONPATH": str(folder.parent / "code"),
+        MARK: str(folder.parent),
+        "TMPDIR": str(temporary),
+        "OMP_NUM_THREADS": "1",
+    }
     return kept | own | {"SFGRPO_DEVICE": "cpu", "SFGRPO_GRACE_S": f"{GRACE_S:g}"} | dict(more or {})
 
 
