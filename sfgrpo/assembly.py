@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sfgrpo.batches import BatchArithmetic
-from sfgrpo.config import PromptsStage, TrainStage, config_digest
+from sfgrpo.config import PromptsStage, TrainStage, to_flat_dict
 from sfgrpo.environment import Environment
 from sfgrpo.errors import ConfigError
 from sfgrpo.files import sha256_of_file, verify_manifest
@@ -151,12 +152,17 @@ def check_pretrained(config: PolicyConfig) -> None:
 
 
 def run_key(config: TrainStage, prompts: Sequence[Prompt], evaluation_prompts: Sequence[Prompt]) -> str:
-    """Digests all that shapes a training: configuration, prompts, models, and the code of this package."""
+    """Digests all that shapes a training: configuration, prompts, models, and the code of this package.
+
+    The sizes of micro-batches, as the number of processes, change nothing but rounding: a run that ran out of memory
+    goes on with smaller ones.
+    """
+    shaping = {name: value for name, value in to_flat_dict(config).items() if not name.endswith(".micro_batch_size")}
     models = [Path(folder) for folder in (config.policy.pretrained, config.reward.pretrained) if folder is not None]
     code = sorted(path for path in CODE.rglob("*.py") if "study" not in path.relative_to(CODE).parts)
     files = [*code, *(file for model in models for file in sorted(model.rglob("*.safetensors")))]
     lines = [
-        config_digest(config),
+        json.dumps(shaping, sort_keys=True),
         prompts_digest(prompts),
         prompts_digest(evaluation_prompts),
         *(f"{file.name} {sha256_of_file(file)}" for file in files),

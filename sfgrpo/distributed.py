@@ -83,17 +83,23 @@ def total_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator
         gradient.copy_(part.view_as(gradient))
 
 
+def agree(text: str, accelerator: Accelerator) -> bool:
+    """Tells whether all processes hold the same text."""
+    # 48 bits are exact in float64.
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+    numbers = _rows_of_all([number], accelerator)
+    return bool((numbers == numbers[0]).all())
+
+
 def require_same_everywhere(parameters: Mapping[str, Tensor], accelerator: Accelerator) -> None:
     """Raises `CanaryError` on all processes unless all hold the same parameters, bit for bit."""
     digest = hashlib.sha256()
     for value in parameters.values():
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    # 48 bits are exact in float64.
-    numbers = _rows_of_all([int.from_bytes(digest.digest()[:6], "big")], accelerator).flatten().tolist()
-    if others := [rank for rank, number in enumerate(numbers) if number != numbers[0]]:
+    if not agree(digest.hexdigest(), accelerator):
         raise CanaryError(
-            f"the adapter of rank {others[0]} is no longer that of rank 0: the processes have drifted apart; use the "
-            "same hardware and the same package versions on every node"
+            "the adapters of the processes are no longer the same: they have drifted apart; use the same hardware and "
+            "the same package versions on every node"
         )
 
 

@@ -197,14 +197,14 @@ def _rendezvous_options(launch: LaunchConfig, environ: Mapping[str, str]) -> dic
             raise ConfigError(
                 f"launch.{key}: {value} is not {name} = {environ[name]!r}; make them agree, or unset {name}"
             )
-    if "PET_RDZV_ENDPOINT" in environ:
-        # Torch's own default, static, cannot start all nodes again when a rank of one fails.
-        return {} if "PET_RDZV_BACKEND" in environ else {"rdzv-backend": "c10d"}
-    if launch.num_nodes > 1:
+    if launch.num_nodes > 1 and not {"PET_RDZV_ENDPOINT", "PET_RDZV_ID"} <= environ.keys():
         raise ConfigError(
             f"launch.num_nodes: {launch.num_nodes} nodes need a place to meet; set PET_RDZV_ENDPOINT to host:port of "
             "one of them and PET_RDZV_ID to a name of the run, the same on all"
         )
+    if "PET_RDZV_ENDPOINT" in environ:
+        # Torch's own default, static, cannot start all nodes again when a rank of one fails.
+        return {} if "PET_RDZV_BACKEND" in environ else {"rdzv-backend": "c10d"}
     return {
         "rdzv-backend": "c10d",
         "rdzv-endpoint": "127.0.0.1:0",

@@ -109,7 +109,10 @@ class Trainer:
         self._saved_update: int | None = None
         self._seconds_of_update = math.inf
         """What the last update took, and an update is expected to take."""
+        self._seconds_of_save = 0.0
         self._sampler_changed = False
+        # All noise is addressed by seed and update; this is for what a library may draw by itself.
+        torch.manual_seed(config.seed)
         self._restore()
         self._guard = NumericalGuard(
             config.update.max_broken_updates,
@@ -178,7 +181,8 @@ class Trainer:
     def _heed_notice(self, seconds_to_go: float = math.inf) -> None:
         """Leaves if some process was told to stop and has less time than what is to be done would take."""
         notice = self._materials.notice
-        if any_of(notice.given and notice.remaining_s < seconds_to_go, self._accelerator):
+        needed_s = seconds_to_go + 2 * self._seconds_of_save
+        if any_of(notice.given and notice.remaining_s < needed_s, self._accelerator):
             raise _ToldToStop
 
     def _leave(self) -> NoReturn:
@@ -371,7 +375,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Writes a checkpoint of everything that the rest of the run depends on."""
-        materials = self._materials
+        materials, started = self._materials, time.monotonic()
         require_same_everywhere(self._policy.adapter_parameters(), self._accelerator)
         self._saved_update = self.update_index
         if not self._accelerator.is_main_process:
@@ -379,7 +383,6 @@ class Trainer:
         state = TrainingState(
             update_index=self.update_index,
             **self._learner.state(),
-            # All noise is addressed by seed and update; torch's own generator is the only stream with a state.
             rng={"torch": torch.get_rng_state()},
             config=to_flat_dict(self._config),
             history=self.history,
@@ -387,6 +390,7 @@ class Trainer:
             extra={"evaluations": self.evaluations},
         )
         save_checkpoint(materials.folder / CHECKPOINTS, state, self._config.checkpoint.keep)
+        self._seconds_of_save = time.monotonic() - started
         materials.saved()
 
     def _restore(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from sfgrpo.assembly import (
 )
 from sfgrpo.config import TrainStage, to_flat_dict
 from sfgrpo.environment import Environment
-from sfgrpo.errors import ConfigError, SfgrpoError
+from sfgrpo.errors import ConfigError, MirrorError, SfgrpoError
 from sfgrpo.files import atomic_directory
 from sfgrpo.paths import EVALUATION_PROMPTS, PARAMS, POLICY, PROMPTS, TRAIN_REPORT, TRAINING_PROMPTS
 from sfgrpo.preemption import StopNotice
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
     from sfgrpo.tracking import Tracker
     from sfgrpo.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 EXPERIMENT = "sfgrpo"
 INPUTS = "inputs"
@@ -74,7 +77,7 @@ def train_policy(
     `inputs`, which `find_inputs` gave, or else those that the stage before this one wrote.
 
     Raises:
-        ConfigError: `inputs` belong to a run of other code or models.
+        ConfigError: `inputs` belong to a run of other code or models, or the processes are not of one run.
         Preempted: the process was told to stop; calling this again goes on.
     """
     with StopNotice(environment.grace_s) as notice:
@@ -93,6 +96,7 @@ def train_policy(
         folder = environment.scratch_dir / f"train-{key[:16]}"
         if inputs is not None and inputs.parent != folder:
             _refuse_other_code(inputs)
+        _require_same_run(key, accelerator)
         folder.mkdir(parents=True, exist_ok=True)
         with (
             _mirrored(folder, environment, notice, accelerator) as saved,
@@ -142,7 +146,9 @@ def _recorded(
             for file in prompt_files:
                 shutil.copy(file, partial / file.name)
     with ending(tracker):
-        if latest_checkpoint(folder / CHECKPOINTS) is None:
+        is_new = latest_checkpoint(folder / CHECKPOINTS) is None
+        logger.info("%s run %s", "new" if is_new else "going on with", folder.name)
+        if is_new:
             # A run that is new finds out about a store that is away before it costs anything; others go on without.
             tracker.open()
         tracker.log_params(to_flat_dict(config))
@@ -161,15 +167,34 @@ def _mirrored(
         accelerator.wait_for_everyone()
         yield lambda: None
         return
+    from sfgrpo.checkpoint import CHECKPOINTS, latest_checkpoint
     from sfgrpo.mirror import Mirror
 
     mirror = Mirror(environment.mirror, folder)
-    mirror.restore()
+    try:
+        mirror.restore()
+    except MirrorError as error:
+        if latest_checkpoint(folder / CHECKPOINTS) is None:
+            raise
+        logger.warning("the run goes on from what this machine has of it: %s", error)
+    # What an earlier start could not upload any more.
+    mirror.sync()
     accelerator.wait_for_everyone()
     try:
         yield mirror.sync
     finally:
         mirror.close(min(MIRROR_S, notice.remaining_s - LEAVING_S))
+
+
+def _require_same_run(key: str, accelerator: Accelerator) -> None:
+    """Refuses to train unless all processes have the same configuration, prompts, models and code."""
+    from sfgrpo.distributed import agree
+
+    if not agree(key, accelerator):
+        raise ConfigError(
+            "the nodes differ in parameters, prompts, models or code, so that their run keys do; bring all of them to "
+            "the same commit and data"
+        )
 
 
 def _refuse_other_code(inputs: Path) -> NoReturn:

@@ -17,6 +17,7 @@ from tiny import Light, make_tiny_policy, tiny_prompts
 
 import sfgrpo.trainer
 from sfgrpo.advantages import Advantages
+from sfgrpo.distributed import agree
 from sfgrpo.preemption import StopNotice
 from sfgrpo.tracking import RecordingTracker, SilentTracker
 from sfgrpo.trainer import Materials, Trainer
@@ -90,6 +91,8 @@ def train(folder: Path, case: str, sharding: str, accelerator: Accelerator) -> N
 if __name__ == "__main__":
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
+    assert agree("the same", accelerator)
+    assert agree(str(accelerator.process_index), accelerator) == (accelerator.num_processes == 1)
     for case in sys.argv[3:]:
         train(Path(sys.argv[1]), case, sys.argv[2], accelerator)
     accelerator.end_training()

@@ -18,7 +18,9 @@ import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from sfgrpo.launcher import _first_failure
+from sfgrpo.errors import ConfigError
+from sfgrpo.launcher import _first_failure, _rendezvous_options
+from sfgrpo.sections import LaunchConfig
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -374,6 +376,14 @@ def _listens(endpoint: str) -> bool:
     host, port = endpoint.split(":")
     with socket.socket() as probe:
         return probe.connect_ex((host, int(port))) == 0
+
+
+@pytest.mark.parametrize("missing", ["PET_RDZV_ENDPOINT", "PET_RDZV_ID"])
+def test_several_nodes_need_a_place_to_meet_and_a_name_of_their_own(missing):
+    environ = {"PET_RDZV_ENDPOINT": "node-a:29400", "PET_RDZV_ID": "run-1"}
+    del environ[missing]
+    with pytest.raises(ConfigError, match=r"launch\.num_nodes: 2 nodes need a place to meet; set PET_RDZV_ENDPOINT"):
+        _rendezvous_options(LaunchConfig(num_nodes=2), environ)
 
 
 def test_nodes_meet_where_the_environment_says_and_stop_together(nodes):

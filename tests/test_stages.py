@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sfgrpo.__main__ import main
 from sfgrpo.checkpoint import latest_checkpoint
+from sfgrpo.errors import MirrorError
 from sfgrpo.files import verify_manifest
 from sfgrpo.geneval.prompts import twin_key
 from sfgrpo.prompts import read_prompts
@@ -231,6 +232,57 @@ def test_run_goes_on_by_its_name_with_its_own_parameters_and_prompts(folder, tra
     assert record["num_updates"] == TINY["update.num_updates"]
     assert f"train-{record['run_key'][:16]}" == run.name
     assert [path.name for path in Path(".scratch").glob("train-*")] == [run.name]
+
+
+def test_run_goes_on_with_smaller_micro_batches(folder, tracker, caplog):
+    caplog.set_level("INFO")
+    with inside(folder, failing("raise")):
+        assert main(["train"]) == 1
+    write_params(folder, {**TINY, "rollout.micro_batch_size": 1, "update.micro_batch_size": 1})
+    assert main(["train"]) == 0
+    assert "resuming after update 1" in caplog.text
+    assert len(list(Path(".scratch").glob("train-*"))) == 1
+
+
+class Away:
+    """A mirror whose bucket is out of reach; it remembers how often it was asked to catch up."""
+
+    num_syncs = 0
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        self.uri = uri
+
+    def restore(self) -> bool:
+        raise MirrorError(f"{self.uri} is out of reach")
+
+    def sync(self) -> None:
+        Away.num_syncs += 1
+
+    def close(self, timeout_s: float) -> None:
+        pass
+
+
+def test_run_needs_its_mirror_only_where_nothing_else_has_it(folder, tracker, monkeypatch, capsys, caplog):
+    monkeypatch.setenv("SFGRPO_MIRROR", "s3://runs/test")
+    monkeypatch.setattr("sfgrpo.mirror.Mirror", Away)
+    assert main(["train"]) == 1
+    assert_error(capsys, "s3://runs/test is out of reach")
+    monkeypatch.delenv("SFGRPO_MIRROR")
+    with inside(folder, failing("raise")):
+        assert main(["train"]) == 1
+    with inside(folder):
+        monkeypatch.setenv("SFGRPO_MIRROR", "s3://runs/test")
+        assert main(["train"]) == 0
+    assert "the run goes on from what this machine has of it: s3://runs/test is out of reach" in caplog.text
+    # At the start, since an earlier start may have uploaded less than it saved, and after each of the two checkpoints.
+    assert Away.num_syncs == 3
+
+
+def test_sharding_needs_something_to_shard_over(folder, tracker, capsys):
+    params = json.loads((folder / "params.yaml").read_text()) | {"launch": {"sharding": "full"}}
+    (folder / "params.yaml").write_text(json.dumps(params))
+    assert main(["train"]) == 2
+    assert_error(capsys, "launch.sharding: full spreads the frozen weights over processes, and there is one; use none")
 
 
 def test_unknown_run_is_an_error_with_the_cure(folder, tracker, capsys):

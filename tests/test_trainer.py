@@ -408,7 +408,7 @@ def assert_ends_as(run: Run, folder: Path) -> None:
     )
     trainer.run()
     ours, theirs = (load_checkpoint(latest_checkpoint(place / "checkpoints")) for place in (folder, run.folder))
-    for field in ("update_index", "adapter", "ema", "optimizer", "scaler", "best"):
+    for field in ("update_index", "adapter", "ema", "optimizer", "scaler", "best", "rng"):
         assert_same(getattr(ours, field), getattr(theirs, field))
     assert timeless(trainer.history) == timeless(run.trainer.history)
     assert timeless(trainer.evaluations) == timeless(run.trainer.evaluations)
