@@ -22,7 +22,6 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
 from torch.distributed.run import config_from_args, get_args_parser
@@ -57,7 +56,7 @@ def launch_ranks(launch: LaunchConfig, environment: Environment, arguments: Sequ
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // launch.num_processes)))
     os.environ[LAUNCHER] = str(os.getpid())
     # Torch would keep one store over all restarts: ranks find addresses of dead ones there, and a node that comes back
-    # never learns where it is.
+    # never learns where it is, https://github.com/pytorch/pytorch/issues/135712.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with tempfile.TemporaryDirectory(prefix="sfgrpo-ranks-", ignore_cleanup_errors=True) as folder:
         options = {
@@ -133,14 +132,6 @@ class _Agent(LocalElasticAgent):
             shutdown_timeout=config.shutdown_timeout,
         )
         self._notice = notice
-
-    def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        handler = worker_group.spec.rdzv_handler
-        if isinstance(handler, DynamicRendezvousHandler):
-            # Else ranks that start again share a store with those before them, and take the addresses in it for those
-            # of one another: github.com/pytorch/pytorch/issues/135712.
-            handler._bootstrap_store_info = handler._shared_tcp_store_server = None
-        super()._rendezvous(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if self._notice.given:
@@ -228,6 +219,8 @@ def _quieten_torch() -> None:
     if "LOGLEVEL" not in os.environ:
         for name in _loggers_below("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        # For the ranks, whose stack traces of a lost connection would bury what this module says of it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def _loggers_below(name: str) -> Iterable[str]:

@@ -20,6 +20,7 @@ import pytest
 from stub_pipeline import ROOT, change_param
 from tiny_run import write_params
 
+from sfgrpo.checkpoint import update_of
 from sfgrpo.environment import Environment
 from sfgrpo.mlflow_store import connect
 from sfgrpo.registry import PNG_SIGNATURE, draw
@@ -118,19 +119,35 @@ def build_clone(folder: Path) -> Clone:
     return Clone(folder=folder)
 
 
-def kill_training(clone: Clone, flow: subprocess.Popen[str]) -> None:
-    """Waits for the first checkpoint of the flow's training, then kills the process that trains."""
+def wait_for_checkpoint(clone: Clone, flow: subprocess.Popen[str], after: int = 0) -> None:
+    """Waits until the flow's training has saved more than so many updates."""
     deadline = time.monotonic() + TIMEOUT_S
-    while not list(clone.folder.glob(".scratch/train-*/checkpoints/update-*")):
+    while saved_update(clone) <= after:
         assert flow.poll() is None, finished(flow)
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.02)
+
+
+def saved_update(clone: Clone) -> int:
+    """Counts the updates that the newest checkpoint of the newest run holds; 0 without any."""
+    runs = sorted(clone.folder.glob(".scratch/train-*"), key=lambda run: run.stat().st_ctime)
+    return max([update_of(path) for path in runs[-1].glob("checkpoints/update-*")], default=0) if runs else 0
+
+
+def trainers_below(flow: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Lists the processes of the flow's training: the one that DVC started, and the ranks, if it launched any."""
     trainers = []
     for process in psutil.Process(flow.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if process.cmdline()[1:] == ["-m", "sfgrpo", "train"]:
+            if [part for part in process.cmdline() if part != "-u"][1:4] == ["-m", "sfgrpo", "train"]:
                 trainers.append(process)
-    (trainer,) = trainers
+    return trainers
+
+
+def kill_training(clone: Clone, flow: subprocess.Popen[str]) -> None:
+    """Waits for the first checkpoint of the flow's training, then kills the process that trains."""
+    wait_for_checkpoint(clone, flow)
+    (trainer,) = trainers_below(flow)
     trainer.send_signal(signal.SIGKILL)
 
 
@@ -208,3 +225,34 @@ def test_changed_update_parameter_repeats_training_and_evaluation_only(line, tmp
     clone = Clone(folder=tmp_path)
     change_param(tmp_path, "update", "num_updates", 1)
     assert ran_stages(clone.run("dvc", "repro")) == ["train", "evaluate"]
+
+
+@pytest.mark.distributed
+def test_cancelled_flow_leaves_no_rank_and_a_preempted_rank_costs_no_retry(line, tmp_path):
+    shutil.copytree(line.clone.folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".prefect"))
+    clone = Clone(folder=tmp_path)
+    write_params(tmp_path, {**SMALL, "update.num_updates": 12, "evaluation.every_num_updates": 12})
+    params = json.loads((tmp_path / "params.yaml").read_text()) | {"launch": {"num_processes": 2, "max_restarts": 0}}
+    (tmp_path / "params.yaml").write_text(json.dumps(params))
+
+    cancelled = clone.start("flows.train_policy")
+    wait_for_checkpoint(clone, cancelled)
+    processes = psutil.Process(cancelled.pid).children(recursive=True)
+    assert len(trainers_below(cancelled)) == 3
+    cancelled.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive, "Prefect would have killed the flow by now, and left these behind"
+    cancelled.communicate(timeout=30)
+    saved = saved_update(clone)
+    log = tmp_path / "logs/train.log"
+    assert f"its state after update {saved} is saved" in log.read_text()
+
+    flow = clone.start("flows.train_policy")
+    wait_for_checkpoint(clone, flow, after=saved)
+    rank = next(process for process in trainers_below(flow) if process.environ().get("RANK") == "1")
+    rank.send_signal(signal.SIGUSR1)
+    output = finished(flow)
+    assert f"\nmodel version 2 registered: {MODEL}@challenger\n" in output
+    assert "Retrying" not in output, "being told to stop used up a retry"
+    history = json.loads((tmp_path / "reports/train/history.json").read_text())
+    assert [metrics["update"] for metrics in history] == list(range(1, 13))

@@ -432,6 +432,23 @@ def test_run_that_is_told_to_stop_finishes_its_update_and_saves_it(run, tmp_path
     assert_ends_as(run, tmp_path)
 
 
+def test_loss_scale_of_float16_comes_back_with_the_rest(tmp_path):
+    config = small_config(policy={"dtype": "float16"}, update={"ratio_tolerance": 0.1})
+    ends = []
+    for stops in ((), (2, 4)):
+        folder = tmp_path / str(len(ends))
+        for stop in stops:
+            notice = Told()
+            policy = make_tiny_policy(dtype=torch.float16)
+            with pytest.raises(Preempted):
+                trainer_in(folder, config, policy, tracker=Telling(notice, stop), notice=notice).run()
+        trainer_in(folder, config, make_tiny_policy(dtype=torch.float16)).run()
+        ends.append(load_checkpoint(latest_checkpoint(folder / "checkpoints")))
+    assert ends[0].scaler["scale"] != 65536.0 or ends[0].scaler["_growth_tracker"] > 0
+    for field in ("adapter", "ema", "optimizer", "scaler"):
+        assert_same(getattr(ends[1], field), getattr(ends[0], field))
+
+
 def test_evaluation_is_broken_off_and_done_again_after_the_resume(run, tmp_path):
     notice = Told()
     with pytest.raises(Preempted, match="after update 2 "):
