@@ -227,32 +227,46 @@ def test_changed_update_parameter_repeats_training_and_evaluation_only(line, tmp
     assert ran_stages(clone.run("dvc", "repro")) == ["train", "evaluate"]
 
 
+class Started:
+    """A flow that is told to stop when it is closed, unless it is done."""
+
+    def __init__(self, clone: Clone) -> None:
+        self.flow = clone.start("flows.train_policy")
+
+    def close(self) -> None:
+        if self.flow.poll() is None:
+            self.flow.terminate()
+            self.flow.communicate(timeout=TIMEOUT_S)
+
+
 @pytest.mark.distributed
 def test_cancelled_flow_leaves_no_rank_and_a_preempted_rank_costs_no_retry(line, tmp_path):
-    shutil.copytree(line.clone.folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".prefect"))
+    shutil.copytree(
+        line.clone.folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".prefect", ".scratch")
+    )
     clone = Clone(folder=tmp_path)
     write_params(tmp_path, {**SMALL, "update.num_updates": 12, "evaluation.every_num_updates": 12})
     params = json.loads((tmp_path / "params.yaml").read_text()) | {"launch": {"num_processes": 2, "max_restarts": 0}}
     (tmp_path / "params.yaml").write_text(json.dumps(params))
 
-    cancelled = clone.start("flows.train_policy")
-    wait_for_checkpoint(clone, cancelled)
-    processes = psutil.Process(cancelled.pid).children(recursive=True)
-    assert len(trainers_below(cancelled)) == 3
-    cancelled.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=30)
-    assert not alive, "Prefect would have killed the flow by now, and left these behind"
-    cancelled.communicate(timeout=30)
+    with contextlib.closing(Started(clone)) as cancelled:
+        wait_for_checkpoint(clone, cancelled.flow)
+        processes = psutil.Process(cancelled.flow.pid).children(recursive=True)
+        assert len(trainers_below(cancelled.flow)) == 3
+        cancelled.flow.terminate()
+        cancelled.flow.communicate(timeout=30)
+        _, alive = psutil.wait_procs(processes, timeout=5)
+        assert not alive, "Prefect would have killed the flow by now, and left these behind"
     saved = saved_update(clone)
     log = tmp_path / "logs/train.log"
     assert f"its state after update {saved} is saved" in log.read_text()
 
-    flow = clone.start("flows.train_policy")
-    wait_for_checkpoint(clone, flow, after=saved)
-    rank = next(process for process in trainers_below(flow) if process.environ().get("RANK") == "1")
-    rank.send_signal(signal.SIGUSR1)
-    output = finished(flow)
-    assert f"\nmodel version 2 registered: {MODEL}@challenger\n" in output
+    with contextlib.closing(Started(clone)) as resumed:
+        wait_for_checkpoint(clone, resumed.flow, after=saved)
+        rank = next(process for process in trainers_below(resumed.flow) if process.environ().get("RANK") == "1")
+        rank.send_signal(signal.SIGUSR1)
+        output = finished(resumed.flow)
+    assert f" registered: {MODEL}@challenger\n" in output
     assert "Retrying" not in output, "being told to stop used up a retry"
     history = json.loads((tmp_path / "reports/train/history.json").read_text())
     assert [metrics["update"] for metrics in history] == list(range(1, 13))
