@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from test_preemption import hear_signals
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from sfgrpo.errors import ConfigError
@@ -109,6 +110,7 @@ class Run:
             [sys.executable, "-c", LAUNCHER, settings],
             cwd=folder,
             env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+            preexec_fn=hear_signals,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -75,6 +75,12 @@ STUCK = """
 LINGERING = "print('leaving', flush=True); time.sleep(0.5)"
 
 
+def hear_signals() -> None:
+    """Undoes what a shell does to jobs in its background, and nohup to all: they ignore these signals."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -89,6 +95,7 @@ def start() -> Iterator[Start]:
         process = subprocess.Popen(
             [*command, sys.executable, "-c", code],
             env=environment,
+            preexec_fn=hear_signals,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
