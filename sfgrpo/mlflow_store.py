@@ -25,6 +25,10 @@ def load_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Makes MLflow's pages show runs and their curves first, and not traces and judges of language models."""
+
+
 def connect(uri: str) -> MlflowClient:
     """Opens the tracking store at `uri`, which is also the model registry; makes a SQLite one if it is absent."""
     load_mlflow()
@@ -49,7 +53,7 @@ def find_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
     database = sqlite_path(uri)
     location = None if database is None else (database.resolve().parent / "mlartifacts").as_uri()
     try:
-        return str(client.create_experiment(name, artifact_location=location))
+        return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
     except MlflowException as error:
         # Another process was faster, or this one was without hearing of it.
         experiment = client.get_experiment_by_name(name)

@@ -234,6 +234,7 @@ def _publish(
             (partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         for grid in sorted(folder.glob("samples_*.png")):
             shutil.copy(grid, partial / grid.name)
-    tracker.log_metrics({f"best/{name}": value for name, value in best["metrics"].items()}, trainer.update_index)
+    # One number to sort runs by, and not all of them: each has a chart of its own, and these would come first.
+    tracker.log_metrics({"best/geneval/overall": best["metrics"]["geneval/overall"]}, trainer.update_index)
     tracker.set_tags({"best_update": str(best["update"])})
     print(f"best of {len(evaluations)} evaluations: update {best['update']}, adapter in {POLICY}")

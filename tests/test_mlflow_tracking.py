@@ -148,6 +148,15 @@ def test_tracker_that_records_nothing_makes_no_run(uri):
     assert len(runs(uri)) == before
 
 
+def test_pages_show_the_experiment_as_a_training_and_not_as_a_language_model(uri):
+    run = tracker(uri)
+    run.open()
+    client = connect(uri)
+    experiment = client.get_experiment(client.get_run(run.run_id).info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    run.finish("FINISHED")
+
+
 def test_parameters_become_dotted_names_and_yaml_values(uri):
     run = tracker(uri)
     run.log_params({"update": {"learning_rate": 1e-3, "trained_steps": None}, "seed": 0, "lora_targets": ["to_q"]})
