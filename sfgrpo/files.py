@@ -44,6 +44,16 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     _synchronise(path.parent)
 
 
+@contextlib.contextmanager
+def temporary_directory(parent: Path, name: str) -> Iterator[Path]:
+    """Gives an empty directory below `parent` which vanishes with the block; those of dead processes vanish first."""
+    with _partial_beside(parent / name, Path.mkdir) as partial:
+        try:
+            yield partial
+        finally:
+            _remove(partial)
+
+
 def remove_directory(path: Path) -> None:
     """Removes a directory, whose name is gone before its content: it is never seen half removed."""
     partial = _partial_name(path)

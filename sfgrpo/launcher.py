@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import signal
-import tempfile
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -28,6 +27,7 @@ from torch.distributed.run import config_from_args, get_args_parser
 
 from sfgrpo.environment import Environment
 from sfgrpo.errors import ConfigError, Preempted, SfgrpoError
+from sfgrpo.files import temporary_directory
 from sfgrpo.preemption import KILL_MARGIN_S, StopNotice
 from sfgrpo.rank import LAUNCHER
 from sfgrpo.sections import LaunchConfig
@@ -58,7 +58,7 @@ def launch_ranks(launch: LaunchConfig, environment: Environment, arguments: Sequ
     # Torch would keep one store over all restarts: ranks find addresses of dead ones there, and a node that comes back
     # never learns where it is, https://github.com/pytorch/pytorch/issues/135712.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    with tempfile.TemporaryDirectory(prefix="sfgrpo-ranks-", ignore_cleanup_errors=True) as folder:
+    with temporary_directory(environment.scratch_dir, "ranks") as folder:
         options = {
             **rendezvous,
             "nnodes": launch.num_nodes,
@@ -69,7 +69,7 @@ def launch_ranks(launch: LaunchConfig, environment: Environment, arguments: Sequ
             "shutdown-timeout": math.ceil(environment.grace_s) + KILL_MARGIN_S,
         }
         if "PET_LOG_DIR" not in os.environ:
-            options["log-dir"] = folder
+            options["log-dir"] = folder.resolve()
         words = [f"--{name}={value}" for name, value in options.items()]
         config, command, rest = config_from_args(get_args_parser().parse_args([*words, *arguments]))
         try:

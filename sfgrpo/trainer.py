@@ -228,7 +228,8 @@ class Trainer:
             optimizer, scaler = self._learner.optimizer, self._learner.scaler
             outcome = update_policy(self._policy, optimizer, batch, self._objective, self._accelerator, scaler)
         if not self._sampler_changed and outcome.trained:
-            require_changed_sampler(self._policy, batch, self._objective, self._accelerator)
+            num_rows = self._batches.rollout_micro_batch
+            require_changed_sampler(self._policy, batch, num_rows, self._objective, self._accelerator)
             self._sampler_changed = True
         broken = {
             "reward": unrewarded_N,

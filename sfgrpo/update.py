@@ -280,23 +280,23 @@ def _check_first_ratio(deviations: Sequence[float], tolerance: float) -> None:
 
 
 def require_changed_sampler(
-    policy: Policy, batch: RolloutBatch, objective: Objective, accelerator: Accelerator
+    policy: Policy, batch: RolloutBatch, num_rows: int, objective: Objective, accelerator: Accelerator
 ) -> None:
     """Raises `CanaryError` on all processes when the policy's output, on any, is still that of the rollout.
 
-    To be asked after an update that trained, by all processes at the same time: bit for bit the same output means
-    that nothing was trained.
+    To be asked after an update that trained, by all processes at the same time: the same output means that nothing was
+    trained. The first `num_rows` images have to be a batch of the rollout, since batches of other sizes round
+    differently, in float16 and bfloat16 by more than a first update moves the output.
     """
-    row = slice(0, 1)
-    before = batch.trajectory.velocities_NKCHW[row, 0]
+    rows = slice(0, num_rows)
+    before = batch.trajectory.velocities_NKCHW[rows, 0]
     with torch.no_grad():
         after = policy.velocity(
-            batch.trajectory.latents_NSCHW[row, 0],
-            objective.sigmas_S[:1],
-            batch.conditioning[row],
+            batch.trajectory.latents_NSCHW[rows, 0],
+            objective.sigmas_S[0].expand(len(before)),
+            batch.conditioning[rows],
             objective.guidance_scale,
         )
-    # A batch of one may round differently from the rollout's, by far less than an optimiser step moves the output.
     unchanged = torch.allclose(before, after, rtol=0, atol=1e-6 * float(before.abs().max()))
     if any_of(unchanged, accelerator):
         raise CanaryError(

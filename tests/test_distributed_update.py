@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from test_update import objective_for, rolled_out, spoil_gradient, weights
+from test_update import ROLLOUT_BATCH, objective_for, rolled_out, spoil_gradient, weights
 from tiny import counted_passes, disturb, make_tiny_policy
 from torch import Tensor
 
@@ -113,7 +113,7 @@ def update(case: Case, accelerator: Accelerator) -> dict[str, Any]:
             "passes": len(sizes),
         }
         if outcome.trained:
-            require_changed_sampler(policy, batch, objective, accelerator)
+            require_changed_sampler(policy, batch, min(ROLLOUT_BATCH, len(batch.constant_N)), objective, accelerator)
     except CanaryError as error:
         found["error"] = str(error)
     return found | {"moved": (weights(policy) - start).tolist()}

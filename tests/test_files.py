@@ -15,6 +15,7 @@ from sfgrpo.files import (
     remove_directory,
     remove_leftovers,
     sha256_of_file,
+    temporary_directory,
     verify_manifest,
     write_manifest,
 )
@@ -142,6 +143,22 @@ def test_two_writers_in_one_directory_do_not_disturb_each_other(tmp_path):
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name]) for name in ("a", "b")]
     assert [writer.wait() for writer in writers] == [0, 0]
     assert names(tmp_path) == ["a-0", "a-1", "a-2", "b-0", "b-1", "b-2"]
+
+
+def test_temporary_directory_vanishes_with_its_block_or_with_the_next_one(tmp_path):
+    with temporary_directory(tmp_path / "scratch", "ranks") as folder:
+        (folder / "log").touch()
+        assert folder.parent == tmp_path / "scratch"
+    assert names(tmp_path / "scratch") == []
+    code = (
+        "import os, sys; from pathlib import Path; from sfgrpo.files import temporary_directory\n"
+        "with temporary_directory(Path(sys.argv[1]), 'ranks'): os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "scratch")], check=True)
+    assert len(names(tmp_path / "scratch")) == 1
+    with temporary_directory(tmp_path / "scratch", "ranks"):
+        assert len(names(tmp_path / "scratch")) == 1
+    assert names(tmp_path / "scratch") == []
 
 
 def test_digest_is_that_of_the_standard(tmp_path):

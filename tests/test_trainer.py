@@ -289,7 +289,7 @@ def test_stepwise_credit_scores_every_state_at_the_announced_cost(tmp_path):
         trainer.run()
     assert without_evaluation(reward.asked) == 2 + NUM_IMAGES * NUM_STEPS
     evaluations = 2 * len(EVALUATION) * config.evaluation.num_steps
-    canary, trained = 1, NUM_STEPS - 1
+    canary, trained = GROUP_SIZE, NUM_STEPS - 1
     per_image = NUM_STEPS + BatchArithmetic(config=config).estimate_passes + trained
     assert sum(sizes) == evaluations + canary + round(NUM_IMAGES * per_image)
 
@@ -301,7 +301,8 @@ def test_terminal_credit_scores_final_images_only(tmp_path):
     with counted_passes(policy) as sizes:
         trainer.run()
     assert without_evaluation(reward.asked) == NUM_IMAGES
-    assert sum(sizes) == 2 * len(EVALUATION) * config.evaluation.num_steps + 1 + NUM_IMAGES * (2 * NUM_STEPS - 1)
+    evaluations, canary = 2 * len(EVALUATION) * config.evaluation.num_steps, GROUP_SIZE
+    assert sum(sizes) == evaluations + canary + NUM_IMAGES * (2 * NUM_STEPS - 1)
     assert not [key for key in trainer.history[0] if key.startswith("gain/") or key == "reward/start"]
 
 

@@ -49,6 +49,9 @@ def objective_for(policy: Policy, **changes) -> Objective:
     return Objective(**options | changes)
 
 
+ROLLOUT_BATCH = 4
+
+
 def rolled_out(policy: Policy, constant: tuple[int, ...] = ()) -> RolloutBatch:
     """Rolls out and gives random advantages; the images `constant` get zeros."""
     generator = torch.Generator().manual_seed(4)
@@ -62,7 +65,7 @@ def rolled_out(policy: Policy, constant: tuple[int, ...] = ()) -> RolloutBatch:
         sampler="flow_sde",
         noise_level=NOISE_LEVEL,
         guidance_scale=1.0,
-        micro_batch_size=4,
+        micro_batch_size=ROLLOUT_BATCH,
     )
     advantages = torch.randn(NUM_IMAGES, NUM_STEPS, generator=generator)
     constant_N = torch.zeros(NUM_IMAGES, dtype=torch.bool)
@@ -252,19 +255,22 @@ def test_tampered_log_prob_is_noticed(policy):
     assert torch.equal(weights(policy), start)
 
 
-def test_adapter_that_does_not_learn_is_noticed(policy):
-    batch, objective = rolled_out(policy), objective_for(policy)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adapter_that_does_not_learn_is_noticed(dtype):
+    policy = make_tiny_policy(dtype=dtype)
+    batch = rolled_out(policy)
+    objective = objective_for(policy, ratio_tolerance=1.0)
     optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.0)
     updated(policy, optimizer, batch, objective)
     with pytest.raises(CanaryError, match="the sampler's output did not change with the first update"):
-        require_changed_sampler(policy, batch, objective, Accelerator())
+        require_changed_sampler(policy, batch, ROLLOUT_BATCH, objective, Accelerator())
 
 
 def test_adapter_that_learns_passes(policy):
     batch, objective = rolled_out(policy), objective_for(policy)
     optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=1e-4)
     updated(policy, optimizer, batch, objective)
-    require_changed_sampler(policy, batch, objective, Accelerator())
+    require_changed_sampler(policy, batch, ROLLOUT_BATCH, objective, Accelerator())
 
 
 def test_frozen_adapter_is_noticed(policy):
