@@ -93,10 +93,10 @@ def training(folder: Path, environment: Mapping[str, str] | None = None, *argume
         started.kill()
 
 
-def laid_out(folder: Path, num_processes: int) -> Path:
+def laid_out(folder: Path, num_processes: int, sharding: str = "none") -> Path:
     lay_out(folder)
     params = json.loads((folder / "params.yaml").read_text())
-    params["launch"] = {"num_processes": num_processes, "max_restarts": 3}
+    params["launch"] = {"num_processes": num_processes, "max_restarts": 3, "sharding": sharding}
     (folder / "params.yaml").write_text(json.dumps(params))
     return folder
 
@@ -210,9 +210,21 @@ def test_another_number_of_processes_goes_on_with_the_same_images(undisturbed, t
     with training(folder) as started:
         assert started.ended() == 0, started.output()
         assert f"resuming after update {saved}" in started.output()
-    ours, theirs = end_of(folder), end_of(undisturbed)
-    # The first update after the change sees the same policy, hence the same images and rewards, bit for bit.
+    assert_near_end(folder, undisturbed, first=saved)
+
+
+def assert_near_end(folder: Path, expected: Path, first: int) -> None:
+    """Checks that two runs, which round differently from update `first` on, end near one another."""
+    ours, theirs = end_of(folder), end_of(expected)
+    # That update sees the same policy still, hence the same images and rewards, bit for bit.
     for key in ("reward/mean", "reward/start", "groups/constant_fraction"):
-        assert ours.history[saved][key] == theirs.history[saved][key], key
-    start = {name: torch.zeros_like(value) for name, value in theirs.adapter.items()}
-    assert distance(dict(ours.adapter), dict(theirs.adapter)) < 0.02 * distance(dict(theirs.adapter), start)
+        assert ours.history[first][key] == theirs.history[first][key], key
+    zero = {name: torch.zeros_like(value) for name, value in theirs.adapter.items()}
+    assert distance(dict(ours.adapter), dict(theirs.adapter)) < 0.02 * distance(dict(theirs.adapter), zero)
+
+
+def test_frozen_weights_may_be_sharded(undisturbed, tmp_path):
+    folder = laid_out(tmp_path / "run", 2, sharding="full")
+    with training(folder) as started:
+        assert started.ended() == 0, started.output()
+    assert_near_end(folder, undisturbed, first=0)
