@@ -2,10 +2,11 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 S3_INSTALLED := .venv-s3/.installed
+INFRA_INSTALLED := .venv-infra/.installed
 
 .DEFAULT_GOAL := help
 FORM ?= short
-.PHONY: help setup s3-server demo repro study test test-distributed soak check format clean
+.PHONY: help setup s3-server infra-tools demo repro study test test-distributed soak check format clean
 
 help: ## Lists the targets
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
@@ -26,6 +27,14 @@ $(S3_INSTALLED): infra/s3_server/requirements.lock
 	@.venv-s3/bin/python -m pip install --quiet --quiet --disable-pip-version-check -r infra/s3_server/requirements.lock
 	@touch $@
 
+infra-tools: $(INFRA_INSTALLED) ## Installs the tools that validate infra into .venv-infra
+
+$(INFRA_INSTALLED): infra/requirements.txt
+	@echo "Installing $$(grep -c == infra/requirements.txt) packages into .venv-infra ..."
+	@$(PYTHON) -m venv .venv-infra
+	@.venv-infra/bin/python -m pip install --quiet --quiet --disable-pip-version-check -r infra/requirements.txt
+	@touch $@
+
 demo: setup ## Trains, evaluates and registers a policy
 	@$(BIN)/python -m flows.train_policy
 
@@ -35,7 +44,7 @@ repro: setup ## Brings the DVC stages up to date without Prefect
 study: setup ## Compares Stepwise-Flow-GRPO with Flow-GRPO; FORM=long for the long form
 	@$(BIN)/python -m flows.study $(FORM)
 
-test: setup s3-server ## Runs every test
+test: setup s3-server infra-tools ## Runs every test
 	@$(BIN)/python -m pytest -m "not distributed"
 	@$(MAKE) --no-print-directory test-distributed
 

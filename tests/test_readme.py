@@ -21,6 +21,8 @@ PAGES = (
     "docs/metrics.md",
     "docs/operating.md",
     "docs/results.md",
+    "infra/README.md",
+    "infra/terraform/README.md",
 )
 METRICS = ROOT / "docs/metrics.md"
 PLACEHOLDERS = {
@@ -70,7 +72,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_checked():
-    found = {str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/**/*.md") for path in ROOT.glob(pattern)}
+    found = {str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/**/*.md", "infra/**/*.md") for path in ROOT.glob(pattern)}
     assert found == set(PAGES)
 
 

@@ -1,0 +1,54 @@
+"""Makes the secrets that `infra/compose.yaml` reads, at random: `python3 infra/make_secrets.py`.
+
+It never replaces any. The files can be read by everyone, since each container reads them as a user of its own; the
+folder around them only by its owner.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "secrets"
+PASSWORDS = (
+    "postgres_password",
+    "prefect_database_password",
+    "mlflow_database_password",
+    "valkey_password",
+)
+RIGHTS = {
+    "admin": ["Admin"],
+    "mlflow": ["Read:mlflow", "Write:mlflow", "List:mlflow"],
+    "training": ["Read:runs", "Write:runs", "List:runs"],
+}
+"""What each user of the S3 server may do, in SeaweedFS's words: `Right:bucket`."""
+
+
+def main(folder: Path) -> int:
+    """Writes the files of all secrets into a new folder; returns the exit status."""
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        print(f"{folder} exists; remove it first, together with the volumes that were made with it", file=sys.stderr)
+        return 1
+    for name in PASSWORDS:
+        _write(folder / name, secrets.token_urlsafe(32))
+    identities = []
+    for user, actions in RIGHTS.items():
+        access, secret = secrets.token_hex(10), secrets.token_hex(20)
+        _write(folder / f"s3_{user}", f"[default]\naws_access_key_id = {access}\naws_secret_access_key = {secret}\n")
+        keys = [{"accessKey": access, "secretKey": secret}]
+        identities.append({"name": user, "credentials": keys, "actions": actions})
+    _write(folder / "s3_identities.json", json.dumps({"identities": identities}, indent=2) + "\n")
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o444)
+
+
+if __name__ == "__main__":
+    sys.exit(main(FOLDER))
