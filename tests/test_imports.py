@@ -20,7 +20,7 @@ LAYERS = (
     ),
     ("maths", {"schedule", "sde", "estimates", "gains", "advantages", "losses"}),
     ("adapters", {"policies", "rewards", "geneval", "shapes", "prompts", "bucket"}),
-    ("steps", {"rollout", "scoring", "update", "guards", "evaluation"}),
+    ("steps", {"rollout", "scoring", "update", "guards", "evaluation", "promotion"}),
     (
         "run",
         {

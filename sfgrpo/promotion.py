@@ -1,0 +1,424 @@
+"""Decides whether a candidate replaces the champion: better beyond chance on the same prompts and noise, and honestly.
+
+The images of both models are judged prompt by prompt, and a paired bootstrap over prompts says how far the figures
+would move with other prompts. Four gates look at its bounds:
+
+- `overall`: GenEval's overall score is higher by more than `min_gain`, beyond its error.
+- `tasks`: no task is lower beyond its error.
+- `held_out`: a reward that training never saw is not lower beyond its error. A policy that has learnt to please its
+  reward rather than to draw gains in the one and loses in the other.
+- `diversity`: the images of a prompt differ from each other, beyond error, by more than `min_diversity_ratio` of what
+  the opponent's do. A policy that draws one safe picture per prompt passes the other three.
+
+The first and the last must be shown, the other two only must not be refuted, so few prompts never promote a candidate
+but may hide a loss. Two things no gate can see: losses within the error add up over many promotions, so now and then
+the opponent should be the base model; and a candidate that was picked for its figures on these very prompts and
+noise looks better than it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
+
+from sfgrpo.geneval.table import COLUMNS
+from sfgrpo.types import TAGS, Prompt, Tag
+
+Opponent = Literal["champion", "base model"]
+Kind = Literal["difference", "ratio"]
+Floats = NDArray[np.floating[Any]]
+
+DECIMALS = 12
+"""Of a bound, so that a difference of 0 is 0 however its terms were rounded on the way."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What one model drew for the prompts of an evaluation, as the judges saw it."""
+
+    prompts: Sequence[Prompt]
+    noise_seed: int
+    """Seed of the evaluation's noise: image g of prompt p starts from the same noise in both models."""
+    correct_PG: NDArray[np.bool_]
+    """GenEval's verdicts."""
+    held_out_PG: Floats
+    """A reward that training never saw."""
+    training_PG: Floats
+    """The reward that was trained on; reported beside the others, and no gate."""
+    diversity_P: Floats
+    """How far the images of a prompt lie apart, by `diversity` or any other measure that is 0 for copies."""
+
+    def __post_init__(self) -> None:
+        shape = self.correct_PG.shape
+        if len(shape) != 2 or len(self.prompts) != shape[0] or self.correct_PG.size == 0:
+            raise ValueError(
+                f"verdicts have shape {list(shape)} for {len(self.prompts)} prompts; "
+                "give a non-empty array [prompts, images per prompt]"
+            )
+        if self.correct_PG.dtype != np.bool_:
+            raise ValueError(f"verdicts are of type {self.correct_PG.dtype}; give booleans, True for a correct image")
+        for name, values, wanted in (
+            ("held-out reward", self.held_out_PG, shape),
+            ("training reward", self.training_PG, shape),
+            ("diversity", self.diversity_P, shape[:1]),
+        ):
+            if values.shape != wanted:
+                raise ValueError(f"{name} has shape {list(values.shape)}; the verdicts ask for {list(wanted)}")
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name} is not finite in {int((~np.isfinite(values)).sum())} of {values.size} places")
+        if (self.diversity_P < 0.0).any():
+            raise ValueError(f"diversity is {self.diversity_P.min():g} at its least; a distance is never below 0")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A figure with its two bounds, each of them one-sided; infinite where nothing is known of the error."""
+
+    estimate: float
+    lower: float
+    upper: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """One condition of a promotion: what was observed, what is asked of it, and the verdict."""
+
+    name: str
+    kind: Kind
+    rule: Literal["lower bound above", "upper bound at least"]
+    threshold: float
+    observed: Mapping[str, Interval]
+    """Figures by their names in `Decision.to_dict`; each must meet the rule."""
+
+    def holds(self, figure: str) -> bool:
+        """Tells whether one of the observed figures meets the rule."""
+        interval = self.observed[figure]
+        if self.rule == "lower bound above":
+            return interval.lower > self.threshold
+        return interval.upper >= self.threshold
+
+    @property
+    def passed(self) -> bool:
+        """Whether all observed figures meet the rule."""
+        return all(map(self.holds, self.observed))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Whether the candidate replaces its opponent, and why."""
+
+    opponent: Opponent
+    """The champion; or the base model, where there is no champion yet."""
+    gates: tuple[Gate, ...]
+    candidate_score: float
+    """GenEval's overall score."""
+    opponent_score: float
+    training: Interval
+    """Difference of the training reward, for information."""
+    num_prompts: int
+    num_images: int
+    """Of each model."""
+    error_rate: float
+    num_resamples: int
+    seed: int
+
+    @property
+    def promoted(self) -> bool:
+        """Whether every gate was passed."""
+        return all(gate.passed for gate in self.gates)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the gates that were not passed."""
+        return tuple(gate.name for gate in self.gates if not gate.passed)
+
+    def to_dict(self) -> dict[str, float]:
+        """Flattens to metrics "promotion/promoted", "promotion/overall", "promotion/overall_lower", ...
+
+        Verdicts are 1 and 0 under "promotion/gate/". What is infinite is left out.
+        """
+        metrics = {
+            "promotion/promoted": float(self.promoted),
+            "promotion/candidate_score": self.candidate_score,
+            "promotion/opponent_score": self.opponent_score,
+            "promotion/num_prompts": float(self.num_prompts),
+            "promotion/num_images": float(self.num_images),
+        }
+        intervals = {"training": self.training}
+        for gate in self.gates:
+            metrics[f"promotion/gate/{gate.name}"] = float(gate.passed)
+            intervals |= gate.observed
+        for name, interval in intervals.items():
+            metrics[f"promotion/{name}"] = interval.estimate
+            metrics[f"promotion/{name}_lower"] = interval.lower
+            metrics[f"promotion/{name}_upper"] = interval.upper
+        return {key: value for key, value in metrics.items() if math.isfinite(value)}
+
+    def markdown(self) -> str:
+        """Lays the decision out as a sentence, a table and a note on how to read it."""
+        lines = [["", "Candidate against " + self.opponent, "Bounds", "Needed", "Verdict"]]
+        lines += [["---", "---:", "---:", "---", "---"]]
+        for gate in self.gates:
+            for figure, interval in gate.observed.items():
+                needed = f"{gate.rule} {gate.threshold:g}"
+                cells = _cells(interval, gate.kind)
+                lines.append([LABELS[figure], *cells, needed, "passed" if gate.holds(figure) else "**failed**"])
+        lines.append([LABELS["training"], *_cells(self.training, "difference"), "-", "-"])
+        table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        return f"{self._sentence()}\n\n{table}\n{self._note()}\n"
+
+    def _sentence(self) -> str:
+        scores = f"GenEval {self.candidate_score:.3f} against {self.opponent_score:.3f} of the {self.opponent}"
+        if self.promoted:
+            first = " It is the first champion." if self.opponent == "base model" else ""
+            return f"**Promoted.** {scores}, better beyond chance, and no other gate failed.{first}"
+        return f"**Not promoted.** {scores}; {'; '.join(REFUSALS[name] for name in self.failed)}."
+
+    def _note(self) -> str:
+        return (
+            f"{self.num_prompts} prompts, {self.num_images} images of each model from the same noise. Differences are "
+            "means over tasks, and the ratio is one of such means. Each bound is one-sided and misses the true figure "
+            f"in {self.error_rate:.0%} of comparisons; those of the tasks share these {self.error_rate:.0%}. They come "
+            f"from a paired bootstrap over the prompts of every task, {self.num_resamples} resamples, seed {self.seed}."
+        )
+
+
+LABELS: dict[str, str] = {
+    "overall": "Overall",
+    **{str(tag): column for tag, column in COLUMNS.items()},
+    "held_out": "Held-out reward",
+    "diversity_ratio": "Diversity, as a ratio",
+    "training": "Training reward",
+}
+"""How a figure is called in a report."""
+
+REFUSALS = {
+    "overall": "its overall score is not better beyond chance",
+    "tasks": "a task is worse beyond its error",
+    "held_out": "a reward that it was not trained on is lower beyond its error",
+    "diversity": "the images of a prompt may have become too much alike",
+}
+"""What it means that a gate failed."""
+
+
+def _cells(interval: Interval, kind: Kind) -> list[str]:
+    sign = "+" if kind == "difference" else ""
+    estimate, lower, upper = (
+        f"{value:{sign}.3f}".replace("-", "\N{MINUS SIGN}") if math.isfinite(value) else "?"
+        for value in (interval.estimate, interval.lower, interval.upper)
+    )
+    return [estimate, f"{lower} to {upper}"]
+
+
+def decide(
+    candidate: Evidence,
+    opponent: Evidence,
+    *,
+    against: Opponent = "champion",
+    min_gain: float = 0.0,
+    min_diversity_ratio: float = 0.8,
+    error_rate: float = 0.05,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> Decision:
+    """Compares a candidate with the champion; or, before there is one, with the base model.
+
+    A figure is the unweighted mean over tasks of the mean over their prompts, as GenEval's overall score is. Its
+    error comes from `resampled_means`, and its bounds are percentiles of the resamples (Efron and Tibshirani, An
+    Introduction to the Bootstrap, 1993, chapter 13). They are not corrected for bias and skewness, as BCa would be:
+    a mean of differences has no bias, and between two models of the same quality, which is where the error rate must
+    hold, either may be called the candidate, so that the differences have no skewness. What BCa estimates there is
+    noise, and where a task is solved by both it cannot be estimated at all. Order statistics are taken as they are,
+    with no interpolation between the few values that a difference of verdicts has.
+
+    A task of few prompts has a standard error that is itself uncertain; `expanded` widens its bounds as Student's t
+    would.
+
+    The tasks share the error rate by Bonferroni's correction. Holm's would let through just the same candidates: one
+    worse task fails the gate, and the first step of Holm is Bonferroni. Only Bonferroni also gives bounds to show.
+
+    Args:
+        opponent: judged on the same prompts, in the same order, from the same noise.
+        min_gain: what the overall score must gain, 0..1.
+        min_diversity_ratio: what must be left of the opponent's diversity. An opponent without any has none to lose.
+        error_rate: chance that a candidate no better than its opponent passes the first gate; and, of each of the
+            two gates that only look for a loss, that it stops a candidate which has lost nothing.
+
+    Raises:
+        ValueError: the two were not judged alike, or there are too few resamples for a bound.
+    """
+    _check_alike(candidate, opponent)
+    tags = [prompt.tag for prompt in candidate.prompts]
+    tasks = [tag for tag in TAGS if tag in tags]
+    tail = error_rate / len(tasks)
+    if not 0.0 < error_rate < 0.5:
+        raise ValueError(f"error_rate is {error_rate:g}; it must be above 0 and below 0.5")
+    if num_resamples * tail < 1.0:
+        raise ValueError(
+            f"num_resamples is {num_resamples}, and a bound is asked for that {tail:.2g} of them lie beyond; "
+            f"give at least {math.ceil(1.0 / tail)}"
+        )
+    values_PJ = np.column_stack(
+        [
+            (candidate.correct_PG.sum(axis=1) - opponent.correct_PG.sum(axis=1)) / candidate.correct_PG.shape[1],
+            (candidate.held_out_PG.astype(np.float64) - opponent.held_out_PG).mean(axis=1),
+            (candidate.training_PG.astype(np.float64) - opponent.training_PG).mean(axis=1),
+            candidate.diversity_P,
+            opponent.diversity_P,
+        ]
+    )
+    observed_TJ = task_means(tags, values_PJ)
+    resampled_RTJ = resampled_means(tags, values_PJ, num_resamples, np.random.default_rng(seed))
+    observed_J, resampled_RJ = observed_TJ.mean(axis=0), resampled_RTJ.mean(axis=1)
+    wide = expanded(error_rate, len(tags) - len(tasks))
+    overall, held_out, training = (interval(observed_J[j], resampled_RJ[:, j], wide) for j in range(3))
+    ratio = interval(_ratio(observed_J[3], observed_J[4]), _ratio(resampled_RJ[:, 3], resampled_RJ[:, 4]), wide)
+    of_tasks = {
+        str(tag): interval(observed_TJ[index, 0], resampled_RTJ[:, index, 0], expanded(tail, tags.count(tag) - 1))
+        for index, tag in enumerate(tasks)
+    }
+    return Decision(
+        opponent=against,
+        gates=(
+            _gate("overall", "lower bound above", min_gain, {"overall": overall}),
+            _gate("tasks", "upper bound at least", 0.0, of_tasks),
+            _gate("held_out", "upper bound at least", 0.0, {"held_out": held_out}),
+            _gate("diversity", "lower bound above", min_diversity_ratio, {"diversity_ratio": ratio}, kind="ratio"),
+        ),
+        candidate_score=_score(candidate, tags),
+        opponent_score=_score(opponent, tags),
+        training=training,
+        num_prompts=len(tags),
+        num_images=candidate.correct_PG.size,
+        error_rate=error_rate,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
+
+
+def task_means(tags: Sequence[Tag], values_PJ: Floats) -> Floats:
+    """Averages rows of figures over the prompts of every task that there is, in GenEval's order: [T, J]."""
+    of_tag = np.asarray(tags)
+    return np.stack([values_PJ[of_tag == tag].mean(axis=0) for tag in TAGS if tag in tags])
+
+
+def resampled_means(
+    tags: Sequence[Tag], values_PJ: Floats, num_resamples: int, generator: np.random.Generator
+) -> Floats:
+    """Averages every task over prompts drawn from it with replacement, `num_resamples` times: [R, T, J].
+
+    A drawn prompt brings its whole row: the images of a prompt stay together, and so do the two models. Of n prompts
+    n - 1 are drawn, for then the variance of the resampled means is the squared standard error s^2 / n itself, where
+    n draws give (n - 1) / n of it (Rao and Wu, Resampling Inference With Complex Survey Data, JASA 83, 1988). One
+    prompt says nothing of its error, and its task is NaN.
+    """
+    of_tag = np.asarray(tags)
+    tasks = [tag for tag in TAGS if tag in tags]
+    means_RTJ = np.full((num_resamples, len(tasks), values_PJ.shape[1]), np.nan)
+    for index, tag in enumerate(tasks):
+        values = np.asarray(values_PJ[of_tag == tag], dtype=np.float64)
+        num_drawn = len(values) - 1
+        if num_drawn == 0:
+            continue
+        drawn = generator.integers(len(values), size=(num_resamples, num_drawn), dtype=np.int32)
+        drawn += (np.arange(num_resamples, dtype=np.int32) * len(values))[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=num_resamples * len(values)).reshape(num_resamples, len(values))
+        means_RTJ[:, index] = counts.astype(np.float64) @ values / num_drawn
+    return means_RTJ
+
+
+def expanded(tail: float, degrees: int) -> float:
+    """Gives the tail of the normal distribution that begins where `tail` of Student's t with `degrees` begins.
+
+    With 12 prompts in each of six tasks, losses that are none would otherwise be found in 12 % of comparisons instead
+    of 5 %; with 100 it matters little (the expanded percentile interval of Hesterberg, What Teachers Should Know About
+    the Bootstrap, The American Statistician 69, 2015). A tail smaller than one resample begins at the outermost one.
+    """
+    return float(ndtr(stdtrit(degrees, tail))) if degrees > 0 else tail
+
+
+def interval(estimate: float, resampled_R: Floats, tail: float) -> Interval:
+    """Bounds a figure by the values that `tail` of its resamples lie below, and as many above."""
+    if np.isnan(resampled_R).any():
+        return Interval(estimate=float(estimate), lower=-math.inf, upper=math.inf)
+    bounds = np.quantile(resampled_R, [tail, 1.0 - tail], method="inverted_cdf")
+    # Adding 0 turns -0 into 0.
+    lower, upper = (float(bound) + 0.0 for bound in bounds.round(DECIMALS))
+    return Interval(estimate=float(estimate), lower=lower, upper=upper)
+
+
+def pixels(images_GHWC: NDArray[np.uint8]) -> Floats:
+    """Gives the pixels of images as features in 0..1, one row for an image."""
+    return images_GHWC.reshape(len(images_GHWC), -1).astype(np.float32) / 255.0
+
+
+def diversity(
+    images_PGHWC: NDArray[np.uint8], features: Callable[[NDArray[np.uint8]], Floats] = pixels
+) -> NDArray[np.float64]:
+    """Measures how far the images of every prompt lie apart: the mean distance of its G (G - 1) / 2 pairs, [P].
+
+    The distance of two images is the root mean square difference of their features, so that in pixels it is 0 for
+    copies and 1 for black and white, whatever the resolution. Pixels also count a shift as a difference; features of
+    an image encoder, a function from [G, H, W, 3] to [G, D], count what the encoder sees.
+
+    Raises:
+        ValueError: the images are not [P, G, H, W, 3], or a prompt has only one.
+    """
+    if images_PGHWC.ndim != 5 or images_PGHWC.shape[1] < 2:
+        raise ValueError(
+            f"images have shape {list(images_PGHWC.shape)}; "
+            "diversity takes [prompts, images, height, width, 3] with two images or more of a prompt"
+        )
+    return np.array([_mean_distance(features(images)) for images in images_PGHWC], dtype=np.float64)
+
+
+def _mean_distance(features_GD: Floats) -> float:
+    pairs = itertools.combinations(np.asarray(features_GD, dtype=np.float64), 2)
+    return float(np.mean([np.sqrt(np.mean((one - other) ** 2)) for one, other in pairs]))
+
+
+def _gate(
+    name: str,
+    rule: Literal["lower bound above", "upper bound at least"],
+    threshold: float,
+    observed: Mapping[str, Interval],
+    *,
+    kind: Kind = "difference",
+) -> Gate:
+    return Gate(name=name, kind=kind, rule=rule, threshold=threshold, observed=observed)
+
+
+def _score(evidence: Evidence, tags: Sequence[Tag]) -> float:
+    return float(task_means(tags, evidence.correct_PG.mean(axis=1, keepdims=True)).mean())
+
+
+def _ratio(candidate: Any, opponent: Any) -> Any:
+    """Divides; where both are 0 nothing was lost, which is 1."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((candidate == 0.0) & (opponent == 0.0), 1.0, np.divide(candidate, opponent))
+
+
+def _check_alike(candidate: Evidence, opponent: Evidence) -> None:
+    if candidate.correct_PG.shape != opponent.correct_PG.shape:
+        raise ValueError(
+            f"the candidate has {list(candidate.correct_PG.shape)} verdicts and its opponent "
+            f"{list(opponent.correct_PG.shape)}; judge both on as many prompts and images"
+        )
+    for position, (one, other) in enumerate(zip(candidate.prompts, opponent.prompts, strict=True)):
+        if one != other:
+            raise ValueError(
+                f"prompt {position} is {one.text!r} ({one.tag}) for the candidate and {other.text!r} ({other.tag}) "
+                "for its opponent; judge both on the same prompts in the same order"
+            )
+    if candidate.noise_seed != opponent.noise_seed:
+        raise ValueError(
+            f"the candidate was drawn from noise seed {candidate.noise_seed} and its opponent from "
+            f"{opponent.noise_seed}; draw both from the same noise"
+        )
