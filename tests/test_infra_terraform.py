@@ -1,7 +1,7 @@
 """`infra/terraform`: formatted, valid, with the properties that its own tests assert, and applied to a mock of AWS.
 
 Terraform finds the AWS provider in the folder that `TF_PLUGIN_DIR` names, laid out like a mirror of the registry, or in
-one of the usual places; where it is in none of them, Terraform downloads it. AWS itself is never contacted.
+one of the usual places. Nothing is downloaded, and AWS itself is never contacted.
 """
 
 from __future__ import annotations
@@ -92,17 +92,18 @@ class Terraform:
         return done.stdout
 
     def init(self) -> None:
-        folder = plugin_folder()
-        self("init", "-input=false", "-no-color", *([] if folder is None else [f"-plugin-dir={folder}"]))
+        self("init", "-input=false", "-no-color", f"-plugin-dir={plugin_folder()}")
 
 
-def plugin_folder() -> Path | None:
-    """Gives the folder of plugins; None where there is none, and Terraform has to download them."""
+def plugin_folder() -> Path:
+    """Gives the folder of plugins; tests contact nobody but this machine, so it has to be there."""
     if given := os.environ.get("TF_PLUGIN_DIR"):
         assert Path(given, PROVIDER).is_dir(), f"TF_PLUGIN_DIR is {given}, which has no {PROVIDER}"
         return Path(given)
     places = (Path(place) for pattern in PLUGIN_PLACES for place in sorted(glob.glob(os.path.expanduser(pattern))))
-    return next((place for place in places if (place / PROVIDER).is_dir()), None)
+    found = next((place for place in places if (place / PROVIDER).is_dir()), None)
+    assert found, f"no folder has {PROVIDER}; set TF_PLUGIN_DIR to one made by `terraform providers mirror`"
+    return found
 
 
 @pytest.fixture(scope="module")
