@@ -72,7 +72,11 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_checked():
-    found = {str(path.relative_to(ROOT)) for pattern in ("*.md", "docs/**/*.md", "infra/**/*.md") for path in ROOT.glob(pattern)}
+    found = {
+        str(path.relative_to(ROOT))
+        for pattern in ("*.md", "docs/**/*.md", "infra/**/*.md")
+        for path in ROOT.glob(pattern)
+    }
     assert found == set(PAGES)
 
 
