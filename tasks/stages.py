@@ -80,7 +80,8 @@ def run_command(stage: str, command: Sequence[str], environment: Mapping[str, st
         command,
         LOGS / f"{stage}.log",
         show,
-        {**os.environ, **(environment or {}), "PATH": path},
+        # Unbuffered, so that lines appear when they are printed, and errors after what led to them.
+        {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {}), "PATH": path},
         grace_s=grace_s,
     )
     if status:
