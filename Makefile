@@ -6,8 +6,8 @@ INFRA_INSTALLED := .venv-infra/.installed
 
 .DEFAULT_GOAL := help
 FORM ?= short
-.PHONY: help setup s3-server infra-tools stack stack-down stack-status demo repro study test test-distributed test-stack soak check \
-	format clean
+.PHONY: help setup s3-server infra-tools stack stack-down stack-status demo repro study test test-distributed \
+	test-stack soak check format clean
 
 help: ## Lists the targets
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18

@@ -16,7 +16,7 @@ from infra.stack.errors import StackError, UnhealthyError
 from infra.stack.folder import Folder, alone, make_folder, open_folder
 from infra.stack.leftovers import end_leftovers
 from infra.stack.program import Program, Stack
-from infra.stack.running import run
+from infra.stack.running import is_still_run, run
 from infra.stack.secrets import ensure_secrets, write_private
 from infra.stack.settings import Settings, dump_settings, parse_settings, read_settings, require_free_ports
 from infra.stack.supervision import (
@@ -62,12 +62,12 @@ def up() -> None:
         settings = _remembered(folder, settings)
     running = _running(supervisor)
     missing = [program for program in PROGRAMS.values() if program.name not in running]
+    for program in missing:
+        program.require(folder)
     require_free_ports(settings, [program.port for program in missing if program.port is not None])
     make_folder(folder)
     with alone(folder):
         stack = Stack(settings=settings, folder=folder, secrets=ensure_secrets(folder.secrets))
-        for program in missing:
-            program.require(stack)
         write_private(folder.settings, dump_settings(settings))
         write_private(folder.env, env_file(stack))
         write_configuration(folder, PROGRAMS.values())
@@ -180,6 +180,8 @@ def _problem(stack: Stack, program: Program, process: Process) -> str:
     """Says why a program is not healthy; empty when it is."""
     if process.state != "RUNNING":
         return "it does not run"
+    if is_still_run(process.pid):
+        return "it waits for what it needs"
     try:
         program.check(stack, process.started_at)
     except UnhealthyError as error:

@@ -41,7 +41,7 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A program of the stack. All functions take the stack first."""
+    """A program of the stack; its functions take the stack, unless they say otherwise."""
 
     name: str
     launch: Callable[[Stack], Launch]
@@ -51,8 +51,8 @@ class Program:
     1970."""
     address: Callable[[Stack], str]
     """What to open or to connect to."""
-    require: Callable[[Stack], None] = lambda stack: None
-    """Raises `StackError` or `ConfigError` for what is missing on this machine; changes nothing."""
+    require: Callable[[Folder], None] = lambda folder: None
+    """Raises `StackError` or `ConfigError` for what is missing on this machine; changes nothing. Takes the folder."""
     fill: Callable[[Stack], None] = lambda stack: None
     """Makes what those who need the program expect in it, once it is healthy; harmless when done again."""
     port: str | None = None

@@ -8,11 +8,15 @@ import pwd
 import signal
 import time
 
+import psutil  # type: ignore[import-untyped]
+
 from infra.stack.errors import UnhealthyError
 from infra.stack.leftovers import end_leftovers
 from infra.stack.program import Program, Stack
 from infra.stack.table import PROGRAMS
 
+RUN = ["-m", "infra.stack", "run"]
+"""Arguments of Python before the name of the program."""
 POLL_S = 0.5
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 FOREIGN = ("AWS_", "MLFLOW_", "PREFECT_", "STACK_")
@@ -34,6 +38,14 @@ def run(stack: Stack, program: Program) -> None:
     # Last of all, since the kernel forgets it when the user changes.
     _die_with_supervisor(program.stop_signal)
     os.execve(launch.command[0], launch.command, inherited | launch.environment)
+
+
+def is_still_run(pid: int) -> bool:
+    """Tells whether a process has yet to become its program; what answers until then is left from the one before."""
+    try:
+        return bool(psutil.Process(pid).cmdline()[1:4] == RUN)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _wait_for(stack: Stack, program: Program) -> None:

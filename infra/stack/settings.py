@@ -116,13 +116,11 @@ def require_free_ports(settings: Settings, variables: Iterable[str]) -> None:
     for variable in variables:
         port = settings.ports[variable]
         try:
-            # A server on all addresses is also in the way on one of them, and the other way round.
-            with socket.create_server((str(settings.host), port)), socket.socket() as probe:
-                probe.settimeout(1.0)
+            for host in {LOOPBACK, str(settings.host)}:
+                socket.create_server((host, port)).close()
         except OSError as error:
-            raise ConfigError(
-                f"port {port} of {settings.host} cannot be used ({error.strerror}); choose another by {variable}"
-            ) from error
+            reason = os.strerror(error.errno or 0)
+            raise ConfigError(f"port {port} cannot be used ({reason}); choose another by {variable}") from error
 
 
 def _worded(problem: ErrorDetails) -> str:

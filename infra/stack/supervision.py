@@ -18,6 +18,7 @@ from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped
 from infra.stack.errors import StackError
 from infra.stack.folder import Folder
 from infra.stack.program import BIN, ROOT, Program
+from infra.stack.running import RUN
 from infra.stack.secrets import write_private
 
 LOG_SIZE = 10 * 2**20
@@ -138,7 +139,7 @@ def configuration(folder: Folder, programs: Iterable[Program]) -> str:
         **common,
     )
     for number, program in enumerate(programs):
-        command = [str(BIN / "python"), "-m", "infra.stack", "run", program.name]
+        command = [str(BIN / "python"), *RUN, program.name]
         text += PROGRAM.format(
             name=program.name,
             command=_quoted(shlex.join(command)),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.stack.errors import StackError, UnhealthyError
+from infra.stack.folder import Folder
 from infra.stack.program import Launch, Program, Stack
 from infra.stack.secrets import write_private
 from infra.stack.settings import LOOPBACK
@@ -47,11 +48,9 @@ def database_url(stack: Stack, driver: str, name: str, password: str) -> str:
     return f"postgresql+{driver}://{name}:{password}@{LOOPBACK}:{stack.settings.postgres_port}/{name}"
 
 
-def require_reachable(path: Path, user: str | None) -> None:
-    """Raises `ConfigError` if the user, None for whoever asks, cannot enter one of the folders that lead to `path`."""
-    for parent in reversed(path.parents):
-        if user is None or not parent.exists():
-            return
+def require_reachable(path: Path, user: str) -> None:
+    """Raises `ConfigError` if the user cannot enter one of the folders that lead to `path`; needs root."""
+    for parent in filter(Path.exists, reversed(path.parents)):
         if subprocess.run(["test", "-x", parent], user=user, group=_group(user), extra_groups=[], cwd="/").returncode:
             raise ConfigError(
                 f"PostgreSQL does not run as root but as the user {user}, who cannot enter {parent}; set STACK_DIR to "
@@ -68,17 +67,18 @@ def _group(user: str) -> int:
     return pwd.getpwnam(user).pw_gid
 
 
-def _cluster(stack: Stack) -> Path:
-    return stack.folder.data("postgres") / "cluster"
+def _cluster(folder: Folder) -> Path:
+    return folder.data("postgres") / "cluster"
 
 
-def _require(stack: Stack) -> None:
-    binaries(_cluster(stack))
-    require_reachable(stack.folder.root, _owner())
+def _require(folder: Folder) -> None:
+    binaries(_cluster(folder))
+    if (user := _owner()) is not None:
+        require_reachable(folder.root, user)
 
 
 def _launch(stack: Stack) -> Launch:
-    cluster, user = _cluster(stack), _owner()
+    cluster, user = _cluster(stack.folder), _owner()
     cluster.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if user is not None:
         os.chown(cluster.parent, pwd.getpwnam(user).pw_uid, _group(user))
@@ -101,7 +101,7 @@ def _launch(stack: Stack) -> Launch:
 
 def _make_cluster(stack: Stack, user: str | None) -> None:
     """Makes an empty cluster that appears whole or not at all."""
-    cluster = _cluster(stack)
+    cluster = _cluster(stack.folder)
     partial, password = cluster.with_suffix(".partial"), cluster.with_name("password")
     if partial.exists():
         remove_directory(partial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from infra.stack.errors import StackError, UnhealthyError
+from infra.stack.folder import Folder
 from infra.stack.program import ROOT, Launch, Program, Stack
 from infra.stack.settings import LOOPBACK
 
@@ -25,7 +26,7 @@ def client_environment(stack: Stack) -> dict[str, str]:
     }
 
 
-def _require(stack: Stack) -> None:
+def _require(folder: Folder) -> None:
     if not PYTHON.exists():
         raise StackError(f"{PYTHON} is missing, the Python of the local S3 server; run `make s3-server`")
 
