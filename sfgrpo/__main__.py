@@ -33,6 +33,10 @@ HELP = {
 }
 
 
+QUIET_H = 1.0
+"""An update of the largest model takes minutes; a run that records nothing for so long looks dead."""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sfgrpo",
@@ -40,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The stages run in the order prompts, train, evaluate, register; `dvc repro` runs the first three, "
         "`make demo` all. Values live in params.yaml; where things run, in MLFLOW_TRACKING_URI, MLFLOW_RUN_ID, "
         "SFGRPO_SCRATCH, SFGRPO_MIRROR (S3 bucket that keeps a copy of every run), SFGRPO_DEVICE, SFGRPO_NUM_THREADS, "
-        "SFGRPO_TIMEOUT_S and SFGRPO_GRACE_S; where the nodes of a "
+        "SFGRPO_TIMEOUT_S and SFGRPO_GRACE_S; flows set SFGRPO_FLOW_RUN_ID, SFGRPO_FLOW_RUN_URL and SFGRPO_BRANCH, and "
+        "read SFGRPO_DVC_REMOTE; where the nodes of a "
         "training meet, in torchrun's PET_RDZV_ENDPOINT and PET_RDZV_ID. SIGTERM, SIGUSR1 and Ctrl-C make a training "
         "save its state and stop. Exit status: 0 done, 1 failed, 2 wrong configuration, 75 stopped and resumable.",
     )
@@ -50,7 +55,15 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--params", type=Path, default=Path(PARAMS), help="parameter file (%(default)s)")
         if name == "train":
             stage.add_argument("--resume", metavar="RUN", help="go on with this run, by its own parameters and prompts")
+    _add_sweep(stages)
     return parser
+
+
+def _add_sweep(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "end the MLflow runs whose process on this machine is gone, and list silent ones of other machines"
+    sweep = stages.add_parser("sweep", help=text, description=text.capitalize() + ".")
+    sweep.add_argument("--quiet-h", type=float, default=QUIET_H, help="hours without a record (%(default)g)")
+    sweep.add_argument("--report", type=Path, help="file for the findings, as JSON")
 
 
 def show(params: Path) -> None:
@@ -124,6 +137,23 @@ def train(params: Path, run_name: str | None) -> None:
         launch_ranks(launch, environment, command, notice)
 
 
+def sweep(quiet_h: float, report: Path | None) -> None:
+    """Ends the runs of dead processes, and says which runs look dead."""
+    environment = read_environment()
+    from sfgrpo.sweep import sweep_runs
+
+    found = sweep_runs(environment, quiet_h * 3600)
+    if report is not None:
+        found.write(report)
+    for run in found.closed:
+        print(f"closed {run.name}: {run.owner} is gone")
+    for run in found.silent:
+        print(
+            f"silent {run.name}: no record for {run.silent_s / 3600:.1f} h from {run.owner}, which cannot be seen here"
+        )
+    print(f"runs at work {len(found.at_work)}, closed {len(found.closed)}, silent {len(found.silent)}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one stage and returns the exit status."""
     chosen = _parser().parse_args(arguments)
@@ -131,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[], None]] = {
         "show": lambda: show(chosen.params),
         "train": lambda: train(chosen.params, chosen.resume),
+        "sweep": lambda: sweep(chosen.quiet_h, chosen.report),
     }
     return guarded(commands.get(chosen.stage, lambda: run(chosen.stage, chosen.params)))
 

@@ -27,7 +27,7 @@ from sfgrpo.files import atomic_directory
 from sfgrpo.paths import EVALUATION_PROMPTS, PARAMS, POLICY, PROMPTS, TRAIN_REPORT, TRAINING_PROMPTS
 from sfgrpo.preemption import StopNotice
 from sfgrpo.prompts import read_prompts
-from sfgrpo.provenance import provenance_tags
+from sfgrpo.provenance import flow_tags, provenance_tags
 from sfgrpo.sections import LaunchConfig
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _recorded(
             # A run that is new finds out about a store that is away before it costs anything; others go on without.
             tracker.open()
         tracker.log_params(to_flat_dict(config))
-        tracker.set_tags(provenance)
+        tracker.set_tags(provenance | flow_tags(environment, Path.cwd()))
         tracker.log_prompts(prompt_files[0], "training-prompts", "training")
         tracker.log_prompts(prompt_files[1], "evaluation-prompts", "evaluation")
         yield tracker

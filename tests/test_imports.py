@@ -16,7 +16,19 @@ LAYERS = (
     ("words", {"types", "errors", "sections", "validation", "config", "batches", "environment", "status", "paths"}),
     (
         "tools",
-        {"files", "random", "signals", "preemption", "rank", "provenance", "timing", "outbox", "memory", "distributed"},
+        {
+            "files",
+            "random",
+            "signals",
+            "preemption",
+            "rank",
+            "provenance",
+            "timing",
+            "outbox",
+            "memory",
+            "distributed",
+            "owner",
+        },
     ),
     ("maths", {"schedule", "sde", "estimates", "gains", "advantages", "losses"}),
     ("adapters", {"policies", "rewards", "geneval", "shapes", "prompts", "bucket"}),
@@ -31,6 +43,7 @@ LAYERS = (
             "tracking",
             "mlflow_store",
             "mlflow_tracking",
+            "sweep",
             "registry",
             "serving",
             "trainer",
@@ -64,11 +77,12 @@ SIBLINGS = {
     "trainer": {"learner", "checkpoint", "tracking", "progress", "report"},
     "mirror": {"checkpoint"},
     "mlflow_tracking": {"mlflow_store", "tracking"},
+    "sweep": {"mlflow_store", "mlflow_tracking"},
     "registry": {"mlflow_store", "serving"},
     "training": {"assembly"},
     "stages": {"assembly", "training"},
     "study": {"assembly", "__main__"},
-    "__main__": {"stages", "training"},
+    "__main__": {"stages", "training", "sweep"},
 }
 """Members of the same layer that a member may import all the same."""
 
@@ -76,7 +90,7 @@ MATHS_MAY_IMPORT = {"types", "errors"}
 MATHS_LIBRARIES = {"torch", "jaxtyping"}
 
 OWNERS = {
-    "mlflow": {"sfgrpo.mlflow_store", "sfgrpo.mlflow_tracking", "sfgrpo.registry", "sfgrpo.serving"},
+    "mlflow": {"sfgrpo.mlflow_store", "sfgrpo.mlflow_tracking", "sfgrpo.registry", "sfgrpo.serving", "sfgrpo.sweep"},
     "prefect": {"tasks", "flows"},
     "boto3": {"sfgrpo.bucket"},
     "dvc": set(),
