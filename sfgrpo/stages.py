@@ -108,7 +108,7 @@ def _evaluated(
     config: EvaluateStage,
     shown: Sequence[int],
 ) -> Evaluation:
-    from sfgrpo.evaluation import evaluate_policy
+    from sfgrpo.evaluation import evaluate_policy, protocol_of
     from sfgrpo.rewards import build_reward
 
     return evaluate_policy(
@@ -116,11 +116,7 @@ def _evaluated(
         asked,
         build_reward("geneval_strict"),
         rewards,
-        images_per_prompt=config.evaluation.images_per_prompt,
-        num_steps=config.evaluation.num_steps,
-        guidance_scale=config.evaluation.guidance_scale,
-        seed=config.evaluation.seed,
-        micro_batch_size=config.evaluation.micro_batch_size,
+        protocol_of(config.evaluation),
         shown=shown,
     )
 

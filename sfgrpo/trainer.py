@@ -38,7 +38,7 @@ from sfgrpo.distributed import (
     shared_files,
 )
 from sfgrpo.errors import Preempted
-from sfgrpo.evaluation import Evaluation, evaluate_policy, mean_rewards
+from sfgrpo.evaluation import Evaluation, evaluate_policy, mean_rewards, protocol_of
 from sfgrpo.gains import step_gains
 from sfgrpo.guards import NumericalGuard, broken_images, without_broken_groups
 from sfgrpo.learner import Learner, read_best, restore_best, save_best
@@ -330,11 +330,7 @@ class Trainer:
                 materials.evaluation_prompts,
                 materials.verdict,
                 rewards,
-                images_per_prompt=config.images_per_prompt,
-                num_steps=config.num_steps,
-                guidance_scale=config.guidance_scale,
-                seed=config.seed,
-                micro_batch_size=config.micro_batch_size,
+                protocol_of(config),
                 shown=shown,
                 accelerator=self._accelerator,
                 between=self._heed_notice,
@@ -352,18 +348,19 @@ class Trainer:
 
     def _noisy_rewards(self, rewards: Sequence[Reward]) -> dict[str, float]:
         """Measures the policy as it is by the sampler of the training, on the evaluation's prompts."""
-        sampling, config = self._config.sampling, self._config.evaluation
+        sampling = self._config.sampling
+        protocol = dataclasses.replace(
+            protocol_of(self._config.evaluation),
+            num_steps=sampling.num_steps,
+            guidance_scale=sampling.guidance_scale,
+            sampler=sampling.sampler,
+            noise_level=sampling.noise_level,
+        )
         return mean_rewards(
             self._policy,
             self._materials.evaluation_prompts,
             rewards,
-            images_per_prompt=config.images_per_prompt,
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
-            seed=config.seed,
-            micro_batch_size=config.micro_batch_size,
-            sampler=sampling.sampler,
-            noise_level=sampling.noise_level,
+            protocol,
             accelerator=self._accelerator,
             between=self._heed_notice,
         )

@@ -28,7 +28,7 @@ from sfgrpo.batches import BatchArithmetic
 from sfgrpo.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, update_of
 from sfgrpo.config import TrainStage
 from sfgrpo.errors import CanaryError, NumericsError, Preempted
-from sfgrpo.evaluation import draw_images
+from sfgrpo.evaluation import draw_images, protocol_of
 from sfgrpo.files import write_manifest
 from sfgrpo.policies.base import Policy
 from sfgrpo.preemption import StopNotice
@@ -246,14 +246,7 @@ def test_best_evaluation_is_the_earliest_of_the_highest_and_its_adapter_is_kept(
 def test_averaged_adapter_is_the_one_that_is_judged(run):
     kept, options = make_tiny_policy(), small_config().evaluation
     kept.load_adapter(run.folder / "best")
-    images = draw_images(
-        kept,
-        kept.encode([prompt.text for prompt in EVALUATION]),
-        num_steps=options.num_steps,
-        guidance_scale=1.0,
-        seed=options.seed,
-        micro_batch_size=8,
-    )
+    images = draw_images(kept, kept.encode([prompt.text for prompt in EVALUATION]), protocol_of(options))
     assert (images == run.verdict.shown[1]).all()
     assert (run.verdict.shown[0] != run.verdict.shown[1]).any()
 
