@@ -6,7 +6,7 @@ INFRA_INSTALLED := .venv-infra/.installed
 
 .DEFAULT_GOAL := help
 FORM ?= short
-.PHONY: help setup s3-server infra-tools stack stack-down stack-status demo repro study test test-distributed \
+.PHONY: help setup s3-server infra-tools stack stack-down stack-status deploy demo repro study test test-distributed \
 	test-stack soak check format clean
 
 help: ## Lists the targets
@@ -50,6 +50,9 @@ demo: setup ## Trains, evaluates and registers a policy
 
 repro: setup ## Brings the DVC stages up to date without Prefect
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+
+deploy: setup ## Registers the deployments at the Prefect server of PREFECT_API_URL
+	@$(BIN)/python -m flows.deploy
 
 study: setup ## Compares Stepwise-Flow-GRPO with Flow-GRPO; FORM=long for the long form
 	@$(BIN)/python -m flows.study $(FORM)

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             stage.add_argument("--resume", metavar="RUN", help="go on with this run, by its own parameters and prompts")
     _add_sweep(stages)
+    _add_retention(stages)
     return parser
 
 
@@ -64,6 +65,14 @@ def _add_sweep(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     sweep = stages.add_parser("sweep", help=text, description=text.capitalize() + ".")
     sweep.add_argument("--quiet-h", type=float, default=QUIET_H, help="hours without a record (%(default)g)")
     sweep.add_argument("--report", type=Path, help="file for the findings, as JSON")
+
+
+def _add_retention(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "remove the resumable state of trainings that are finished for long, here and in the mirror"
+    retention = stages.add_parser("retention", help=text, description=text.capitalize() + ".")
+    retention.add_argument("--days", type=float, required=True, help="days since the end of a training")
+    retention.add_argument("--rehearse", action="store_true", help="say what would be removed, and remove nothing")
+    retention.add_argument("--report", type=Path, help="file for what was removed, as JSON")
 
 
 def show(params: Path) -> None:
@@ -154,6 +163,20 @@ def sweep(quiet_h: float, report: Path | None) -> None:
     print(f"runs at work {len(found.at_work)}, closed {len(found.closed)}, silent {len(found.silent)}")
 
 
+def retention(days: float, rehearse: bool, report: Path | None) -> None:
+    """Removes what finished trainings left, and says what that was."""
+    environment = read_environment()
+    from sfgrpo.retention import remove_finished
+
+    done = remove_finished(environment, days, rehearsal=rehearse)
+    if report is not None:
+        done.write(report)
+    word = "would remove" if rehearse else "removed"
+    for removed in done.removed:
+        print(f"{word} {removed.place}: {removed.num_bytes / 1e6:.1f} MB")
+    print(f"{word} {len(done.removed)} places, {sum(each.num_bytes for each in done.removed) / 1e6:.1f} MB in all")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one stage and returns the exit status."""
     chosen = _parser().parse_args(arguments)
@@ -162,6 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
         "show": lambda: show(chosen.params),
         "train": lambda: train(chosen.params, chosen.resume),
         "sweep": lambda: sweep(chosen.quiet_h, chosen.report),
+        "retention": lambda: retention(chosen.days, chosen.rehearse, chosen.report),
     }
     return guarded(commands.get(chosen.stage, lambda: run(chosen.stage, chosen.params)))
 

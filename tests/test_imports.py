@@ -44,6 +44,7 @@ LAYERS = (
             "mlflow_store",
             "mlflow_tracking",
             "sweep",
+            "retention",
             "registry",
             "serving",
             "trainer",
@@ -78,11 +79,12 @@ SIBLINGS = {
     "mirror": {"checkpoint"},
     "mlflow_tracking": {"mlflow_store", "tracking"},
     "sweep": {"mlflow_store", "mlflow_tracking"},
+    "retention": {"mlflow_store", "mlflow_tracking"},
     "registry": {"mlflow_store", "serving"},
     "training": {"assembly"},
     "stages": {"assembly", "training"},
     "study": {"assembly", "__main__"},
-    "__main__": {"stages", "training", "sweep"},
+    "__main__": {"stages", "training", "sweep", "retention"},
 }
 """Members of the same layer that a member may import all the same."""
 
@@ -90,7 +92,14 @@ MATHS_MAY_IMPORT = {"types", "errors"}
 MATHS_LIBRARIES = {"torch", "jaxtyping"}
 
 OWNERS = {
-    "mlflow": {"sfgrpo.mlflow_store", "sfgrpo.mlflow_tracking", "sfgrpo.registry", "sfgrpo.serving", "sfgrpo.sweep"},
+    "mlflow": {
+        "sfgrpo.mlflow_store",
+        "sfgrpo.mlflow_tracking",
+        "sfgrpo.registry",
+        "sfgrpo.serving",
+        "sfgrpo.sweep",
+        "sfgrpo.retention",
+    },
     "prefect": {"tasks", "flows"},
     "boto3": {"sfgrpo.bucket"},
     "dvc": set(),
