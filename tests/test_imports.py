@@ -20,7 +20,7 @@ LAYERS = (
     ),
     ("maths", {"schedule", "sde", "estimates", "gains", "advantages", "losses"}),
     ("adapters", {"policies", "rewards", "geneval", "shapes", "prompts", "bucket"}),
-    ("steps", {"rollout", "scoring", "update", "guards", "evaluation", "promotion"}),
+    ("steps", {"rollout", "scoring", "update", "guards", "evaluation", "promotion", "drift"}),
     (
         "run",
         {
@@ -33,6 +33,10 @@ LAYERS = (
             "mlflow_tracking",
             "registry",
             "serving",
+            "versions",
+            "ledger",
+            "champion",
+            "judgement",
             "trainer",
             "launcher",
             "progress",
@@ -41,7 +45,7 @@ LAYERS = (
             "pretrain_reward",
         },
     ),
-    ("doors", {"assembly", "training", "stages", "study", "__main__"}),
+    ("doors", {"assembly", "training", "stages", "contest", "promoting", "study", "__main__"}),
 )
 """Members of a layer import lower layers; a folder counts as one member."""
 
@@ -65,10 +69,16 @@ SIBLINGS = {
     "mirror": {"checkpoint"},
     "mlflow_tracking": {"mlflow_store", "tracking"},
     "registry": {"mlflow_store", "serving"},
+    "versions": {"registry"},
+    "ledger": {"mlflow_store"},
+    "champion": {"ledger", "registry", "versions"},
+    "judgement": {"registry"},
     "training": {"assembly"},
+    "contest": {"assembly"},
+    "promoting": {"assembly", "contest"},
     "stages": {"assembly", "training"},
     "study": {"assembly", "__main__"},
-    "__main__": {"stages", "training"},
+    "__main__": {"stages", "training", "promoting"},
 }
 """Members of the same layer that a member may import all the same."""
 
@@ -76,7 +86,19 @@ MATHS_MAY_IMPORT = {"types", "errors"}
 MATHS_LIBRARIES = {"torch", "jaxtyping"}
 
 OWNERS = {
-    "mlflow": {"sfgrpo.mlflow_store", "sfgrpo.mlflow_tracking", "sfgrpo.registry", "sfgrpo.serving"},
+    "mlflow": {
+        "sfgrpo.mlflow_store",
+        "sfgrpo.mlflow_tracking",
+        "sfgrpo.registry",
+        "sfgrpo.serving",
+        # They handle MLflow's refusals, each of which means something else to them.
+        "sfgrpo.versions",
+        "sfgrpo.ledger",
+        "sfgrpo.champion",
+        "sfgrpo.judgement",
+        "sfgrpo.contest",
+        "sfgrpo.promoting",
+    },
     "prefect": {"tasks", "flows"},
     "boto3": {"sfgrpo.bucket"},
     "dvc": set(),
