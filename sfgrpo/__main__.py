@@ -29,8 +29,12 @@ HELP = {
     "train": "train the adapter by Stepwise-Flow-GRPO; resumes an interrupted run by itself",
     "evaluate": "judge base model and trained policy by GenEval, before and after",
     "register": "register the trained policy as a model version in MLflow",
+    "promote": "judge a registered version against the champion, and make it champion if it is better",
+    "rollback": "make the champion before the present one champion again",
+    "recheck": "have the champion draw once more, and tell whether it still draws what it drew",
     "show": "print the resolved configuration and the batch arithmetic of a training",
 }
+SAMPLE_HELP = "draw one image by a registered version and write it as a PNG file"
 
 
 QUIET_H = 1.0
@@ -55,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--params", type=Path, default=Path(PARAMS), help="parameter file (%(default)s)")
         if name == "train":
             stage.add_argument("--resume", metavar="RUN", help="go on with this run, by its own parameters and prompts")
+        if name in ("promote", "rollback", "recheck"):
+            stage.add_argument("--model", metavar="NAME", help="registered model (registry.model_name)")
+        if name == "promote":
+            _add_promotion(stage)
+    _add_sample(stages.add_parser("sample", help=SAMPLE_HELP, description=SAMPLE_HELP.capitalize() + "."))
     _add_sweep(stages)
     _add_retention(stages)
     return parser
@@ -73,6 +82,22 @@ def _add_retention(stages: argparse._SubParsersAction[argparse.ArgumentParser]) 
     retention.add_argument("--days", type=float, required=True, help="days since the end of a training")
     retention.add_argument("--rehearse", action="store_true", help="say what would be removed, and remove nothing")
     retention.add_argument("--report", type=Path, help="file for what was removed, as JSON")
+
+
+def _add_promotion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", type=int, metavar="N", help="candidate (the version with the alias of registry)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--judge-only", action="store_true", help="decide and record, but move no alias")
+    form.add_argument("--apply", metavar="RUN", help="move the aliases as an earlier call decided, by its MLflow run")
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", help="what to draw")
+    parser.add_argument("--model", required=True, metavar="ADDRESS", help="models:/NAME@ALIAS or models:/NAME/NUMBER")
+    parser.add_argument("--out", type=Path, default=Path("sample.png"), help="PNG file to write (%(default)s)")
+    parser.add_argument("--seed", type=int, help="of the start noise (the version's)")
+    parser.add_argument("--steps", type=int, help="denoising steps (the version's)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance weight (the version's)")
 
 
 def show(params: Path) -> None:
@@ -177,6 +202,38 @@ def retention(days: float, rehearse: bool, report: Path | None) -> None:
     print(f"{word} {len(done.removed)} places, {sum(each.num_bytes for each in done.removed) / 1e6:.1f} MB in all")
 
 
+def promote(chosen: argparse.Namespace) -> None:
+    """Judges a candidate, or applies what an earlier call decided."""
+    config = None if chosen.apply else load_config("promote", chosen.params)
+    environment = read_environment()
+    from sfgrpo import promoting
+
+    if config is None:
+        promoting.apply(environment, chosen.apply)
+        return
+    promoting.promote(config, environment, model=chosen.model, number=chosen.version, judge_only=chosen.judge_only)
+
+
+def of_champion(chosen: argparse.Namespace) -> None:
+    """Rolls the champion back, or rechecks it; reads parameters only for the name of the model."""
+    model = chosen.model or load_config("rollback", chosen.params).registry.model_name
+    environment = read_environment()
+    from sfgrpo import promoting
+
+    verb = promoting.rollback if chosen.stage == "rollback" else promoting.recheck
+    verb(environment, model)
+
+
+def sample(chosen: argparse.Namespace) -> None:
+    """Draws one image by a registered version."""
+    environment = read_environment()
+    from sfgrpo import promoting
+
+    given = {"seed": chosen.seed, "num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance}
+    params = {name: value for name, value in given.items() if value is not None}
+    promoting.sample(environment, chosen.model, chosen.prompt, chosen.out, params)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one stage and returns the exit status."""
     chosen = _parser().parse_args(arguments)
@@ -186,6 +243,10 @@ def main(arguments: list[str] | None = None) -> int:
         "train": lambda: train(chosen.params, chosen.resume),
         "sweep": lambda: sweep(chosen.quiet_h, chosen.report),
         "retention": lambda: retention(chosen.days, chosen.rehearse, chosen.report),
+        "promote": lambda: promote(chosen),
+        "rollback": lambda: of_champion(chosen),
+        "recheck": lambda: of_champion(chosen),
+        "sample": lambda: sample(chosen),
     }
     return guarded(commands.get(chosen.stage, lambda: run(chosen.stage, chosen.params)))
 

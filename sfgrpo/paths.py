@@ -12,6 +12,8 @@ POLICY = Path("models/policy")
 TRAIN_REPORT = Path("reports/train")
 EVALUATE_REPORT = Path("reports/evaluate")
 REGISTRATION = Path("reports/registered.json")
+PROMOTION_REPORT = Path("reports/promotion")
+RECHECK = Path("reports/recheck.json")
 RUN_PREFIX = "train-"
 """How the folders of trainings start, below the scratch folder; the rest is the start of the run's key."""
 

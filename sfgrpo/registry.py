@@ -92,7 +92,7 @@ def register_version(
     Raises:
         RegistryError: the version cannot be loaded, or draws no image.
     """
-    client = _connect(uri)
+    client = connect_globally(uri)
     digest = sha256_of_file(adapter / WEIGHTS_NAME)
     version = _find_version(client, model_name, digest, provenance["git_commit"])
     created = version is None
@@ -118,7 +118,7 @@ def register_version(
 
 def draw(uri: str, model_uri: str, prompts: list[str], **params: Any) -> list[bytes]:
     """Loads a model, by version or by alias, as any user of the registry would, and draws a PNG file per prompt."""
-    _connect(uri)
+    connect_globally(uri)
     import mlflow
 
     model = mlflow.pyfunc.load_model(model_uri)
@@ -137,7 +137,8 @@ def smoke_test(uri: str, model_uri: str) -> None:
         raise RegistryError(f"{model_uri} returned {image[:8]!r} instead of a PNG file")
 
 
-def _connect(uri: str) -> MlflowClient:
+def connect_globally(uri: str) -> MlflowClient:
+    """Opens a store, and makes it the one in which this process looks `models:/` addresses up."""
     client = connect(uri)
     import mlflow
 

@@ -32,7 +32,7 @@ LAYERS = (
     ),
     ("maths", {"schedule", "sde", "estimates", "gains", "advantages", "losses"}),
     ("adapters", {"policies", "rewards", "geneval", "shapes", "prompts", "bucket"}),
-    ("steps", {"rollout", "scoring", "update", "guards", "evaluation", "promotion"}),
+    ("steps", {"rollout", "scoring", "update", "guards", "evaluation", "promotion", "drift"}),
     (
         "run",
         {
@@ -47,6 +47,10 @@ LAYERS = (
             "retention",
             "registry",
             "serving",
+            "versions",
+            "ledger",
+            "champion",
+            "judgement",
             "trainer",
             "launcher",
             "progress",
@@ -55,7 +59,7 @@ LAYERS = (
             "pretrain_reward",
         },
     ),
-    ("doors", {"assembly", "training", "stages", "study", "__main__"}),
+    ("doors", {"assembly", "training", "stages", "contest", "promoting", "study", "__main__"}),
 )
 """Members of a layer import lower layers; a folder counts as one member."""
 
@@ -81,10 +85,16 @@ SIBLINGS = {
     "sweep": {"mlflow_store", "mlflow_tracking"},
     "retention": {"mlflow_store", "mlflow_tracking"},
     "registry": {"mlflow_store", "serving"},
+    "versions": {"registry"},
+    "ledger": {"mlflow_store"},
+    "champion": {"ledger", "registry", "versions"},
+    "judgement": {"registry"},
     "training": {"assembly"},
+    "contest": {"assembly"},
+    "promoting": {"assembly", "contest"},
     "stages": {"assembly", "training"},
     "study": {"assembly", "__main__"},
-    "__main__": {"stages", "training", "sweep", "retention"},
+    "__main__": {"stages", "training", "sweep", "retention", "promoting"},
 }
 """Members of the same layer that a member may import all the same."""
 
@@ -99,6 +109,13 @@ OWNERS = {
         "sfgrpo.serving",
         "sfgrpo.sweep",
         "sfgrpo.retention",
+        # They handle MLflow's refusals, each of which means something else to them.
+        "sfgrpo.versions",
+        "sfgrpo.ledger",
+        "sfgrpo.champion",
+        "sfgrpo.judgement",
+        "sfgrpo.contest",
+        "sfgrpo.promoting",
     },
     "prefect": {"tasks", "flows"},
     "boto3": {"sfgrpo.bucket"},
