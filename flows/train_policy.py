@@ -11,6 +11,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from sfgrpo.signals import sigterm_as_exit
+from tasks.evaluations import evaluations_reported
 from tasks.stages import StageError, evaluate, prompts, register, train
 
 TABLE = Path("reports/evaluate/table.md")
@@ -22,7 +23,8 @@ def train_policy() -> dict[str, Any]:
     """Runs the pipeline from prompts to model version; returns name, number and alias of the version."""
     refuse_inside_stage()
     prompts()
-    train()
+    with evaluations_reported():
+        train()
     evaluate()
     version: dict[str, Any] = register()
     create_markdown_artifact(report(version), key="geneval", description="GenEval before and after training")

@@ -73,6 +73,28 @@ def remove_leftovers(parent: Path) -> None:
                     _remove(partial)
 
 
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Claims what `path` stands for until the block ends, and tells whether it could: whether no one else has it.
+
+    The kernel frees the claim of a process with the process, however that dies. The file itself, made where absent,
+    stays. On a file system without locks everyone gets the claim.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        is_free = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_free = False
+        except OSError:
+            pass
+        yield is_free
+    finally:
+        os.close(descriptor)
+
+
 def sha256_of_file(path: Path) -> str:
     """Gives the SHA-256 of a file's content, as 64 hex digits."""
     with path.open("rb") as file:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,8 +57,16 @@ class StageError(RuntimeError):
         return f"stage {self.stage} failed with exit status {self.status}; its last lines were\n{shown}"
 
 
-def run_command(stage: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+def run_command(
+    stage: str,
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    over: threading.Event | None = None,
+) -> None:
     """Runs a command under supervision, with further environment variables, and logs its output, but for DVC's advice.
+
+    It is ended once `over` is set.
 
     Raises:
         StageError: the command failed. The exit status is that of the stage when DVC reports one.
@@ -82,6 +91,7 @@ def run_command(stage: str, command: Sequence[str], environment: Mapping[str, st
         show,
         {**os.environ, **(environment or {}), "PATH": path},
         grace_s=grace_s,
+        over=over,
     )
     if status:
         reported = re.findall(r"exited with (\d+)", "\n".join(lines))

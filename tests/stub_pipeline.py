@@ -49,6 +49,9 @@ if stage == "train" and pathlib.Path("crash_once").exists():
         progress.write_text(str(update + 1))
         if start == 0 and update == 1:
             os._exit(137)
+extra = pathlib.Path(f"extra_{stage}.py")
+if extra.exists():
+    exec(extra.read_text())
 preempted = pathlib.Path(f"preempt_{stage}")
 if preempted.exists():
     left = int(preempted.read_text()) - 1
@@ -83,7 +86,17 @@ def build_stub_pipeline(folder: Path) -> None:
     (folder / "sfgrpo/__init__.py").write_text("")
     (folder / "sfgrpo/__main__.py").write_text(STUB)
     # The flows themselves need them.
-    for name in ("environment", "errors", "signals", "status", "validation"):
+    for name in (
+        "environment",
+        "errors",
+        "evaluation_store",
+        "files",
+        "paths",
+        "signals",
+        "snapshots",
+        "status",
+        "validation",
+    ):
         shutil.copy(ROOT / f"sfgrpo/{name}.py", folder / f"sfgrpo/{name}.py")
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
 

@@ -37,11 +37,14 @@ LAYERS = (
             "launcher",
             "progress",
             "report",
+            "evaluation_store",
+            "snapshots",
+            "periodic",
             "pretrain",
             "pretrain_reward",
         },
     ),
-    ("doors", {"assembly", "training", "stages", "study", "__main__"}),
+    ("doors", {"assembly", "training", "aside", "stages", "study", "__main__"}),
 )
 """Members of a layer import lower layers; a folder counts as one member."""
 
@@ -61,14 +64,17 @@ SIBLINGS = {
     "update": {"rollout", "scoring"},
     "evaluation": {"rollout", "scoring"},
     "learner": {"ema"},
-    "trainer": {"learner", "checkpoint", "tracking", "progress", "report"},
+    "snapshots": {"evaluation_store"},
+    "periodic": {"evaluation_store", "snapshots", "report", "tracking"},
+    "trainer": {"learner", "checkpoint", "tracking", "progress", "periodic"},
     "mirror": {"checkpoint"},
     "mlflow_tracking": {"mlflow_store", "tracking"},
     "registry": {"mlflow_store", "serving"},
     "training": {"assembly"},
+    "aside": {"assembly", "training"},
     "stages": {"assembly", "training"},
     "study": {"assembly", "__main__"},
-    "__main__": {"stages", "training"},
+    "__main__": {"aside", "stages", "training"},
 }
 """Members of the same layer that a member may import all the same."""
 
