@@ -28,6 +28,7 @@ HELP = {
     "prompts": "write the training and evaluation prompts to data/prompts",
     "train": "train the adapter by Stepwise-Flow-GRPO; resumes an interrupted run by itself",
     "evaluate": "judge base model and trained policy by GenEval, before and after",
+    "evaluate_snapshot": "judge a snapshot of a training that may still go on, unless that was done",
     "register": "register the trained policy as a model version in MLflow",
     "promote": "judge a registered version against the champion, and make it champion if it is better",
     "rollback": "make the champion before the present one champion again",
@@ -47,15 +48,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tunes flow-matching text-to-image models with Stepwise-Flow-GRPO, one stage at a time.",
         epilog="The stages run in the order prompts, train, evaluate, register; `dvc repro` runs the first three, "
         "`make demo` all. Values live in params.yaml; where things run, in MLFLOW_TRACKING_URI, MLFLOW_RUN_ID, "
-        "SFGRPO_SCRATCH, SFGRPO_MIRROR (S3 bucket that keeps a copy of every run), SFGRPO_DEVICE, SFGRPO_NUM_THREADS, "
-        "SFGRPO_TIMEOUT_S and SFGRPO_GRACE_S; flows set SFGRPO_FLOW_RUN_ID, SFGRPO_FLOW_RUN_URL and SFGRPO_BRANCH, and "
-        "read SFGRPO_DVC_REMOTE; where the nodes of a "
+        "SFGRPO_SCRATCH, SFGRPO_MIRROR (S3 bucket that keeps a copy of every run), SFGRPO_DEVICE, "
+        "SFGRPO_EVALUATION_DEVICE, SFGRPO_NUM_THREADS, SFGRPO_TIMEOUT_S and SFGRPO_GRACE_S; flows set "
+        "SFGRPO_FLOW_RUN_ID, SFGRPO_FLOW_RUN_URL and SFGRPO_BRANCH, and read SFGRPO_DVC_REMOTE; where the nodes of a "
         "training meet, in torchrun's PET_RDZV_ENDPOINT and PET_RDZV_ID. SIGTERM, SIGUSR1 and Ctrl-C make a training "
         "save its state and stop. Exit status: 0 done, 1 failed, 2 wrong configuration, 75 stopped and resumable.",
     )
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, text in HELP.items():
         stage = stages.add_parser(name, help=text, description=text.capitalize() + ".")
+        if name == "evaluate_snapshot":
+            stage.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="folder of the training's state")
+            stage.add_argument("update", type=int, metavar="UPDATE", help="updates that the snapshot has seen")
+            continue
         stage.add_argument("--params", type=Path, default=Path(PARAMS), help="parameter file (%(default)s)")
         if name == "train":
             stage.add_argument("--resume", metavar="RUN", help="go on with this run, by its own parameters and prompts")
@@ -144,6 +149,14 @@ def run(stage: str, params: Path) -> None:
     from sfgrpo import stages
 
     getattr(stages, stage)(config, environment)
+
+
+def evaluate_snapshot(folder: Path, update: int) -> None:
+    """Judges one snapshot of a training, by that training's own parameters."""
+    environment = read_environment()
+    from sfgrpo.aside import evaluate_snapshot
+
+    evaluate_snapshot(folder, update, environment)
 
 
 def train(params: Path, run_name: str | None) -> None:
@@ -240,6 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     prepare()
     commands: dict[str, Callable[[], None]] = {
         "show": lambda: show(chosen.params),
+        "evaluate_snapshot": lambda: evaluate_snapshot(chosen.folder, chosen.update),
         "train": lambda: train(chosen.params, chosen.resume),
         "sweep": lambda: sweep(chosen.quiet_h, chosen.report),
         "retention": lambda: retention(chosen.days, chosen.rehearse, chosen.report),

@@ -55,11 +55,14 @@ LAYERS = (
             "launcher",
             "progress",
             "report",
+            "evaluation_store",
+            "snapshots",
+            "periodic",
             "pretrain",
             "pretrain_reward",
         },
     ),
-    ("doors", {"assembly", "training", "stages", "contest", "promoting", "study", "__main__"}),
+    ("doors", {"assembly", "training", "aside", "stages", "contest", "promoting", "study", "__main__"}),
 )
 """Members of a layer import lower layers; a folder counts as one member."""
 
@@ -79,7 +82,9 @@ SIBLINGS = {
     "update": {"rollout", "scoring"},
     "evaluation": {"rollout", "scoring"},
     "learner": {"ema"},
-    "trainer": {"learner", "checkpoint", "tracking", "progress", "report"},
+    "snapshots": {"evaluation_store"},
+    "periodic": {"evaluation_store", "snapshots", "report", "tracking"},
+    "trainer": {"learner", "checkpoint", "tracking", "progress", "periodic"},
     "mirror": {"checkpoint"},
     "mlflow_tracking": {"mlflow_store", "tracking"},
     "sweep": {"mlflow_store", "mlflow_tracking"},
@@ -92,9 +97,10 @@ SIBLINGS = {
     "training": {"assembly"},
     "contest": {"assembly"},
     "promoting": {"assembly", "contest"},
+    "aside": {"assembly", "training"},
     "stages": {"assembly", "training"},
     "study": {"assembly", "__main__"},
-    "__main__": {"stages", "training", "sweep", "retention", "promoting"},
+    "__main__": {"aside", "stages", "training", "sweep", "retention", "promoting"},
 }
 """Members of the same layer that a member may import all the same."""
 
