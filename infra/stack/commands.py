@@ -62,9 +62,9 @@ def up() -> None:
         settings = _remembered(folder, settings)
     running = _running(supervisor)
     missing = [program for program in PROGRAMS.values() if program.name not in running]
+    require_free_ports(settings, [program.port for program in missing if program.port is not None])
     for program in missing:
         program.require(folder)
-    require_free_ports(settings, [program.port for program in missing if program.port is not None])
     make_folder(folder)
     with alone(folder):
         stack = Stack(settings=settings, folder=folder, secrets=ensure_secrets(folder.secrets))

@@ -67,8 +67,12 @@ class Folder:
 
 
 def open_folder(root: Path) -> Folder:
-    """Describes a folder without making it; raises `ConfigError` when its path is too long for a socket."""
+    """Describes a folder without making it; raises `ConfigError` for a path with which supervisord cannot work."""
     folder = Folder(root=root.absolute())
+    if "%" in str(folder.root):
+        raise ConfigError(
+            f"STACK_DIR {folder.root} has a percent sign, which supervisord takes for a variable; rename it"
+        )
     if (length := len(os.fsencode(folder.socket))) > MAX_SOCKET_LENGTH:
         raise ConfigError(
             f"the path of the socket {folder.socket} has {length} bytes, and the system allows {MAX_SOCKET_LENGTH}; "

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import os
 import pwd
 import shlex
+import socket
 import subprocess
 import sys
 import time
 import xmlrpc.client
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
-
-from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped]
 
 from infra.stack.errors import StackError
 from infra.stack.folder import Folder
@@ -83,39 +84,66 @@ class Supervisor:
 
     def __init__(self, folder: Folder) -> None:
         """Contacts nobody."""
-        transport = SupervisorTransport(None, None, f"unix://{folder.socket}")
-        self._server: Any = xmlrpc.client.ServerProxy("http://localhost", transport=transport).supervisor
+        self._socket = folder.socket
 
     @property
     def pid(self) -> int:
         """Process id of supervisord itself."""
-        return int(self._server.getPID())
+        return int(self._call("getPID"))
 
     def processes(self) -> dict[str, Process]:
         """Lists all programs it knows."""
         return {
             entry["name"]: Process(state=entry["statename"], pid=entry["pid"], started_at=float(entry["start"]))
-            for entry in self._server.getAllProcessInfo()
+            for entry in self._call("getAllProcessInfo")
         }
 
     def add_missing(self, names: Iterable[str]) -> None:
         """Lets it read its configuration again, and takes in the programs it does not know."""
-        self._server.reloadConfig()
+        self._call("reloadConfig")
         for name in set(names) - self.processes().keys():
-            self._server.addProcessGroup(name)
+            self._call("addProcessGroup", name)
 
     def start(self, name: str) -> None:
         """Starts a program that does not run, without waiting for it."""
-        self._server.startProcess(name, False)
+        self._call("startProcess", name, False)
 
     def stop(self, name: str) -> None:
         """Stops a program, and waits until it is gone; one that does not run is left so."""
         if self.processes()[name].state not in STOPPED_STATES:
-            self._server.stopProcess(name)
+            self._call("stopProcess", name)
 
     def shut_down(self) -> None:
         """Tells supervisord to stop all programs and itself."""
-        self._server.shutdown()
+        self._call("shutdown")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        with xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(self._socket)) as server:
+            return getattr(server.supervisor, method)(*arguments)
+
+
+class _Transport(xmlrpc.client.Transport):
+    """Carries calls over a socket of the file system."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        """Makes the connection that `request` uses, and `close` closes."""
+        connection = _Connection(self._path)
+        self._connection = host, connection
+        return connection
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(self._path))
 
 
 def running_supervisor(folder: Folder) -> Supervisor | None:
@@ -132,9 +160,9 @@ def configuration(folder: Folder, programs: Iterable[Program]) -> str:
     """Writes what supervisord reads. Each program is started by our `run`, so that no secret is in here."""
     common = {"log_size": LOG_SIZE, "num_old_logs": NUM_OLD_LOGS, "num_retries": NUM_RETRIES}
     text = SERVER.format(
-        directory=_quoted(ROOT),
-        private=_quoted(folder.private),
-        socket=_quoted(folder.socket),
+        directory=ROOT,
+        private=folder.private,
+        socket=folder.socket,
         user=pwd.getpwuid(os.geteuid()).pw_name,
         **common,
     )
@@ -142,11 +170,11 @@ def configuration(folder: Folder, programs: Iterable[Program]) -> str:
         command = [str(BIN / "python"), *RUN, program.name]
         text += PROGRAM.format(
             name=program.name,
-            command=_quoted(shlex.join(command)),
+            command=shlex.join(command),
             priority=number,
             stop_signal=program.stop_signal.name.removeprefix("SIG"),
             stop_timeout_s=program.stop_timeout_s,
-            log=_quoted(folder.log(program.name)),
+            log=folder.log(program.name),
             **common,
         )
     return text
@@ -175,8 +203,3 @@ def start_supervisor(folder: Folder) -> Supervisor:
 def write_configuration(folder: Folder, programs: Iterable[Program]) -> None:
     """Writes supervisord's configuration into the folder."""
     write_private(folder.configuration, configuration(folder, programs))
-
-
-def _quoted(value: object) -> str:
-    """Keeps supervisord from filling in what follows a percent sign."""
-    return str(value).replace("%", "%%")

@@ -26,18 +26,17 @@ CONNECT_TIMEOUT_S = 5
 
 def binaries(cluster: Path, installed: Path = INSTALLED) -> Path:
     """Finds the folder of PostgreSQL's programs: of the version that made the cluster, else the newest."""
-    found = {int(path.parent.name): path for path in installed.glob("*/bin") if (path / "initdb").exists()}
+    found = {path.parent.name: path for path in installed.glob("*/bin") if (path / "initdb").exists()}
     if not found:
         raise StackError(
             f"PostgreSQL is not installed, there is nothing in {installed}; install it by `apt-get install postgresql`"
         )
+    versions = sorted(found, key=lambda version: [int(part) for part in version.split(".")])
     version_file = cluster / "PG_VERSION"
-    if not version_file.exists():
-        return found[max(found)]
-    version = int(version_file.read_text(encoding="utf-8"))
+    version = version_file.read_text(encoding="utf-8").strip() if version_file.exists() else versions[-1]
     if version not in found:
         raise StackError(
-            f"{cluster} was made by PostgreSQL {version}, and installed is {', '.join(map(str, sorted(found)))}; "
+            f"{cluster} was made by PostgreSQL {version}, and installed is {', '.join(versions)}; "
             f"install it by `apt-get install postgresql-{version}`"
         )
     return found[version]
