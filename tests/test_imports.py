@@ -40,6 +40,7 @@ LAYERS = (
             "evaluation_store",
             "snapshots",
             "periodic",
+            "packing",
             "pretrain",
             "pretrain_reward",
         },
