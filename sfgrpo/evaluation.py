@@ -122,15 +122,17 @@ def evaluate_policy(
     shown: Sequence[int] = (),
     accelerator: Accelerator | None = None,
     between: Callable[[], None] = lambda: None,
+    drawn: Callable[[int, NDArray[np.uint8]], None] = lambda first, images: None,
 ) -> Evaluation:
     """Draws the protocol's images for every prompt and judges each by GenEval's verdict and by other rewards.
 
     `verdict` gives 1 for a correct image and 0 for any other. The noise depends on seed, prompt position and image
     alone, so that two policies are compared on the same noise. `shown` are the positions of the prompts whose images
     are kept. The processes of `accelerator` share the work, and all have the result; each calls `between` after each
-    batch, all of them equally often.
+    batch, all of them equally often. `drawn` gets the images of every batch, [n, H, W, 3], with the number of the first
+    of them: image g of prompt p has the number p * G + g, and those of a process come in ascending order.
     """
-    judged = _judge(policy, prompts, (verdict, *rewards), protocol, shown, accelerator, between)
+    judged = _judge(policy, prompts, (verdict, *rewards), protocol, shown, accelerator, between, drawn)
     shape = len(prompts), protocol.images_per_prompt
     scores_JPG = [scores_N.reshape(shape) for scores_N in judged.scores_NJ.numpy().T]
     correct, small_NHWC = scores_JPG[0] == 1.0, judged.thumbnails_NHWC.numpy()
@@ -189,6 +191,7 @@ def _judge(
     shown: Sequence[int],
     accelerator: Accelerator | None,
     between: Callable[[], None],
+    drawn: Callable[[int, NDArray[np.uint8]], None] = lambda first, images: None,
 ) -> _Judged:
     """Draws and judges the images of all prompts, [P * G] of them, each process its part."""
     process, num_processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -211,6 +214,7 @@ def _judge(
             scores = [checked_rewards(judge, images, asked[rows]) for judge in judges]
             scores_NJ[rows] = torch.stack(scores, dim=1)
             small_NHWC[rows] = torch.from_numpy(small)
+            drawn(rows.start, images)
         for place, row in enumerate(shown_rows):
             if rows.start <= row < rows.stop:
                 kept[place] = torch.from_numpy(images[row - rows.start])

@@ -110,7 +110,8 @@ class Trainer:
         self._texts = sorted({prompt.text for prompt in materials.prompts})
         self._encoded = _encode_in_batches(policy, self._texts)
         self.history: list[dict[str, Any]] = []
-        self._saved_update: int | None = None
+        self._saved: tuple[int, int] | None = None
+        """Updates and evaluations of the newest checkpoint."""
         self._seconds_of_update = math.inf
         """What the last update took, and an update is expected to take."""
         self._seconds_of_save = 0.0
@@ -149,6 +150,10 @@ class Trainer:
         """The evaluation with the highest GenEval score, the earliest of equals."""
         return self._periodic.best
 
+    @property
+    def _done(self) -> tuple[int, int]:
+        return self.update_index, len(self.evaluations)
+
     def averaged(self) -> AbstractContextManager[None]:
         """Puts the averaged adapter, which is what gets published, into the policy for a block."""
         return self._learner.averaged()
@@ -178,7 +183,7 @@ class Trainer:
             if self._is_due(config.evaluation.every_num_updates, first=True):
                 self._periodic.ask(self.update_index, self.averaged())
             self._periodic.finish() if is_last else self._periodic.advance()
-            if self._is_due(config.checkpoint.every_num_updates) and self._saved_update != self.update_index:
+            if self._is_due(config.checkpoint.every_num_updates) and self._saved != self._done:
                 self._save()
             if is_last:
                 return
@@ -204,7 +209,7 @@ class Trainer:
 
     def _leave(self) -> NoReturn:
         """Saves the state after the last update, of which nothing has changed since, and says so."""
-        if self._saved_update != self.update_index:
+        if self._saved != self._done:
             self._save()
         raise Preempted(
             f"the run was told to stop; its state after update {self.update_index} is saved, and starting it again "
@@ -339,7 +344,7 @@ class Trainer:
         """Writes a checkpoint of everything that the rest of the run depends on."""
         materials, started = self._materials, time.monotonic()
         require_same_everywhere(self._policy.adapter_parameters(), self._accelerator)
-        self._saved_update = self.update_index
+        self._saved = self._done
         if not self._accelerator.is_main_process:
             return
         state = TrainingState(
@@ -364,7 +369,7 @@ class Trainer:
         torch.set_rng_state(torch.as_tensor(state.rng["torch"]))
         self.history = [dict(metrics) for metrics in state.history]
         self._periodic.load(state.extra)
-        self._saved_update = state.update_index
+        self._saved = self._done
         self._sampler_changed = True
         if self._accelerator.is_main_process:
             self._restore_records(state)

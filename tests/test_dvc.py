@@ -27,6 +27,7 @@ ENTRIES = {
         "sfgrpo.rewards",
         "sfgrpo.geneval.table",
         "sfgrpo.report",
+        "sfgrpo.packing",
     ),
 }
 """What `sfgrpo/stages.py` calls in each stage."""

@@ -58,6 +58,7 @@ LAYERS = (
             "evaluation_store",
             "snapshots",
             "periodic",
+            "packing",
             "pretrain",
             "pretrain_reward",
         },

@@ -1,4 +1,4 @@
-"""Evaluations as Prefect tasks, beside a stub of a training that publishes real snapshots: awaited, done aside, shown."""
+"""Evaluations as Prefect tasks, beside a stub of a training that publishes snapshots: awaited, done aside, shown."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from typing import Any
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterName,
+    TaskRunFilter,
+    TaskRunFilterFlowRunId,
+)
 from prefect.testing.utilities import prefect_test_harness
+from published import keep, publish
 from stub_pipeline import build_stub_pipeline, calls
 
 from sfgrpo.evaluation_store import EVALUATIONS
-from sfgrpo.files import write_manifest
 from sfgrpo.paths import TRAINING
-from sfgrpo.snapshots import Snapshot, list_snapshots, publish_snapshot
 from tasks import evaluations, stages
 from tasks.evaluations import evaluations_reported, report
 from tasks.stages import run_command, train
@@ -26,32 +33,14 @@ from tasks.stages import run_command, train
 # Not ours to mend: Prefect's own deprecations and unclosed sockets.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
-METRICS = {"geneval/overall": 0.25, "geneval/overall_stderr": 0.05, "geneval/num_images": 8.0, "evaluation/light": 0.5}
 KEEPING = """
 import json, pathlib, sys
 sys.path.insert(0, {root!r})
-from test_tasks_evaluations import keep, publish
+from published import keep, publish
 run = pathlib.Path(".scratch/train-1").resolve()
 pathlib.Path("reports").mkdir(exist_ok=True)
 pathlib.Path("reports/training.json").write_text(json.dumps({{"folder": str(run)}}))
 """
-
-
-def publish(run: Path, update: int, content: bytes = b"weights") -> Snapshot:
-    """Publishes an adapter of a few bytes."""
-    save = lambda folder: (folder / "adapter").write_bytes(content + bytes([update]))  # noqa: E731
-    return publish_snapshot(run, update, "scope", save, "0123")
-
-
-def keep(run: Path, update: int, **changes: float) -> None:
-    """Puts an evaluation of a snapshot into the store."""
-    (snapshot,) = [each for each in list_snapshots(run) if each.update == update]
-    partial = run.parent / f"partial-{update}"
-    partial.mkdir()
-    (partial / "metrics.json").write_text(json.dumps(METRICS | changes))
-    write_manifest(partial)
-    (run.parent / EVALUATIONS).mkdir(exist_ok=True)
-    partial.rename(run.parent / EVALUATIONS / snapshot.key)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +69,8 @@ def started(here: Path) -> Path:
 
 def shown(flow_run_name: str) -> tuple[dict[str, str], list[str]]:
     """Gives the states of a flow run's tasks by name, and its Markdown artifacts, oldest first."""
-    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterName
-
     with get_client(sync_client=True) as client:
         (run,) = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[flow_run_name])))
-        from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterFlowRunId
-
         tasks: list[Any] = []
         deadline = time.monotonic() + 20
         while not tasks or any(not each.state.is_final() for each in tasks):
@@ -162,7 +147,9 @@ def test_with_a_device_the_command_evaluates_there_and_a_failure_is_retried_and_
             run = started(here)
             publish(run, 0)
             publish(run, 2)
-            while len(list((run.parent / EVALUATIONS).glob("*/metrics.json"))) < 1:
+            deadline = time.monotonic() + 60
+            while not list((run.parent / EVALUATIONS).glob("*/metrics.json")):
+                assert time.monotonic() < deadline, (here / "logs/evaluate-update-2.log").read_text()
                 time.sleep(0.1)
 
     body()
