@@ -6,7 +6,8 @@ INFRA_INSTALLED := .venv-infra/.installed
 
 .DEFAULT_GOAL := help
 FORM ?= short
-.PHONY: help setup s3-server infra-tools demo repro deploy study test test-distributed soak check format clean
+.PHONY: help setup s3-server infra-tools stack stack-down stack-status deploy demo repro study test test-distributed \
+	test-stack soak check format clean
 
 help: ## Lists the targets
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
@@ -35,6 +36,15 @@ $(INFRA_INSTALLED): infra/requirements.txt
 	@.venv-infra/bin/python -m pip install --quiet --quiet --disable-pip-version-check -r infra/requirements.txt
 	@touch $@
 
+stack: setup s3-server ## Starts PostgreSQL, S3, MLflow, Prefect and a worker on this machine
+	@$(BIN)/python -m infra.stack up
+
+stack-down: setup ## Stops them; their data are kept
+	@$(BIN)/python -m infra.stack down
+
+stack-status: setup ## Shows how they are
+	@$(BIN)/python -m infra.stack status
+
 demo: setup ## Trains, evaluates and registers a policy
 	@$(BIN)/python -m flows.train_policy
 
@@ -47,12 +57,15 @@ deploy: setup ## Registers the deployments at the Prefect server of PREFECT_API_
 study: setup ## Compares Stepwise-Flow-GRPO with Flow-GRPO; FORM=long for the long form
 	@$(BIN)/python -m flows.study $(FORM)
 
-test: setup s3-server infra-tools ## Runs every test
-	@$(BIN)/python -m pytest -m "not distributed"
+test: setup s3-server infra-tools ## Runs every test but those of test-stack
+	@$(BIN)/python -m pytest -m "not distributed and not stack"
 	@$(MAKE) --no-print-directory test-distributed
 
 test-distributed: setup ## Runs the tests that start several processes
 	@$(BIN)/python -m pytest -m distributed
+
+test-stack: setup s3-server ## Runs the tests of the local stack, which need PostgreSQL
+	@$(BIN)/python -m pytest -m stack
 
 soak: setup s3-server ## Trains under fire: kills, outages and preemptions for half an hour
 	@$(BIN)/python -m benchmarks.soak

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from sfgrpo.errors import ConfigError
 from sfgrpo.signals import sigterm_as_exit
+from tasks.evaluations import evaluations_reported
 from tasks.slots import gpu_slots
 from tasks.stages import StageError, evaluate, prompts, push, refuse_inside_stage, register, train
 from tasks.workspace import Workspace, is_deployed, own_workspace, save_branch
@@ -40,7 +41,8 @@ def train_policy(changes: Changes | None = None, prompts_edition: Edition | None
     with own_workspace(_all_changes(changes or {}, prompts_edition)) as workspace:
         prompts()
         with contextlib.nullcontext() if workspace is None else gpu_slots():
-            train()
+            with evaluations_reported():
+                train()
             evaluate()
         branch = None if workspace is None else keep(workspace, STAGES)
         version: dict[str, Any] = register(branch)

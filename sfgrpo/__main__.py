@@ -28,9 +28,14 @@ HELP = {
     "prompts": "write the training and evaluation prompts to data/prompts",
     "train": "train the adapter by Stepwise-Flow-GRPO; resumes an interrupted run by itself",
     "evaluate": "judge base model and trained policy by GenEval, before and after",
+    "evaluate_snapshot": "judge a snapshot of a training that may still go on, unless that was done",
     "register": "register the trained policy as a model version in MLflow",
+    "promote": "judge a registered version against the champion, and make it champion if it is better",
+    "rollback": "make the champion before the present one champion again",
+    "recheck": "have the champion draw once more, and tell whether it still draws what it drew",
     "show": "print the resolved configuration and the batch arithmetic of a training",
 }
+SAMPLE_HELP = "draw one image by a registered version and write it as a PNG file"
 
 
 QUIET_H = 1.0
@@ -43,18 +48,27 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tunes flow-matching text-to-image models with Stepwise-Flow-GRPO, one stage at a time.",
         epilog="The stages run in the order prompts, train, evaluate, register; `dvc repro` runs the first three, "
         "`make demo` all. Values live in params.yaml; where things run, in MLFLOW_TRACKING_URI, MLFLOW_RUN_ID, "
-        "SFGRPO_SCRATCH, SFGRPO_MIRROR (S3 bucket that keeps a copy of every run), SFGRPO_DEVICE, SFGRPO_NUM_THREADS, "
-        "SFGRPO_TIMEOUT_S and SFGRPO_GRACE_S; flows set SFGRPO_FLOW_RUN_ID, SFGRPO_FLOW_RUN_URL and SFGRPO_BRANCH, and "
-        "read SFGRPO_DVC_REMOTE; where the nodes of a "
+        "SFGRPO_SCRATCH, SFGRPO_MIRROR (S3 bucket that keeps a copy of every run), SFGRPO_DEVICE, "
+        "SFGRPO_EVALUATION_DEVICE, SFGRPO_NUM_THREADS, SFGRPO_TIMEOUT_S and SFGRPO_GRACE_S; flows set "
+        "SFGRPO_FLOW_RUN_ID, SFGRPO_FLOW_RUN_URL and SFGRPO_BRANCH, and read SFGRPO_DVC_REMOTE; where the nodes of a "
         "training meet, in torchrun's PET_RDZV_ENDPOINT and PET_RDZV_ID. SIGTERM, SIGUSR1 and Ctrl-C make a training "
         "save its state and stop. Exit status: 0 done, 1 failed, 2 wrong configuration, 75 stopped and resumable.",
     )
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, text in HELP.items():
         stage = stages.add_parser(name, help=text, description=text.capitalize() + ".")
+        if name == "evaluate_snapshot":
+            stage.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="folder of the training's state")
+            stage.add_argument("update", type=int, metavar="UPDATE", help="updates that the snapshot has seen")
+            continue
         stage.add_argument("--params", type=Path, default=Path(PARAMS), help="parameter file (%(default)s)")
         if name == "train":
             stage.add_argument("--resume", metavar="RUN", help="go on with this run, by its own parameters and prompts")
+        if name in ("promote", "rollback", "recheck"):
+            stage.add_argument("--model", metavar="NAME", help="registered model (registry.model_name)")
+        if name == "promote":
+            _add_promotion(stage)
+    _add_sample(stages.add_parser("sample", help=SAMPLE_HELP, description=SAMPLE_HELP.capitalize() + "."))
     _add_sweep(stages)
     _add_retention(stages)
     return parser
@@ -73,6 +87,22 @@ def _add_retention(stages: argparse._SubParsersAction[argparse.ArgumentParser]) 
     retention.add_argument("--days", type=float, required=True, help="days since the end of a training")
     retention.add_argument("--rehearse", action="store_true", help="say what would be removed, and remove nothing")
     retention.add_argument("--report", type=Path, help="file for what was removed, as JSON")
+
+
+def _add_promotion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", type=int, metavar="N", help="candidate (the version with the alias of registry)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--judge-only", action="store_true", help="decide and record, but move no alias")
+    form.add_argument("--apply", metavar="RUN", help="move the aliases as an earlier call decided, by its MLflow run")
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", help="what to draw")
+    parser.add_argument("--model", required=True, metavar="ADDRESS", help="models:/NAME@ALIAS or models:/NAME/NUMBER")
+    parser.add_argument("--out", type=Path, default=Path("sample.png"), help="PNG file to write (%(default)s)")
+    parser.add_argument("--seed", type=int, help="of the start noise (the version's)")
+    parser.add_argument("--steps", type=int, help="denoising steps (the version's)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance weight (the version's)")
 
 
 def show(params: Path) -> None:
@@ -119,6 +149,14 @@ def run(stage: str, params: Path) -> None:
     from sfgrpo import stages
 
     getattr(stages, stage)(config, environment)
+
+
+def evaluate_snapshot(folder: Path, update: int) -> None:
+    """Judges one snapshot of a training, by that training's own parameters."""
+    environment = read_environment()
+    from sfgrpo.aside import evaluate_snapshot
+
+    evaluate_snapshot(folder, update, environment)
 
 
 def train(params: Path, run_name: str | None) -> None:
@@ -177,15 +215,52 @@ def retention(days: float, rehearse: bool, report: Path | None) -> None:
     print(f"{word} {len(done.removed)} places, {sum(each.num_bytes for each in done.removed) / 1e6:.1f} MB in all")
 
 
+def promote(chosen: argparse.Namespace) -> None:
+    """Judges a candidate, or applies what an earlier call decided."""
+    config = None if chosen.apply else load_config("promote", chosen.params)
+    environment = read_environment()
+    from sfgrpo import promoting
+
+    if config is None:
+        promoting.apply(environment, chosen.apply)
+        return
+    promoting.promote(config, environment, model=chosen.model, number=chosen.version, judge_only=chosen.judge_only)
+
+
+def of_champion(chosen: argparse.Namespace) -> None:
+    """Rolls the champion back, or rechecks it; reads parameters only for the name of the model."""
+    model = chosen.model or load_config("rollback", chosen.params).registry.model_name
+    environment = read_environment()
+    from sfgrpo import promoting
+
+    verb = promoting.rollback if chosen.stage == "rollback" else promoting.recheck
+    verb(environment, model)
+
+
+def sample(chosen: argparse.Namespace) -> None:
+    """Draws one image by a registered version."""
+    environment = read_environment()
+    from sfgrpo import promoting
+
+    given = {"seed": chosen.seed, "num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance}
+    params = {name: value for name, value in given.items() if value is not None}
+    promoting.sample(environment, chosen.model, chosen.prompt, chosen.out, params)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one stage and returns the exit status."""
     chosen = _parser().parse_args(arguments)
     prepare()
     commands: dict[str, Callable[[], None]] = {
         "show": lambda: show(chosen.params),
+        "evaluate_snapshot": lambda: evaluate_snapshot(chosen.folder, chosen.update),
         "train": lambda: train(chosen.params, chosen.resume),
         "sweep": lambda: sweep(chosen.quiet_h, chosen.report),
         "retention": lambda: retention(chosen.days, chosen.rehearse, chosen.report),
+        "promote": lambda: promote(chosen),
+        "rollback": lambda: of_champion(chosen),
+        "recheck": lambda: of_champion(chosen),
+        "sample": lambda: sample(chosen),
     }
     return guarded(commands.get(chosen.stage, lambda: run(chosen.stage, chosen.params)))
 

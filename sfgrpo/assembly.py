@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -45,7 +46,7 @@ def make_accelerator(config: TrainStage, environment: Environment) -> Accelerato
     from accelerate.utils import InitProcessGroupKwargs
 
     accelerator = Accelerator(
-        cpu=_device(environment) == "cpu",
+        cpu=device_of(environment) == "cpu",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=environment.timeout_s))],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -67,6 +68,13 @@ def make_reward(config: RewardConfig) -> Reward:
         return build_reward(config.name, pretrained=config.pretrained, revision=config.revision)
 
 
+def make_held_out() -> tuple[Reward, ...]:
+    """Makes the rewards that are measured in evaluation only."""
+    from sfgrpo.rewards import build_reward
+
+    return build_reward("geneval"), build_reward("likeness")
+
+
 def make_trainer(
     config: TrainStage,
     accelerator: Accelerator,
@@ -78,11 +86,15 @@ def make_trainer(
     tracker: Tracker,
     notice: StopNotice,
     saved: Callable[[], None] = lambda: None,
+    *,
+    aside: bool = False,
 ) -> Trainer:
     """Makes the trainer, which goes on from the latest checkpoint in `folder`, if there is one.
 
-    It heeds `notice`, and calls `saved` after every checkpoint.
+    It heeds `notice`, calls `saved` after every checkpoint, and has others evaluate `aside` if there are any. The
+    evaluations of all runs are kept beside `folder`.
     """
+    from sfgrpo.evaluation_store import EVALUATIONS
     from sfgrpo.rewards import build_reward
     from sfgrpo.trainer import Materials, Trainer
 
@@ -91,8 +103,11 @@ def make_trainer(
         evaluation_prompts=evaluation_prompts,
         reward=reward,
         verdict=build_reward("geneval_strict"),
-        held_out=(build_reward("geneval"), build_reward("likeness")),
+        held_out=make_held_out(),
         folder=folder,
+        evaluations=folder.parent / EVALUATIONS,
+        scope=evaluation_scope(config, evaluation_prompts, policy.device.type),
+        aside=aside,
         tracker=tracker,
         notice=notice,
         saved=saved,
@@ -124,11 +139,11 @@ def make_policy(
     if sharding == "full":
         # First, so that no device ever holds more than its part and one block.
         policy.shard()
-    policy.pipeline.to(_device(environment))
+    policy.pipeline.to(device_of(environment))
     return policy
 
 
-def _device(environment: Environment) -> str:
+def device_of(environment: Environment) -> str:
     """Chooses the device: where nothing else is asked for, each process of a node has a GPU of its own."""
     import torch
 
@@ -158,15 +173,35 @@ def run_key(config: TrainStage, prompts: Sequence[Prompt], evaluation_prompts: S
     goes on with smaller ones.
     """
     shaping = {name: value for name, value in to_flat_dict(config).items() if not name.endswith(".micro_batch_size")}
+    digests = [prompts_digest(prompts), prompts_digest(evaluation_prompts)]
+    return _digest([json.dumps(shaping, sort_keys=True), *digests, *_code_and_models(config)])
+
+
+def evaluation_scope(config: TrainStage, evaluation_prompts: Sequence[Prompt], device: str) -> str:
+    """Digests all that shapes the evaluations of a training but the adapter, given the kind of device.
+
+    Trainings that differ in other things share their evaluations, that of the untrained adapter for a start.
+    """
+    shaping = {
+        "policy": dataclasses.asdict(config.policy),
+        "reward": dataclasses.asdict(config.reward),
+        "evaluation": dataclasses.asdict(config.evaluation) | {"micro_batch_size": None, "every_num_updates": None},
+        "sampling": dataclasses.asdict(config.sampling) if config.evaluation.training_sampler else None,
+        "device": device,
+    }
+    lines = [json.dumps(shaping, sort_keys=True), prompts_digest(evaluation_prompts), *_code_and_models(config)]
+    return _digest(lines)
+
+
+def _code_and_models(config: TrainStage) -> list[str]:
+    """Gives the digest of every file of this package and of the models that a training loads."""
     models = [Path(folder) for folder in (config.policy.pretrained, config.reward.pretrained) if folder is not None]
     code = sorted(path for path in CODE.rglob("*.py") if "study" not in path.relative_to(CODE).parts)
     files = [*code, *(file for model in models for file in sorted(model.rglob("*.safetensors")))]
-    lines = [
-        json.dumps(shaping, sort_keys=True),
-        prompts_digest(prompts),
-        prompts_digest(evaluation_prompts),
-        *(f"{file.name} {sha256_of_file(file)}" for file in files),
-    ]
+    return [f"{file.name} {sha256_of_file(file)}" for file in files]
+
+
+def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

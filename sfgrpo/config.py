@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
@@ -26,6 +27,7 @@ from sfgrpo.sections import (
     PolicyConfig,
     PretrainConfig,
     PretrainRewardConfig,
+    PromotionConfig,
     PromptsConfig,
     RegistryConfig,
     RewardConfig,
@@ -34,6 +36,7 @@ from sfgrpo.sections import (
     UpdateConfig,
     section,
 )
+from sfgrpo.types import TAGS
 from sfgrpo.validation import read_parameters, unknown_key, validated
 
 
@@ -113,6 +116,27 @@ class RegisterStage:
 
 
 @section
+class PromoteStage:
+    """Parameters of `promote`, which decides whether a registered version becomes champion."""
+
+    evaluation: EvaluationConfig
+    reward: RewardConfig
+    registry: RegistryConfig
+    promotion: PromotionConfig
+
+    def __post_init__(self) -> None:
+        if conflicts := list(_promotion_conflicts(self)):
+            raise ValueError("\n".join(conflicts))
+
+
+@section
+class RegistryStage:
+    """Parameters of `rollback` and `recheck`, which concern the champion alone."""
+
+    registry: RegistryConfig
+
+
+@section
 class LaunchStage:
     """Parameters of the launch of `train`: no stage of its own, and none of `train`, whose result it does not shape."""
 
@@ -120,7 +144,15 @@ class LaunchStage:
 
 
 Stage: TypeAlias = (
-    PretrainStage | PretrainRewardStage | PromptsStage | TrainStage | EvaluateStage | RegisterStage | LaunchStage
+    PretrainStage
+    | PretrainRewardStage
+    | PromptsStage
+    | TrainStage
+    | EvaluateStage
+    | RegisterStage
+    | PromoteStage
+    | RegistryStage
+    | LaunchStage
 )
 STAGES: Mapping[str, type[Stage]] = {
     "pretrain": PretrainStage,
@@ -129,6 +161,9 @@ STAGES: Mapping[str, type[Stage]] = {
     "train": TrainStage,
     "evaluate": EvaluateStage,
     "register": RegisterStage,
+    "promote": PromoteStage,
+    "rollback": RegistryStage,
+    "recheck": RegistryStage,
     "launch": LaunchStage,
 }
 
@@ -145,6 +180,10 @@ def load_config(stage: Literal["train"], path: Path) -> TrainStage: ...
 def load_config(stage: Literal["evaluate"], path: Path) -> EvaluateStage: ...
 @overload
 def load_config(stage: Literal["register"], path: Path) -> RegisterStage: ...
+@overload
+def load_config(stage: Literal["promote"], path: Path) -> PromoteStage: ...
+@overload
+def load_config(stage: Literal["rollback", "recheck"], path: Path) -> RegistryStage: ...
 @overload
 def load_config(stage: Literal["launch"], path: Path) -> LaunchStage: ...
 @overload
@@ -241,6 +280,32 @@ def _schedule_conflicts(config: TrainStage) -> Iterator[str]:
         yield (
             f"evaluation.every_num_updates: {evaluate} is not a multiple of checkpoint.every_num_updates = {save}, so "
             f"an evaluated adapter would have no checkpoint; use {save * max(1, round(evaluate / save))}"
+        )
+
+
+def _promotion_conflicts(config: PromoteStage) -> Iterator[str]:
+    """Names what would make the comparison of candidate and champion unfair, or impossible."""
+    promotion, evaluation = config.promotion, config.evaluation
+    if promotion.seed == evaluation.seed:
+        yield (
+            f"promotion.seed: {promotion.seed} is evaluation.seed, on whose noise the candidate was selected and looks "
+            f"better than it is; use another, {promotion.seed + 1}, say"
+        )
+    if promotion.held_out.name == config.reward.name:
+        yield (
+            f"promotion.held_out: {promotion.held_out.name} is the reward that is trained on, reward.name; use one "
+            "that training does not see"
+        )
+    if evaluation.images_per_prompt < 2:
+        yield (
+            f"evaluation.images_per_prompt: {evaluation.images_per_prompt} image of a prompt shows no diversity; use 2 "
+            "or more"
+        )
+    needed = math.ceil(len(TAGS) / promotion.error_rate)
+    if promotion.num_resamples < needed:
+        yield (
+            f"promotion.num_resamples: {promotion.num_resamples} leave no resample beyond the bound of a task, which "
+            f"has a {len(TAGS)}th of promotion.error_rate = {promotion.error_rate:g}; use {needed} or more"
         )
 
 

@@ -104,8 +104,10 @@ def require_same_everywhere(parameters: Mapping[str, Tensor], accelerator: Accel
 
 
 def shared_files(files: Mapping[str, bytes] | None, accelerator: Accelerator) -> dict[str, bytes]:
-    """Gives every process the files of the first one that has any."""
+    """Gives every process the files of the first one that has any; no files when none has."""
     holder = round(-highest([-accelerator.process_index if files else -accelerator.num_processes], accelerator)[0])
+    if holder == accelerator.num_processes:
+        return {}
     sizes = {name: len(content) for name, content in (files or {}).items()}
     header = _broadcast(json.dumps(sizes).encode(), holder, accelerator)
     content = _broadcast(b"".join((files or {}).values()), holder, accelerator)

@@ -29,6 +29,10 @@ class Environment(BaseSettings):
     """Folder of the resumable state of runs."""
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)(:[0-9]+)?$", validation_alias="SFGRPO_DEVICE")
     """torch device of the policy; `auto` takes a GPU when there is one."""
+    evaluation_device: str | None = Field(
+        default=None, pattern="^(cpu|cuda|mps)(:[0-9]+)?$", validation_alias="SFGRPO_EVALUATION_DEVICE"
+    )
+    """torch device on which a flow evaluates a training while that goes on; None lets the training do it itself."""
     num_threads: PositiveInt | None = Field(default=None, validation_alias="SFGRPO_NUM_THREADS")
     """CPU threads of torch; None leaves the choice to it."""
     timeout_s: PositiveFloat = Field(default=600, validation_alias="SFGRPO_TIMEOUT_S")

@@ -78,12 +78,6 @@ class Learner:
         self.scaler.load_state_dict(dict(scaler))
 
 
-def save_best(policy: Policy, folder: Path) -> None:
-    """Writes the adapter, as it is now, as the best so far."""
-    with atomic_directory(folder / "best") as partial:
-        policy.save_adapter(partial)
-
-
 def read_best(folder: Path) -> dict[str, Tensor]:
     """Reads the files of the best adapter so far as uint8 tensors; none without one."""
     files = sorted((folder / "best").glob("*"))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from sfgrpo.bucket import Bucket, ObjectAbsentError, digests_of
+from sfgrpo.bucket import Bucket, ObjectAbsentError, sha256_of
 from sfgrpo.checkpoint import CHECKPOINTS, checkpoint_path, latest_checkpoint
 from sfgrpo.errors import IntegrityError, MirrorError, SfgrpoError
 from sfgrpo.files import MANIFEST, PARTIAL_SUFFIX, atomic_directory, verify_manifest
@@ -190,7 +190,7 @@ class Mirror:
 
     def _is_sent(self, name: str, file: BinaryIO) -> bool:
         """Tells whether the object, which exists, was made of this very content."""
-        if self._sent.get(name) != _stamp(file) and self._bucket.sha256(name) == digests_of(file).sha256:
+        if self._sent.get(name) != _stamp(file) and self._bucket.sha256(name) == sha256_of(file):
             self._sent[name] = _stamp(file)
         return self._sent.get(name) == _stamp(file)
 
@@ -251,14 +251,12 @@ class Mirror:
         expected = self._bucket.sha256(name)
         if path.exists():
             with path.open("rb") as file:
-                if digests_of(file).sha256 == expected:
+                if sha256_of(file) == expected:
                     return False
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
-        with partial.open("w+b") as file:
-            self._bucket.fetch(name, file)
-            file.seek(0)
-            found = digests_of(file).sha256
+        with partial.open("wb") as file:
+            found = self._bucket.fetch(name, file)
             os.fsync(file.fileno())
         if found != expected:
             partial.unlink()

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,11 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def find_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """Returns the experiment's id; beside a SQLite store its files go to the folder `mlartifacts`."""
+def find_or_create_experiment(client: MlflowClient, uri: str, name: str, tags: Mapping[str, str] | None = None) -> str:
+    """Returns the experiment's id; beside a SQLite store its files go to the folder `mlartifacts`.
+
+    An experiment that is created gets `tags` together with its name, in one transaction.
+    """
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -53,7 +57,7 @@ def find_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
     database = sqlite_path(uri)
     location = None if database is None else (database.resolve().parent / "mlartifacts").as_uri()
     try:
-        return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
+        return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS | dict(tags or {})))
     except MlflowException as error:
         # Another process was faster, or this one was without hearing of it.
         experiment = client.get_experiment_by_name(name)

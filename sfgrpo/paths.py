@@ -11,7 +11,11 @@ EVALUATION_PROMPTS = PROMPTS / "evaluation.jsonl"
 POLICY = Path("models/policy")
 TRAIN_REPORT = Path("reports/train")
 EVALUATE_REPORT = Path("reports/evaluate")
+TRAINING = Path("reports/training.json")
+"""Names the run that was trained last in this working directory; no output of DVC."""
 REGISTRATION = Path("reports/registered.json")
+PROMOTION_REPORT = Path("reports/promotion")
+RECHECK = Path("reports/recheck.json")
 RUN_PREFIX = "train-"
 """How the folders of trainings start, below the scratch folder; the rest is the start of the run's key."""
 

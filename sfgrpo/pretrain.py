@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
-from sfgrpo.evaluation import evaluate_policy
+from sfgrpo.evaluation import Protocol, evaluate_policy
 from sfgrpo.files import atomic_directory, write_manifest
 from sfgrpo.geneval.table import GenEvalTable, markdown_table
 from sfgrpo.policies.sd3 import SD3Policy
@@ -171,11 +171,13 @@ def _judged(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]
             prompts,
             build_reward("geneval_strict"),
             (),
-            images_per_prompt=evaluation.images_per_prompt,
-            num_steps=evaluation.num_steps,
-            guidance_scale=scale,
-            seed=0,
-            micro_batch_size=200,
+            Protocol(
+                images_per_prompt=evaluation.images_per_prompt,
+                num_steps=evaluation.num_steps,
+                guidance_scale=scale,
+                seed=0,
+                micro_batch_size=200,
+            ),
         ).table
         for scale in evaluation.guidance_scales
     }

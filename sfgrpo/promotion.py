@@ -172,9 +172,10 @@ class Decision:
                 lines.append([LABELS[figure], *cells, needed, "passed" if gate.holds(figure) else "**failed**"])
         lines.append([LABELS["training"], *_cells(self.training, "difference"), "-", "-"])
         table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-        return f"{self._sentence()}\n\n{table}\n{self._note()}\n"
+        return f"{self.sentence()}\n\n{table}\n{self._note()}\n"
 
-    def _sentence(self) -> str:
+    def sentence(self) -> str:
+        """Says in Markdown whether the candidate is promoted, and why."""
         scores = f"GenEval {self.candidate_score:.3f} against {self.opponent_score:.3f} of the {self.opponent}"
         if self.promoted:
             first = " It is the first champion." if self.opponent == "base model" else ""
@@ -230,6 +231,55 @@ def decide(
 ) -> Decision:
     """Compares a candidate with the champion; or, before there is one, with the base model.
 
+    Args:
+        opponent: judged on the same prompts, in the same order, from the same noise.
+        min_gain: what the overall score must gain, 0..1.
+        min_diversity_ratio: what must be left of the opponent's diversity. An opponent without any has none to lose.
+        error_rate: chance that a candidate no better than its opponent passes the first gate; and, of each of the
+            two gates that only look for a loss, that it stops a candidate which has lost nothing.
+
+    Raises:
+        ValueError: the two were not judged alike, or there are too few resamples for a bound.
+    """
+    _check_alike(candidate, opponent)
+    tags = [prompt.tag for prompt in candidate.prompts]
+    _check_resampling(error_rate, num_resamples, num_tasks=len(set(tags)))
+    figures = _figures(candidate, opponent, tags, error_rate, num_resamples, np.random.default_rng(seed))
+    return Decision(
+        opponent=against,
+        gates=_gates(figures, min_gain, min_diversity_ratio),
+        candidate_score=_score(candidate, tags),
+        opponent_score=_score(opponent, tags),
+        training=figures.training,
+        num_prompts=len(tags),
+        num_images=candidate.correct_PG.size,
+        error_rate=error_rate,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Figures:
+    """What two models are compared by: differences, and the ratio of their diversities."""
+
+    overall: Interval
+    tasks: Mapping[str, Interval]
+    held_out: Interval
+    training: Interval
+    diversity_ratio: Interval
+
+
+def _figures(
+    candidate: Evidence,
+    opponent: Evidence,
+    tags: Sequence[Tag],
+    error_rate: float,
+    num_resamples: int,
+    generator: np.random.Generator,
+) -> _Figures:
+    """Estimates every figure and its bounds.
+
     A figure is the unweighted mean over tasks of the mean over their prompts, as GenEval's overall score is. Its
     error comes from `resampled_means`, and its bounds are percentiles of the resamples (Efron and Tibshirani, An
     Introduction to the Bootstrap, 1993, chapter 13). They are not corrected for bias and skewness, as BCa would be:
@@ -243,29 +293,32 @@ def decide(
 
     The tasks share the error rate by Bonferroni's correction. Holm's would let through just the same candidates: one
     worse task fails the gate, and the first step of Holm is Bonferroni. Only Bonferroni also gives bounds to show.
-
-    Args:
-        opponent: judged on the same prompts, in the same order, from the same noise.
-        min_gain: what the overall score must gain, 0..1.
-        min_diversity_ratio: what must be left of the opponent's diversity. An opponent without any has none to lose.
-        error_rate: chance that a candidate no better than its opponent passes the first gate; and, of each of the
-            two gates that only look for a loss, that it stops a candidate which has lost nothing.
-
-    Raises:
-        ValueError: the two were not judged alike, or there are too few resamples for a bound.
     """
-    _check_alike(candidate, opponent)
-    tags = [prompt.tag for prompt in candidate.prompts]
+    values_PJ = _paired_values(candidate, opponent)
+    observed_TJ = task_means(tags, values_PJ)
+    resampled_RTJ = resampled_means(tags, values_PJ, num_resamples, generator)
+    observed_J, resampled_RJ = observed_TJ.mean(axis=0), resampled_RTJ.mean(axis=1)
     tasks = [tag for tag in TAGS if tag in tags]
+    wide = expanded(error_rate, len(tags) - len(tasks))
     tail = error_rate / len(tasks)
-    if not 0.0 < error_rate < 0.5:
-        raise ValueError(f"error_rate is {error_rate:g}; it must be above 0 and below 0.5")
-    if num_resamples * tail < 1.0:
-        raise ValueError(
-            f"num_resamples is {num_resamples}, and a bound is asked for that {tail:.2g} of them lie beyond; "
-            f"give at least {math.ceil(1.0 / tail)}"
-        )
-    values_PJ = np.column_stack(
+    overall, held_out, training = (interval(observed_J[j], resampled_RJ[:, j], wide) for j in range(3))
+    return _Figures(
+        overall=overall,
+        tasks={
+            str(tag): interval(observed_TJ[index, 0], resampled_RTJ[:, index, 0], expanded(tail, tags.count(tag) - 1))
+            for index, tag in enumerate(tasks)
+        },
+        held_out=held_out,
+        training=training,
+        diversity_ratio=interval(
+            _ratio(observed_J[3], observed_J[4]), _ratio(resampled_RJ[:, 3], resampled_RJ[:, 4]), wide
+        ),
+    )
+
+
+def _paired_values(candidate: Evidence, opponent: Evidence) -> Floats:
+    """Gives for every prompt, [P, 5]: differences of verdict, held-out and training reward; and both diversities."""
+    return np.column_stack(
         [
             (candidate.correct_PG.sum(axis=1) - opponent.correct_PG.sum(axis=1)) / candidate.correct_PG.shape[1],
             (candidate.held_out_PG.astype(np.float64) - opponent.held_out_PG).mean(axis=1),
@@ -274,32 +327,20 @@ def decide(
             opponent.diversity_P,
         ]
     )
-    observed_TJ = task_means(tags, values_PJ)
-    resampled_RTJ = resampled_means(tags, values_PJ, num_resamples, np.random.default_rng(seed))
-    observed_J, resampled_RJ = observed_TJ.mean(axis=0), resampled_RTJ.mean(axis=1)
-    wide = expanded(error_rate, len(tags) - len(tasks))
-    overall, held_out, training = (interval(observed_J[j], resampled_RJ[:, j], wide) for j in range(3))
-    ratio = interval(_ratio(observed_J[3], observed_J[4]), _ratio(resampled_RJ[:, 3], resampled_RJ[:, 4]), wide)
-    of_tasks = {
-        str(tag): interval(observed_TJ[index, 0], resampled_RTJ[:, index, 0], expanded(tail, tags.count(tag) - 1))
-        for index, tag in enumerate(tasks)
-    }
-    return Decision(
-        opponent=against,
-        gates=(
-            _gate("overall", "lower bound above", min_gain, {"overall": overall}),
-            _gate("tasks", "upper bound at least", 0.0, of_tasks),
-            _gate("held_out", "upper bound at least", 0.0, {"held_out": held_out}),
-            _gate("diversity", "lower bound above", min_diversity_ratio, {"diversity_ratio": ratio}, kind="ratio"),
+
+
+def _gates(figures: _Figures, min_gain: float, min_diversity_ratio: float) -> tuple[Gate, ...]:
+    return (
+        _gate("overall", "lower bound above", min_gain, {"overall": figures.overall}),
+        _gate("tasks", "upper bound at least", 0.0, figures.tasks),
+        _gate("held_out", "upper bound at least", 0.0, {"held_out": figures.held_out}),
+        _gate(
+            "diversity",
+            "lower bound above",
+            min_diversity_ratio,
+            {"diversity_ratio": figures.diversity_ratio},
+            kind="ratio",
         ),
-        candidate_score=_score(candidate, tags),
-        opponent_score=_score(opponent, tags),
-        training=training,
-        num_prompts=len(tags),
-        num_images=candidate.correct_PG.size,
-        error_rate=error_rate,
-        num_resamples=num_resamples,
-        seed=seed,
     )
 
 
@@ -403,6 +444,17 @@ def _ratio(candidate: Any, opponent: Any) -> Any:
     """Divides; where both are 0 nothing was lost, which is 1."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where((candidate == 0.0) & (opponent == 0.0), 1.0, np.divide(candidate, opponent))
+
+
+def _check_resampling(error_rate: float, num_resamples: int, num_tasks: int) -> None:
+    if not 0.0 < error_rate < 0.5:
+        raise ValueError(f"error_rate is {error_rate:g}; it must be above 0 and below 0.5")
+    tail = error_rate / num_tasks
+    if num_resamples * tail < 1.0:
+        raise ValueError(
+            f"num_resamples is {num_resamples}, and a bound is asked for that {tail:.2g} of them lie beyond; "
+            f"give at least {math.ceil(1.0 / tail)}"
+        )
 
 
 def _check_alike(candidate: Evidence, opponent: Evidence) -> None:

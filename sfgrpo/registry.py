@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfgrpo.errors import SfgrpoError
-from sfgrpo.files import sha256_of_file
+from sfgrpo.files import sha256_of_file, write_manifest
 from sfgrpo.mlflow_store import connect, find_or_create_experiment, find_run
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ REQUIREMENTS = ("accelerate", "diffusers", "mlflow", "pandas", "peft", "pillow",
 SMOKE_PROMPT = "a photo of a circle"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMPORTED_TAG = "sfgrpo.imported_run_id"
+MANIFEST_TAG = "manifest_sha256"
+"""Tag of a version: digest of its manifest, which holds those of all its files."""
 
 
 class RegistryError(SfgrpoError):
@@ -90,7 +92,7 @@ def register_version(
     Raises:
         RegistryError: the version cannot be loaded, or draws no image.
     """
-    client = _connect(uri)
+    client = connect_globally(uri)
     digest = sha256_of_file(adapter / WEIGHTS_NAME)
     version = _find_version(client, model_name, digest, provenance["git_commit"])
     created = version is None
@@ -98,13 +100,14 @@ def register_version(
         experiment_id = find_or_create_experiment(client, uri, experiment)
         parent = _parent_run(client, experiment_id, run_id, digest)
         settings = dataclasses.asdict(serving) | {"adapter_file": WEIGHTS_NAME, "adapter_sha256": digest}
+        model_id, manifest_digest = _log_model(client, experiment_id, parent, model_name, adapter, settings, metrics)
         tags = {
             **provenance,
             **{key: f"{value:.4f}" for key, value in metrics.items()},
             "adapter_sha256": digest,
+            MANIFEST_TAG: manifest_digest,
             "parent_run_id": run_id or parent,
         }
-        model_id = _log_model(client, experiment_id, parent, model_name, adapter, settings, metrics)
         version = _create_version(client, model_name, parent, model_id, tags)
     number, parent_run_id = version
     smoke_test(uri, f"models:/{model_name}/{number}")
@@ -115,7 +118,7 @@ def register_version(
 
 def draw(uri: str, model_uri: str, prompts: list[str], **params: Any) -> list[bytes]:
     """Loads a model, by version or by alias, as any user of the registry would, and draws a PNG file per prompt."""
-    _connect(uri)
+    connect_globally(uri)
     import mlflow
 
     model = mlflow.pyfunc.load_model(model_uri)
@@ -134,7 +137,8 @@ def smoke_test(uri: str, model_uri: str) -> None:
         raise RegistryError(f"{model_uri} returned {image[:8]!r} instead of a PNG file")
 
 
-def _connect(uri: str) -> MlflowClient:
+def connect_globally(uri: str) -> MlflowClient:
+    """Opens a store, and makes it the one in which this process looks `models:/` addresses up."""
     client = connect(uri)
     import mlflow
 
@@ -171,8 +175,11 @@ def _log_model(
     adapter: Path,
     settings: dict[str, Any],
     metrics: Mapping[str, float],
-) -> str:
-    """Uploads serving code, base pipeline and adapter; only safetensors and text, nothing pickled."""
+) -> tuple[str, str]:
+    """Uploads serving code, base pipeline and adapter; only safetensors and text, nothing pickled.
+
+    Returns the id of the logged model and the digest of its manifest.
+    """
     import mlflow
     from mlflow.entities import Metric
 
@@ -192,13 +199,14 @@ def _log_model(
             # Given, because MLflow would find them out by loading the model in another process.
             pip_requirements=[f"{package}=={_public_version(package)}" for package in REQUIREMENTS],
         )
+        manifest_digest = sha256_of_file(write_manifest(package))
         client.log_model_artifacts(model.model_id, str(package))
     client.finalize_logged_model(model.model_id, "READY")
     now_ms = time.time_ns() // 1_000_000
     client.log_batch(
         run_id, [Metric(f"final/{key}", value, now_ms, 0, model_id=model.model_id) for key, value in metrics.items()]
     )
-    return model.model_id
+    return model.model_id, manifest_digest
 
 
 def _create_version(

@@ -230,6 +230,24 @@ class RegistryConfig:
 
 
 @section
+class PromotionConfig:
+    """When a candidate replaces the champion, both drawn by the section `evaluation` but from another noise."""
+
+    held_out: RewardConfig
+    """Reward that training does not see, and that must not fall."""
+    seed: NonNegativeInt
+    """Of the noise, and of the bootstrap; the noise of `evaluation.seed` is what the candidate was selected on."""
+    min_gain: UnitInterval
+    """What the overall score must gain, beyond its error; 0 asks for any gain."""
+    min_diversity_ratio: UnitInterval
+    """Share of the champion's diversity that must be left, beyond its error."""
+    error_rate: Annotated[float, Gt(0), Lt(0.5)]
+    """Chance that a candidate no better than the champion passes for better."""
+    num_resamples: PositiveInt
+    """Resamples of the bootstrap."""
+
+
+@section
 class LaunchConfig:
     """How many processes a training is spread over; but for rounding, no result depends on it."""
 

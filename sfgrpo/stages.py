@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from sfgrpo.types import TAGS, Prompt
 
 if TYPE_CHECKING:
     from sfgrpo.evaluation import Evaluation
+    from sfgrpo.packing import ImageArchive
     from sfgrpo.policies.sd3 import SD3Policy
     from sfgrpo.rewards import Reward
 
@@ -70,8 +72,9 @@ def prompts(config: PromptsStage, environment: Environment) -> None:
 
 
 def evaluate(config: EvaluateStage, environment: Environment) -> None:
-    """Judges base model and trained policy on the same prompts and noise; writes table, metrics and sample grid."""
+    """Judges base model and trained policy on the same prompts and noise; writes table, metrics, images."""
     from sfgrpo.geneval.table import markdown_table
+    from sfgrpo.packing import image_archive
     from sfgrpo.report import pick_rows, sample_grid
     from sfgrpo.rewards import build_reward, distinct_rewards
 
@@ -81,15 +84,17 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
     asked = read_prompts(EVALUATION_PROMPTS)
     policy = make_policy(config.policy, config.seed, environment)
     shown = pick_rows(asked, GRID_ROWS_PER_TASK)
-    evaluations = {"base model": _evaluated(policy, asked, rewards, config, shown)}
-    policy.load_adapter(POLICY / "adapter")
-    evaluations["trained policy"] = _evaluated(policy, asked, rewards, config, shown)
-    table = markdown_table({name: evaluation.table for name, evaluation in evaluations.items()})
-    metrics = {name.split()[-1]: evaluation.to_dict() for name, evaluation in evaluations.items()}
-    base, trained = metrics["model"], metrics["policy"]
-    gain = trained["geneval/overall"] - base["geneval/overall"]
-    report = {"base": base, "policy": trained, "gain": {"geneval/overall": gain}}
     with atomic_directory(EVALUATE_REPORT) as partial:
+        with image_archive(partial / "images.tar") as archive:
+            judge = functools.partial(_evaluated, policy, asked, rewards, config, shown, archive)
+            evaluations = {"base model": judge("base")}
+            policy.load_adapter(POLICY / "adapter")
+            evaluations["trained policy"] = judge("policy")
+        table = markdown_table({name: evaluation.table for name, evaluation in evaluations.items()})
+        metrics = {name.split()[-1]: evaluation.to_dict() for name, evaluation in evaluations.items()}
+        base, trained = metrics["model"], metrics["policy"]
+        gain = trained["geneval/overall"] - base["geneval/overall"]
+        report = {"base": base, "policy": trained, "gain": {"geneval/overall": gain}}
         (partial / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (partial / "table.md").write_text(table + "\n", encoding="utf-8")
         sample_grid(
@@ -107,21 +112,22 @@ def _evaluated(
     rewards: Sequence[Reward],
     config: EvaluateStage,
     shown: Sequence[int],
+    archive: ImageArchive,
+    model: str,
 ) -> Evaluation:
-    from sfgrpo.evaluation import evaluate_policy
+    """Judges the policy as it is, and packs all its images under a model's name."""
+    from sfgrpo.evaluation import evaluate_policy, protocol_of
     from sfgrpo.rewards import build_reward
 
+    protocol = protocol_of(config.evaluation)
     return evaluate_policy(
         policy,
         asked,
         build_reward("geneval_strict"),
         rewards,
-        images_per_prompt=config.evaluation.images_per_prompt,
-        num_steps=config.evaluation.num_steps,
-        guidance_scale=config.evaluation.guidance_scale,
-        seed=config.evaluation.seed,
-        micro_batch_size=config.evaluation.micro_batch_size,
+        protocol,
         shown=shown,
+        drawn=functools.partial(archive.add, model, asked, protocol.images_per_prompt),
     )
 
 

@@ -38,17 +38,16 @@ from sfgrpo.distributed import (
     shared_files,
 )
 from sfgrpo.errors import Preempted
-from sfgrpo.evaluation import Evaluation, evaluate_policy, mean_rewards
 from sfgrpo.gains import step_gains
 from sfgrpo.guards import NumericalGuard, broken_images, without_broken_groups
-from sfgrpo.learner import Learner, read_best, restore_best, save_best
+from sfgrpo.learner import Learner, read_best, restore_best
+from sfgrpo.periodic import Court, PeriodicEvaluation, Place
 from sfgrpo.policies.base import Policy
 from sfgrpo.preemption import StopNotice
 from sfgrpo.progress import Progress
 from sfgrpo.prompts import prompts_of_update
 from sfgrpo.random import gaussian_noise
-from sfgrpo.report import pick_rows, sample_grid
-from sfgrpo.rewards.base import Reward, distinct_rewards
+from sfgrpo.rewards.base import Reward
 from sfgrpo.rollout import roll_out, row_slices
 from sfgrpo.scoring import score_states, share_start_rewards
 from sfgrpo.sde import trainable_steps
@@ -73,7 +72,13 @@ class Materials:
     held_out: Sequence[Reward]
     """Measured in evaluation only; training sees none but `reward`, which may be listed again."""
     folder: Path
-    """Resumable state: checkpoints, the best adapter, sample grids."""
+    """Resumable state: checkpoints, snapshots, the best adapter, sample grids."""
+    evaluations: Path
+    """Store of all evaluations."""
+    scope: str
+    """Digest of all that shapes an evaluation but the adapter."""
+    aside: bool = False
+    """Whether other processes evaluate while the training goes on."""
     tracker: Tracker
     notice: StopNotice
     """Tells when the run has to make room."""
@@ -105,12 +110,21 @@ class Trainer:
         self._texts = sorted({prompt.text for prompt in materials.prompts})
         self._encoded = _encode_in_batches(policy, self._texts)
         self.history: list[dict[str, Any]] = []
-        self.evaluations: list[dict[str, Any]] = []
-        self._saved_update: int | None = None
+        self._saved: tuple[int, int] | None = None
+        """Updates and evaluations of the newest checkpoint."""
         self._seconds_of_update = math.inf
         """What the last update took, and an update is expected to take."""
         self._seconds_of_save = 0.0
         self._sampler_changed = False
+        self._periodic = PeriodicEvaluation(
+            policy,
+            Court.of(config, materials.evaluation_prompts, materials.verdict, materials.reward, materials.held_out),
+            Place(folder=materials.folder, store=materials.evaluations, scope=materials.scope, aside=materials.aside),
+            materials.tracker,
+            accelerator,
+            self._heed_notice,
+            config.checkpoint.keep,
+        )
         # All noise is addressed by seed and update; this is for what a library may draw by itself.
         torch.manual_seed(config.seed)
         self._restore()
@@ -127,9 +141,18 @@ class Trainer:
         return len(self.history)
 
     @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Update and metrics of every evaluation so far."""
+        return self._periodic.results
+
+    @property
     def best(self) -> dict[str, Any]:
         """The evaluation with the highest GenEval score, the earliest of equals."""
-        return max(self.evaluations, key=lambda evaluation: evaluation["metrics"]["geneval/overall"])
+        return self._periodic.best
+
+    @property
+    def _done(self) -> tuple[int, int]:
+        return self.update_index, len(self.evaluations)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Puts the averaged adapter, which is what gets published, into the policy for a block."""
@@ -156,11 +179,13 @@ class Trainer:
     def _run(self, progress: Progress) -> None:
         config = self._config
         while True:
-            if self._is_due(config.evaluation.every_num_updates, first=True) and not self._is_evaluated():
-                self._evaluate()
-            if self._is_due(config.checkpoint.every_num_updates) and self._saved_update != self.update_index:
+            is_last = self.update_index == config.update.num_updates
+            if self._is_due(config.evaluation.every_num_updates, first=True):
+                self._periodic.ask(self.update_index, self.averaged())
+            self._periodic.finish() if is_last else self._periodic.advance()
+            if self._is_due(config.checkpoint.every_num_updates) and self._saved != self._done:
                 self._save()
-            if self.update_index == config.update.num_updates:
+            if is_last:
                 return
             self._heed_notice()
             metrics = self._update(self.update_index)
@@ -175,9 +200,6 @@ class Trainer:
         last = self.update_index == self._config.update.num_updates
         return last or self.update_index % every_num_updates == 0
 
-    def _is_evaluated(self) -> bool:
-        return bool(self.evaluations) and self.evaluations[-1]["update"] == self.update_index
-
     def _heed_notice(self, seconds_to_go: float = math.inf) -> None:
         """Leaves if some process was told to stop and has less time than what is to be done would take."""
         notice = self._materials.notice
@@ -187,7 +209,7 @@ class Trainer:
 
     def _leave(self) -> NoReturn:
         """Saves the state after the last update, of which nothing has changed since, and says so."""
-        if self._saved_update != self.update_index:
+        if self._saved != self._done:
             self._save()
         raise Preempted(
             f"the run was told to stop; its state after update {self.update_index} is saved, and starting it again "
@@ -251,8 +273,7 @@ class Trainer:
     def _clock(self) -> PhaseClock:
         rollout = ("rollout.micro_batch_size", self._batches.rollout_micro_batch)
         settings = dict.fromkeys(("rollout", "estimates", "decode", "reward"), rollout) | {
-            "update": ("update.micro_batch_size", self._batches.update_micro_batch),
-            "evaluation": ("evaluation.micro_batch_size", self._config.evaluation.micro_batch_size),
+            "update": ("update.micro_batch_size", self._batches.update_micro_batch)
         }
         return PhaseClock(self._policy.device, settings)
 
@@ -319,66 +340,11 @@ class Trainer:
         rewards_NS = share_start_rewards(rewards_NS, config.scored_states, config.rollout.group_size)
         return without_broken_groups(rewards_NS, config.rollout.group_size)
 
-    def _evaluate(self) -> None:
-        """Judges the averaged adapter, records it, and keeps it when it is the best so far."""
-        config, materials, clock = self._config.evaluation, self._materials, self._clock()
-        rewards = distinct_rewards(materials.reward, *materials.held_out)
-        shown = pick_rows(materials.evaluation_prompts, per_tag=2)
-        with clock("evaluation"), self.averaged():
-            evaluation = evaluate_policy(
-                self._policy,
-                materials.evaluation_prompts,
-                materials.verdict,
-                rewards,
-                images_per_prompt=config.images_per_prompt,
-                num_steps=config.num_steps,
-                guidance_scale=config.guidance_scale,
-                seed=config.seed,
-                micro_batch_size=config.micro_batch_size,
-                shown=shown,
-                accelerator=self._accelerator,
-                between=self._heed_notice,
-            )
-            noisy = self._noisy_rewards(rewards) if config.training_sampler else {}
-            metrics = {**evaluation.to_dict(), **{f"evaluation_noisy/{name}": value for name, value in noisy.items()}}
-            self.evaluations.append({"update": self.update_index, "metrics": metrics})
-            if self.best is self.evaluations[-1] and self._accelerator.is_main_process:
-                save_best(self._policy, materials.folder)
-        metrics |= clock.metrics()
-        materials.tracker.log_metrics(metrics, self.update_index)
-        if self._accelerator.is_main_process:
-            self._draw(evaluation, shown)
-        logger.info("update %d: GenEval %s", self.update_index, evaluation.table.overall)
-
-    def _noisy_rewards(self, rewards: Sequence[Reward]) -> dict[str, float]:
-        """Measures the policy as it is by the sampler of the training, on the evaluation's prompts."""
-        sampling, config = self._config.sampling, self._config.evaluation
-        return mean_rewards(
-            self._policy,
-            self._materials.evaluation_prompts,
-            rewards,
-            images_per_prompt=config.images_per_prompt,
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
-            seed=config.seed,
-            micro_batch_size=config.micro_batch_size,
-            sampler=sampling.sampler,
-            noise_level=sampling.noise_level,
-            accelerator=self._accelerator,
-            between=self._heed_notice,
-        )
-
-    def _draw(self, evaluation: Evaluation, shown: Sequence[int]) -> None:
-        prompts, name = self._materials.evaluation_prompts, f"update {self.update_index}"
-        path = self._materials.folder / f"samples_{self.update_index:06d}.png"
-        sample_grid(prompts, {name: evaluation.images}, {name: evaluation.correct}, shown).save(path)
-        self._materials.tracker.log_image(path, "samples", self.update_index)
-
     def _save(self) -> None:
         """Writes a checkpoint of everything that the rest of the run depends on."""
         materials, started = self._materials, time.monotonic()
         require_same_everywhere(self._policy.adapter_parameters(), self._accelerator)
-        self._saved_update = self.update_index
+        self._saved = self._done
         if not self._accelerator.is_main_process:
             return
         state = TrainingState(
@@ -388,9 +354,10 @@ class Trainer:
             config=to_flat_dict(self._config),
             history=self.history,
             best=read_best(materials.folder),
-            extra={"evaluations": self.evaluations},
+            extra=self._periodic.state(),
         )
         save_checkpoint(materials.folder / CHECKPOINTS, state, self._config.checkpoint.keep)
+        self._periodic.prune()
         self._seconds_of_save = time.monotonic() - started
         materials.saved()
 
@@ -401,8 +368,8 @@ class Trainer:
         self._learner.load(adapter=state.adapter, ema=state.ema, optimizer=state.optimizer, scaler=state.scaler)
         torch.set_rng_state(torch.as_tensor(state.rng["torch"]))
         self.history = [dict(metrics) for metrics in state.history]
-        self.evaluations = list(state.extra["evaluations"])
-        self._saved_update = state.update_index
+        self._periodic.load(state.extra)
+        self._saved = self._done
         self._sampler_changed = True
         if self._accelerator.is_main_process:
             self._restore_records(state)
@@ -424,11 +391,7 @@ class Trainer:
         restore_best(state.best, materials.folder)
         for entry in self.history:
             materials.tracker.log_metrics({k: v for k, v in entry.items() if k != "update"}, entry["update"])
-        for evaluation in self.evaluations:
-            materials.tracker.log_metrics(evaluation["metrics"], evaluation["update"])
-            path = materials.folder / f"samples_{evaluation['update']:06d}.png"
-            if path.exists():
-                materials.tracker.log_image(path, "samples", evaluation["update"])
+        self._periodic.record_again()
 
 
 def objective_of(config: TrainStage, policy: Policy, micro_batch_size: int) -> Objective:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sfgrpo.assembly import (
     check_pretrained,
+    device_of,
     make_accelerator,
     make_policy,
     make_reward,
@@ -23,7 +24,7 @@ from sfgrpo.assembly import (
 from sfgrpo.config import TrainStage, to_flat_dict
 from sfgrpo.environment import Environment
 from sfgrpo.errors import ConfigError, MirrorError, SfgrpoError
-from sfgrpo.files import atomic_directory, only_user
+from sfgrpo.files import atomic_directory, atomic_write, only_user
 from sfgrpo.paths import (
     EVALUATION_PROMPTS,
     PARAMS,
@@ -31,6 +32,7 @@ from sfgrpo.paths import (
     PROMPTS,
     RUN_PREFIX,
     TRAIN_REPORT,
+    TRAINING,
     TRAINING_PROMPTS,
     run_lock,
 )
@@ -98,6 +100,7 @@ def train_policy(
                 "launch.sharding: full spreads the frozen weights over processes, and there is one; use none, or a "
                 "launch.num_processes of 2 or more"
             )
+        aside = _evaluates_aside(environment)
         reward = make_reward(config.reward)
         check_pretrained(config.policy)
         use_threads(environment)
@@ -109,6 +112,8 @@ def train_policy(
             _refuse_other_code(inputs)
         _require_same_run(key, accelerator)
         folder.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            atomic_write(TRAINING, json.dumps({"folder": str(folder.resolve())}) + "\n")
         with (
             _only_trainer(folder, environment, accelerator),
             _mirrored(folder, environment, notice, accelerator) as saved,
@@ -116,7 +121,17 @@ def train_policy(
         ):
             policy = make_policy(config.policy, config.seed, environment, launch.sharding)
             trainer = make_trainer(
-                config, accelerator, policy, reward, prompts, evaluation_prompts, folder, tracker, notice, saved
+                config,
+                accelerator,
+                policy,
+                reward,
+                prompts,
+                evaluation_prompts,
+                folder,
+                tracker,
+                notice,
+                saved,
+                aside=aside,
             )
             with notice.deferred():
                 trainer.run()
@@ -213,6 +228,17 @@ def _mirrored(
         yield mirror.sync
     finally:
         mirror.close(min(MIRROR_S, notice.remaining_s - LEAVING_S))
+
+
+def _evaluates_aside(environment: Environment) -> bool:
+    """Tells whether evaluations have a device of their own; refuses one on which figures would come out otherwise."""
+    kind, wanted = device_of(environment).partition(":")[0], environment.evaluation_device
+    if wanted is not None and wanted.partition(":")[0] != kind:
+        raise ConfigError(
+            f"environment: SFGRPO_EVALUATION_DEVICE: {wanted} is no device of the training's kind, {kind}, and would "
+            f"give other figures; use {kind} and a number, or unset the variable"
+        )
+    return wanted is not None
 
 
 def _require_same_run(key: str, accelerator: Accelerator) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -69,10 +70,12 @@ def run_command(
     command: Sequence[str],
     environment: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] = lambda line: None,
+    *,
+    over: threading.Event | None = None,
 ) -> None:
     """Runs a command under supervision, with further environment variables, and logs its output, but for DVC's advice.
 
-    Every line that is logged goes to `on_line` as well.
+    Every line that is logged goes to `on_line` as well. The command is ended once `over` is set.
 
     Raises:
         StageError: the command failed. The exit status is that of the stage when DVC reports one.
@@ -96,8 +99,10 @@ def run_command(
         command,
         LOGS / f"{stage}.log",
         show,
-        {**os.environ, **_flow_variables(), **(environment or {}), "PATH": path},
+        # Unbuffered, so that lines appear when they are printed, and errors after what led to them.
+        {**os.environ, "PYTHONUNBUFFERED": "1", **_flow_variables(), **(environment or {}), "PATH": path},
         grace_s=grace_s,
+        over=over,
     )
     if status:
         reported = re.findall(r"exited with (\d+)", "\n".join(lines))

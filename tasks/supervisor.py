@@ -42,8 +42,11 @@ def run_supervised(
     environment: Mapping[str, str] | None = None,
     *,
     grace_s: float,
+    over: threading.Event | None = None,
 ) -> int:
     """Runs a command in the working directory and returns its exit status; ends it if this call is interrupted.
+
+    It is also ended once `over` is set, from another thread.
 
     When it is told to stop it has `grace_s` seconds, and a margin, to leave. After `stop_all` this starts nothing and
     returns `STOPPED`.
@@ -67,7 +70,7 @@ def run_supervised(
             # It may have been too late for `stop_all` to see.
             supervisor.terminate()
         try:
-            for line in _follow(source, supervisor):
+            for line in _follow(source, supervisor, over):
                 on_line(line)
         finally:
             if supervisor.poll() is None:
@@ -132,14 +135,16 @@ def main(parent_pid: int, grace_s: float, command: Sequence[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _follow(source: TextIO, supervisor: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Yields the lines of a growing file, without line ends and without empty ones, until the supervisor is done."""
+def _follow(source: TextIO, supervisor: subprocess.Popen[bytes], over: threading.Event | None) -> Iterator[str]:
+    """Yields the lines of a growing file, none of them empty, until the supervisor is done or it is over."""
     rest = ""
     done = False
     while not done:
         done = supervisor.poll() is not None
         *lines, rest = (rest + source.read()).split("\n")
         yield from (line.rstrip() for line in lines if line.strip())
+        if over is not None and over.is_set():
+            return
         if not done:
             time.sleep(POLL_S)
     if rest.strip():

@@ -67,6 +67,8 @@ def train(folder: Path, case: str, sharding: str, accelerator: Accelerator) -> N
         verdict=Half(),
         held_out=(Light(),),
         folder=folder / f"{case}-run",
+        evaluations=folder / f"{case}-evaluations",
+        scope=case,
         tracker=RecordingTracker() if is_first else SilentTracker(),
         notice=StopNotice(grace_s=60),
     )

@@ -20,11 +20,13 @@ NEEDED_BY_FLOWS = (
     "config",
     "environment",
     "errors",
+    "evaluation_store",
     "files",
     "mlflow_store",
     "paths",
     "sections",
     "signals",
+    "snapshots",
     "status",
     "types",
     "validation",
@@ -65,6 +67,9 @@ if stage == "train" and pathlib.Path("crash_once").exists():
         progress.write_text(str(update + 1))
         if start == 0 and update == 1:
             os._exit(137)
+extra = pathlib.Path(f"extra_{stage}.py")
+if extra.exists():
+    exec(extra.read_text())
 preempted = pathlib.Path(f"preempt_{stage}")
 if preempted.exists():
     left = int(preempted.read_text()) - 1

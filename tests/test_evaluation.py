@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from tiny import Light, disturb, make_tiny_pipeline, make_tiny_policy, tiny_prompts
 
-from sfgrpo.evaluation import Evaluation, draw_images, evaluate_policy
+from sfgrpo.evaluation import Evaluation, Protocol, draw_images, evaluate_policy, mean_rewards, thumbnails
 from sfgrpo.policies.base import Policy
+from sfgrpo.promotion import diversity
 from sfgrpo.random import gaussian_noise
 from sfgrpo.rewards.base import Reward
 from sfgrpo.types import Prompt
 
 PROMPTS = tiny_prompts(3)
 PER_PROMPT = 2
+PROTOCOL = Protocol(images_per_prompt=PER_PROMPT, num_steps=2, guidance_scale=1.0, seed=7, micro_batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +43,13 @@ class Scripted(Reward):
         return self.values[first : len(self.asked)]
 
 
-def evaluated(policy: Policy, verdict: Reward, rewards: tuple[Reward, ...] = (), **changes) -> Evaluation:
-    options = {"num_steps": 2, "guidance_scale": 1.0, "seed": 7, "micro_batch_size": 4, "shown": range(3)} | changes
-    return evaluate_policy(policy, PROMPTS, verdict, rewards, images_per_prompt=PER_PROMPT, **options)
+def evaluated(policy: Policy, verdict: Reward, rewards: tuple[Reward, ...] = (), **options) -> Evaluation:
+    return evaluate_policy(policy, PROMPTS, verdict, rewards, PROTOCOL, **{"shown": range(3)} | options)
 
 
 def drawn(policy: Policy, texts: list[str], **changes) -> np.ndarray:
-    options = {"num_steps": 3, "guidance_scale": 1.0, "seed": 7, "micro_batch_size": 8} | changes
-    return draw_images(policy, policy.encode(texts), **options)
+    options = {"num_steps": 3, "micro_batch_size": 8} | changes
+    return draw_images(policy, policy.encode(texts), dataclasses.replace(PROTOCOL, **options))
 
 
 def largest_difference(first: np.ndarray, second: np.ndarray) -> int:
@@ -64,6 +67,31 @@ def test_table_and_rewards_are_those_of_the_verdicts():
     assert metrics["geneval/overall"] == metrics["geneval/counting"] == pytest.approx(0.5)
     assert metrics["geneval/num_images"] == 6 and metrics["geneval/num_prompts"] == 3
     assert metrics["evaluation/light"] == pytest.approx(evaluation.images.mean() / 255, abs=1e-5)
+
+
+def test_scores_and_thumbnails_are_those_of_every_image():
+    evaluation = evaluated(make_tiny_policy(), Scripted([1] * 6), (Light(),))
+    images_PGHWC = evaluation.images.reshape(3, PER_PROMPT, 32, 32, 3)
+    assert evaluation.rewards_PG["light"] == pytest.approx(images_PGHWC.mean(axis=(2, 3, 4)) / 255, abs=1e-6)
+    assert evaluation.rewards == {"light": pytest.approx(evaluation.rewards_PG["light"].mean(), abs=1e-6)}
+    assert np.array_equal(evaluation.thumbnails_PGHWC, images_PGHWC)
+    assert np.array_equal(diversity(evaluation.thumbnails_PGHWC), diversity(images_PGHWC))
+    assert evaluated(make_tiny_policy(), Scripted([1] * 6), shown=()).thumbnails_PGHWC.shape == images_PGHWC.shape
+
+
+def test_thumbnail_is_the_average_of_areas():
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 128, 3), dtype=np.uint8)
+    averages = images.reshape(2, 16, 4, 32, 4, 3).astype(np.float64).mean(axis=(2, 4))
+    assert np.array_equal(thumbnails(images), averages.round().astype(np.uint8))
+    assert thumbnails(images[:0]).shape == (0, 16, 32, 3)
+    assert np.array_equal(thumbnails(images[:, :32, :20]), images[:, :32, :20])
+
+
+def test_sampler_of_the_protocol_draws_the_images_whose_rewards_are_averaged(policy):
+    noisy = dataclasses.replace(PROTOCOL, sampler="flow_sde", noise_level=0.7)
+    plain = evaluated(policy, Scripted([1] * 6), (Light(),)).rewards
+    assert mean_rewards(policy, PROMPTS, (Light(),), PROTOCOL) == plain
+    assert mean_rewards(policy, PROMPTS, (Light(),), noisy) != plain
 
 
 def test_only_the_images_of_the_prompts_that_are_shown_are_kept_in_their_order(policy):

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import http.client
-import http.server
+import hashlib
 import io
 import logging
 import os
 import shutil
 import socket
-import socketserver
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_proxy import FaultyProxy
 from s3 import BUCKET, PROGRAM, PYTHON, S3Server
 
 from sfgrpo import bucket, mirror
-from sfgrpo.bucket import Bucket, digests_of
+from sfgrpo.bucket import Bucket
 from sfgrpo.errors import ConfigError, MirrorError
 from sfgrpo.files import atomic_directory, verify_manifest, write_manifest
 from sfgrpo.mirror import Mirror, require_run, run_names
@@ -89,63 +87,9 @@ def flipped(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-class Proxy:
-    """Stands between client and server: passes on, answers 500, or hangs up, as `mode` says; notes every request."""
-
-    def __init__(self, target: int) -> None:
-        self.mode = "pass"
-        self.requests: list[tuple[str, str]] = []
-        proxy = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self) -> None:
-                proxy.requests.append((self.command, self.path))
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                if proxy.mode == "cut":
-                    self.close_connection = True
-                    return
-                if proxy.mode == "fail":
-                    self.send_response(500)
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                connection = http.client.HTTPConnection("127.0.0.1", target, timeout=30)
-                connection.request(self.command, self.path, body, dict(self.headers))
-                answer = connection.getresponse()
-                content = answer.read()
-                self.send_response_only(answer.status)
-                for name, value in answer.getheaders():
-                    if name.lower() != "transfer-encoding":
-                        self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-                connection.close()
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
-
-        class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-            daemon_threads = True
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
 @pytest.fixture
-def proxy(s3_server: S3Server, uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    proxy = Proxy(s3_server.port)
-    # The signature covers the host, which the proxy passes on as it is.
+def proxy(s3_server: S3Server, uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(s3_server.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     monkeypatch.setattr(bucket, "NUM_ATTEMPTS", 1)
     yield proxy
@@ -426,7 +370,7 @@ def test_request_returns_at_once(uri, folder, monkeypatch):
         copy.close(0.1)
 
 
-@pytest.mark.parametrize("mode", ["fail", "cut"])
+@pytest.mark.parametrize("mode", ["status", "cut_request"])
 def test_outage_is_told_once_and_its_end_too(s3_server, uri, folder, proxy, monkeypatch, caplog, mode):
     monkeypatch.setattr(mirror, "FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(mirror, "LONGEST_PAUSE_S", 0.1)
@@ -447,7 +391,7 @@ def test_outage_is_told_once_and_its_end_too(s3_server, uri, folder, proxy, monk
 
 
 def test_mirror_that_closes_in_an_outage_says_what_is_behind(uri, folder, proxy, caplog):
-    proxy.mode = "fail"
+    proxy.mode = "status"
     copy = Mirror(uri, folder)
     copy.sync()
     copy.close(0.3)
@@ -456,31 +400,61 @@ def test_mirror_that_closes_in_an_outage_says_what_is_behind(uri, folder, proxy,
 
 def test_upload_that_arrives_changed_is_seen(uri, folder, monkeypatch):
     target = Bucket(uri)
-    transfer = target._client.upload_fileobj
-
-    def upload(file: Any, *arguments: Any, **options: Any) -> None:
-        transfer(io.BytesIO(flipped(file.read())), *arguments, **options)
-
-    monkeypatch.setattr(target._client, "upload_fileobj", upload)
+    transfer = target._client.put_object
+    monkeypatch.setattr(
+        target._client, "put_object", lambda **which: transfer(**which | {"Body": flipped(which["Body"])})
+    )
     with pytest.raises(MirrorError, match="file does not hold what was sent"):
         target.put("file", io.BytesIO(b"content"))
 
 
-def test_upload_under_an_etag_that_is_no_md5_is_read_back(uri, monkeypatch):
+def test_part_that_arrives_changed_is_seen(uri, monkeypatch):
     target = Bucket(uri)
+    transfer = target._client.upload_part
+    monkeypatch.setattr(
+        target._client, "upload_part", lambda **which: transfer(**which | {"Body": flipped(which["Body"])})
+    )
+    with pytest.raises(MirrorError, match="file does not hold what was sent"):
+        target.put("file", io.BytesIO(bytes(BIG)))
+
+
+@pytest.mark.parametrize("size", [0, 7, BIG])
+def test_upload_under_an_etag_that_is_no_md5_is_read_back(uri, proxy, monkeypatch, size):
+    target, content = Bucket(uri), os.urandom(size)
+    answers = iter([{"ETag": '"something else"'}])
     head = target._client.head_object
-    monkeypatch.setattr(target._client, "head_object", lambda **which: head(**which) | {"ETag": '"something else"'})
-    target.put("file", io.BytesIO(b"content"))
-    assert target.sha256("file") == digests_of(io.BytesIO(b"content")).sha256
+    monkeypatch.setattr(target._client, "head_object", lambda **which: head(**which) | next(answers, {}))
+    target.put("file", io.BytesIO(content))
+    assert target.sha256("file") == hashlib.sha256(content).hexdigest()
+    assert ("GET" in {method for method, _ in proxy.requests}) == (size > 0)
 
 
 @pytest.mark.parametrize("size", [0, 1, bucket.PART_SIZE - 1, bucket.PART_SIZE, bucket.PART_SIZE + 1])
-def test_etag_is_the_one_that_the_server_gives(s3_server, uri, size):
-    file = io.BytesIO(bytes(size))
-    Bucket(uri).put("file", file)
-    key = f"{uri.removeprefix(f's3://{BUCKET}/')}/file"
-    etag = s3_server.client().head_object(Bucket=BUCKET, Key=key)["ETag"]
-    assert etag == f'"{digests_of(io.BytesIO(bytes(size))).etag}"'
+def test_etag_of_the_server_is_proof_enough(uri, proxy, size):
+    file, came = io.BytesIO(os.urandom(size)), io.BytesIO()
+    target = Bucket(uri)
+    target.put("file", file)
+    assert "GET" not in {method for method, _ in proxy.requests}
+    assert target.fetch("file", came) == hashlib.sha256(file.getvalue()).hexdigest() == target.sha256("file")
+    assert came.getvalue() == file.getvalue()
+
+
+def test_file_that_changes_while_it_is_uploaded_is_an_error(uri):
+    class Changing(io.BytesIO):
+        def seek(self, *arguments: int) -> int:
+            place = super().seek(*arguments)
+            if self.tell() == 0 and was_read:
+                self.write(b"after")
+                super().seek(0)
+            return place
+
+        def read(self, *arguments: Any) -> bytes:
+            was_read.append(True)
+            return super().read(*arguments)
+
+    was_read: list[bool] = []
+    with pytest.raises(MirrorError, match=r"file was changed while it was uploaded; upload it again$"):
+        Bucket(uri).put("file", Changing(b"before"))
 
 
 def test_wrong_secret_is_a_clear_error_without_the_secret(uri, folder, monkeypatch, caplog):

@@ -28,7 +28,7 @@ from sfgrpo.batches import BatchArithmetic
 from sfgrpo.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, update_of
 from sfgrpo.config import TrainStage
 from sfgrpo.errors import CanaryError, NumericsError, Preempted
-from sfgrpo.evaluation import draw_images
+from sfgrpo.evaluation import draw_images, protocol_of
 from sfgrpo.files import write_manifest
 from sfgrpo.policies.base import Policy
 from sfgrpo.preemption import StopNotice
@@ -43,6 +43,8 @@ from sfgrpo.validation import validated
 ROOT = Path(__file__).resolve().parents[1]
 NUM_UPDATES, NUM_STEPS, GROUP_SIZE, NUM_IMAGES = 5, 3, 3, 6
 NUM_LONG_UPDATES = 30
+SHARES = (0.0, 1.0, 0.5, 1.0)
+"""Of the images that four evaluations find right."""
 TRAINING, EVALUATION = tiny_prompts(6)[:4], tiny_prompts(6)[4:]
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -139,6 +141,8 @@ def trainer_in(folder: Path, config: TrainStage | None = None, policy: Policy | 
         verdict=Half(),
         held_out=(Light(),),
         folder=folder,
+        evaluations=folder / "evaluations",
+        scope="test",
         tracker=RecordingTracker(),
         notice=StopNotice(grace_s=60),
     )
@@ -178,7 +182,7 @@ class Run:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of 5 updates, evaluated after 0, 2, 4 and 5, of which the evaluation after 2 finds most images right."""
     folder, policy = tmp_path_factory.mktemp("run"), make_tiny_policy()
-    tracker, verdict = RecordingTracker(), Half(0.0, 1.0, 0.5, 1.0)
+    tracker, verdict = RecordingTracker(), Half(*SHARES)
     trainer = trainer_in(folder, policy=policy, tracker=tracker, verdict=verdict)
     trainer.run()
     return Run(trainer=trainer, policy=policy, tracker=tracker, verdict=verdict, folder=folder)
@@ -246,14 +250,7 @@ def test_best_evaluation_is_the_earliest_of_the_highest_and_its_adapter_is_kept(
 def test_averaged_adapter_is_the_one_that_is_judged(run):
     kept, options = make_tiny_policy(), small_config().evaluation
     kept.load_adapter(run.folder / "best")
-    images = draw_images(
-        kept,
-        kept.encode([prompt.text for prompt in EVALUATION]),
-        num_steps=options.num_steps,
-        guidance_scale=1.0,
-        seed=options.seed,
-        micro_batch_size=8,
-    )
+    images = draw_images(kept, kept.encode([prompt.text for prompt in EVALUATION]), protocol_of(options))
     assert (images == run.verdict.shown[1]).all()
     assert (run.verdict.shown[0] != run.verdict.shown[1]).any()
 
@@ -326,10 +323,13 @@ def test_adapter_that_does_not_learn_stops_the_run(tmp_path):
 
 def test_adapter_that_is_cut_off_stops_the_run(tmp_path):
     policy = make_tiny_policy()
-    trainer = trainer_in(tmp_path, policy=policy)
-    policy.pipeline.transformer.disable_adapters()
+
+    class CuttingOff(RecordingTracker):
+        def log_metrics(self, metrics, step):
+            policy.pipeline.transformer.disable_adapters()
+
     with pytest.raises(CanaryError, match="no trainable parameter takes part in the loss"):
-        trainer.run()
+        trainer_in(tmp_path, policy=policy, tracker=CuttingOff()).run()
 
 
 def test_training_raises_what_is_rewarded(tmp_path):
@@ -350,8 +350,7 @@ def test_stopped_run_ends_as_if_it_had_never_been_stopped(run, tmp_path, stopped
     with pytest.raises(KeyboardInterrupt):
         trainer_in(tmp_path, tracker=Stopping(stopped_at), verdict=Half(0.0, 1.0)).run()
     torch.manual_seed(99)
-    shares = (0.0, 1.0, 0.5, 1.0) if stopped_at < 2 else (0.5, 1.0)
-    trainer = trainer_in(tmp_path, policy=make_tiny_policy(seed=0), verdict=Half(*shares))
+    trainer = trainer_in(tmp_path, policy=make_tiny_policy(seed=0), verdict=Half(*SHARES[num_evaluated(tmp_path) :]))
     assert trainer.update_index == (stopped_at - 1) // 2 * 2
     trainer.run()
     ours, theirs = (load_checkpoint(latest_checkpoint(folder / "checkpoints")) for folder in (tmp_path, run.folder))
@@ -361,6 +360,11 @@ def test_stopped_run_ends_as_if_it_had_never_been_stopped(run, tmp_path, stopped
     assert timeless(trainer.evaluations) == timeless(run.trainer.evaluations)
     ours, theirs = ((folder / "best" / "pytorch_lora_weights.safetensors") for folder in (tmp_path, run.folder))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def num_evaluated(folder: Path) -> int:
+    """Counts the evaluations in the store of a run."""
+    return len(list(folder.glob("evaluations/*/metrics.json")))
 
 
 class Told(StopNotice):
@@ -404,9 +408,7 @@ class TellingReward(Light):
 
 
 def assert_ends_as(run: Run, folder: Path) -> None:
-    trainer = trainer_in(
-        folder, policy=make_tiny_policy(seed=0), verdict=Half(*((0.0, 1.0, 0.5, 1.0)[len_of(folder) :]))
-    )
+    trainer = trainer_in(folder, policy=make_tiny_policy(seed=0), verdict=Half(*SHARES[num_evaluated(folder) :]))
     trainer.run()
     ours, theirs = (load_checkpoint(latest_checkpoint(place / "checkpoints")) for place in (folder, run.folder))
     for field in ("update_index", "adapter", "ema", "optimizer", "scaler", "best", "rng"):

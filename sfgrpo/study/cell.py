@@ -28,7 +28,7 @@ from sfgrpo.assembly import (
 from sfgrpo.checkpoint import CHECKPOINTS, latest_checkpoint
 from sfgrpo.config import TrainStage, to_flat_dict
 from sfgrpo.environment import Environment
-from sfgrpo.evaluation import draw_images
+from sfgrpo.evaluation import draw_images, protocol_of
 from sfgrpo.files import atomic_directory, sha256_of_file
 from sfgrpo.mlflow_tracking import MlflowTracker
 from sfgrpo.policies.base import Policy
@@ -118,14 +118,8 @@ class Samples:
 
 def _samples(policy: Policy, asked: Sequence[Prompt], config: TrainStage) -> Samples:
     prompts = [asked[index] for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK) for _ in range(SAMPLES_PER_PROMPT)]
-    images = draw_images(
-        policy,
-        policy.encode([prompt.text for prompt in prompts]),
-        num_steps=config.evaluation.num_steps,
-        guidance_scale=config.evaluation.guidance_scale,
-        seed=config.evaluation.seed,
-        micro_batch_size=config.evaluation.micro_batch_size,
-    )
+    protocol = dataclasses.replace(protocol_of(config.evaluation), images_per_prompt=SAMPLES_PER_PROMPT)
+    images = draw_images(policy, policy.encode([prompt.text for prompt in prompts]), protocol)
     verdicts = checked_rewards(build_reward("geneval_strict"), images, prompts).numpy()
     return Samples(images=images, correct=verdicts.reshape(-1, SAMPLES_PER_PROMPT) == 1.0)
 

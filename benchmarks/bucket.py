@@ -1,0 +1,93 @@
+"""What a checkpoint takes to S3 and back: `python -m benchmarks.bucket`.
+
+Sends 200 MB of random bytes to the local S3 server and fetches them, by boto3 alone with its own defaults, which proves
+nothing, and by `Bucket` with its proofs: digests before, while and after. Both take turns, and medians are printed,
+because machines are noisy. The last column is the CPU time of this process, which a training beside it would miss.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from sfgrpo.bucket import Bucket
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests"))
+
+from s3 import BUCKET, S3Server  # type: ignore[import-not-found] # noqa: E402
+
+SIZE = 200_000_000
+ROUNDS = 5
+
+Way = tuple[Callable[[Path], object], Callable[[Path], object]]
+
+
+def by_boto3(server: S3Server) -> Way:
+    """Gives upload and download as boto3 does them."""
+    client = server.client()
+
+    def send(path: Path) -> None:
+        with path.open("rb") as file:
+            client.upload_fileobj(file, BUCKET, "plain")
+
+    def fetch(path: Path) -> None:
+        with path.open("wb") as file:
+            client.download_fileobj(BUCKET, "plain", file)
+
+    return send, fetch
+
+
+def by_bucket(server: S3Server) -> Way:
+    """Gives upload and download as the mirror of a run does them."""
+    os.environ.update(server.environment)
+    bucket = Bucket(f"s3://{BUCKET}/proven")
+
+    def send(path: Path) -> None:
+        with path.open("rb") as file:
+            bucket.put("checkpoint", file)
+
+    def fetch(path: Path) -> None:
+        with path.open("wb") as file:
+            if bucket.fetch("checkpoint", file) != bucket.sha256("checkpoint"):
+                raise RuntimeError("what came back is not what was sent")
+
+    return send, fetch
+
+
+def clocked(work: Callable[[Path], object], path: Path) -> tuple[float, float]:
+    """Gives the seconds that the work took, and those of the processor in this process."""
+    started, computed = time.perf_counter(), time.process_time()
+    work(path)
+    return time.perf_counter() - started, time.process_time() - computed
+
+
+def main() -> None:
+    """Measures and prints."""
+    with tempfile.TemporaryDirectory() as name, S3Server(Path(name, "server")) as server:
+        server.client().create_bucket(Bucket=BUCKET)
+        source, target = Path(name, "source"), Path(name, "target")
+        source.write_bytes(os.urandom(SIZE))
+        ways: Mapping[str, Way] = {"plain boto3": by_boto3(server), "Bucket": by_bucket(server)}
+        seconds: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for round_index in range(ROUNDS + 1):
+            for way, (send, fetch) in ways.items():
+                measured = {"up": clocked(send, source), "down": clocked(fetch, target)}
+                for direction, both in measured.items() if round_index else ():  # the first round warms up
+                    seconds.setdefault((direction, way), []).append(both)
+    print("| | | s | MB/s | of plain boto3 | CPU s |\n|---|---|---:|---:|---:|---:|")
+    for direction in ("up", "down"):
+        base = statistics.median(taken for taken, _ in seconds[direction, "plain boto3"])
+        for way in ways:
+            taken, computed = (statistics.median(each) for each in zip(*seconds[direction, way], strict=True))
+            rate = f"{SIZE / taken / 1e6:.0f} | {base / taken:.0%}"
+            print(f"| {direction} | {way} | {taken:.2f} | {rate} | {computed:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Command line: `python -m infra.stack up|down|status|run PROGRAM`, configured by STACK_ variables.
+
+Exit status: 0 done, 1 failed, or not everything is healthy, 2 wrong settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from infra.stack.commands import down, run_program, status, up
+from infra.stack.table import PROGRAMS
+from sfgrpo.errors import ConfigError, SfgrpoError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; words the errors that a user can mend, and returns the exit status."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        match chosen.command:
+            case "up":
+                up()
+            case "down":
+                down()
+            case "run":
+                run_program(chosen.program)
+            case "status":
+                return 0 if status(as_json=chosen.json) else 1
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (SfgrpoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.stack",
+        description="PostgreSQL, S3, MLflow, Prefect and a worker on this machine, under supervisord.",
+        epilog="Where and how is set by STACK_DIR, STACK_HOST, STACK_POSTGRES_PORT, STACK_S3_PORT, STACK_MLFLOW_PORT, "
+        "STACK_PREFECT_PORT, STACK_WEBHOOK_PORT and STACK_AUTH; infra/README.md says what they mean.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("up", help="start what does not run, and wait until all is healthy")
+    commands.add_parser("down", help="stop everything, and keep the data")
+    report = commands.add_parser("status", help="show how each program is; status 1 unless all are healthy")
+    report.add_argument("--json", action="store_true", help="as JSON")
+    one = commands.add_parser("run", help="become one of the programs; for supervisord")
+    one.add_argument("program", choices=PROGRAMS, metavar="PROGRAM", help=", ".join(PROGRAMS))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

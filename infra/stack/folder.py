@@ -1,0 +1,113 @@
+"""Where things lie below the folder of a stack, and who may look at them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from infra.stack.errors import StackError
+from sfgrpo.errors import ConfigError
+
+MAX_SOCKET_LENGTH = 99
+"""Bytes; Linux takes 107, and supervisord first makes a socket whose name is a process id longer."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Folder:
+    """The files of a stack below its folder, an absolute path."""
+
+    root: Path
+
+    @property
+    def env(self) -> Path:
+        """What a shell sources to use the stack; holds secrets."""
+        return self.root / "env"
+
+    @property
+    def secrets(self) -> Path:
+        """All secrets, as JSON."""
+        return self.root / "secrets.json"
+
+    @property
+    def settings(self) -> Path:
+        """The settings with which the stack was last started, as JSON."""
+        return self.root / "settings.json"
+
+    @property
+    def configuration(self) -> Path:
+        """What supervisord reads."""
+        return self.root / "supervisord.conf"
+
+    @property
+    def private(self) -> Path:
+        """Folder of supervisord's socket, process id and log."""
+        return self.root / "supervisor"
+
+    @property
+    def socket(self) -> Path:
+        """Where supervisord listens."""
+        return self.private / "socket"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the programs' logs."""
+        return self.root / "logs"
+
+    def log(self, program: str) -> Path:
+        """What the program printed."""
+        return self.logs / f"{program}.log"
+
+    def data(self, program: str) -> Path:
+        """Folder of the program's data."""
+        return self.root / "data" / program
+
+
+def open_folder(root: Path) -> Folder:
+    """Describes a folder without making it; raises `ConfigError` for a path with which supervisord cannot work."""
+    folder = Folder(root=root.absolute())
+    if "%" in str(folder.root):
+        raise ConfigError(
+            f"STACK_DIR {folder.root} has a percent sign, which supervisord takes for a variable; rename it"
+        )
+    if (length := len(os.fsencode(folder.socket))) > MAX_SOCKET_LENGTH:
+        raise ConfigError(
+            f"the path of the socket {folder.socket} has {length} bytes, and the system allows {MAX_SOCKET_LENGTH}; "
+            "set STACK_DIR to a shorter one"
+        )
+    return folder
+
+
+def make_folder(folder: Folder) -> None:
+    """Makes the folder with what every stack has in it.
+
+    Others may look at nothing. When the stack is run by root, PostgreSQL's user passes through to its own data.
+    """
+    passage = 0o711 if os.geteuid() == 0 else 0o700
+    for path, mode in (
+        (folder.root, passage),
+        (folder.root / "data", passage),
+        (folder.private, 0o700),
+        (folder.logs, 0o700),
+    ):
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(mode)
+
+
+@contextlib.contextmanager
+def alone(folder: Folder) -> Iterator[None]:
+    """Keeps others from starting or stopping the stack meanwhile; raises `StackError` if somebody is at it already."""
+    descriptor = os.open(folder.private, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StackError(f"the stack in {folder.root} is being started or stopped; wait until that is done") from (
+                error
+            )
+        yield
+    finally:
+        os.close(descriptor)

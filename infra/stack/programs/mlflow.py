@@ -1,0 +1,91 @@
+"""MLflow's server: runs and models in PostgreSQL, artifacts in S3, large ones by presigned addresses."""
+
+from __future__ import annotations
+
+import socket
+
+import psutil  # type: ignore[import-untyped]
+
+from infra.stack.program import BIN, Launch, Program, Stack
+from infra.stack.programs.postgres import database_url
+from infra.stack.programs.s3 import client_environment as s3_environment
+from infra.stack.requests import ask
+from infra.stack.secrets import write_private
+
+USER = "sfgrpo"
+NUM_WORKERS = 2
+
+LOGIN = """\
+[mlflow]
+default_permission = READ
+database_uri = sqlite:///{database}
+admin_username = {user}
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+"""
+
+
+def address(stack: Stack) -> str:
+    """Gives the address for this machine."""
+    return f"http://{stack.settings.local_host}:{stack.settings.mlflow_port}"
+
+
+def client_environment(stack: Stack) -> dict[str, str]:
+    """Gives the variables by which MLflow's clients find the server."""
+    login = {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": stack.secrets.mlflow_password}
+    return {
+        "MLFLOW_TRACKING_URI": address(stack),
+        "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true",
+        **(login if stack.settings.asks_for_credentials else {}),
+    }
+
+
+def allowed_hosts(stack: Stack) -> list[str]:
+    """Lists the hosts, with the port, by which browsers and clients may address the server."""
+    names = {"localhost", "127.0.0.1", stack.settings.local_host}
+    if stack.settings.host.is_unspecified:
+        names |= {socket.gethostname(), socket.getfqdn()}
+        for interface in psutil.net_if_addrs().values():
+            names |= {entry.address for entry in interface if entry.family == socket.AF_INET}
+    return [f"{name}:{stack.settings.mlflow_port}" for name in sorted(names)]
+
+
+def _launch(stack: Stack) -> Launch:
+    folder = stack.folder.data("mlflow")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    settings, secrets = stack.settings, stack.secrets
+    command = [str(BIN / "mlflow"), "server", "--host", str(settings.host), "--port", str(settings.mlflow_port)]
+    command += ["--workers", str(NUM_WORKERS), "--artifacts-destination", "s3://mlflow"]
+    environment = {
+        **s3_environment(stack),
+        "MLFLOW_BACKEND_STORE_URI": database_url(stack, "psycopg2", "mlflow", secrets.mlflow_database_password),
+        "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true",
+        # The receiver of webhooks listens on this machine, by plain HTTP.
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": secrets.mlflow_webhook_key,
+        # Judges of generated text, which nobody asks for here, in four more processes.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    if settings.is_exposed:
+        command += ["--allowed-hosts", ",".join(allowed_hosts(stack))]
+    if settings.asks_for_credentials:
+        login = folder / "login.ini"
+        write_private(login, LOGIN.format(database=folder / "login.db", user=USER).replace("%", "%%"))
+        command += ["--app-name", "basic-auth"]
+        environment |= {
+            "MLFLOW_AUTH_CONFIG_PATH": str(login),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": secrets.mlflow_password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.mlflow_session_key,
+        }
+    return Launch(command=command, environment=environment, working_directory=folder)
+
+
+def _check(stack: Stack, started_at: float) -> None:
+    credentials = f"{USER}:{stack.secrets.mlflow_password}" if stack.settings.asks_for_credentials else None
+    ask(f"{address(stack)}/api/2.0/mlflow/experiments/search", {"max_results": 1}, credentials)
+
+
+MLFLOW = Program(
+    name="mlflow", launch=_launch, check=_check, address=address, port="STACK_MLFLOW_PORT", needs=("postgres", "s3")
+)

@@ -1,0 +1,67 @@
+"""Prefect's server with its services, on PostgreSQL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infra.stack.program import BIN, Launch, Program, Stack
+from infra.stack.programs.postgres import database_url
+from infra.stack.requests import ask
+
+USER = "sfgrpo"
+
+
+def address(stack: Stack) -> str:
+    """Gives the address for this machine."""
+    return f"http://{stack.settings.local_host}:{stack.settings.prefect_port}"
+
+
+def client_environment(stack: Stack) -> dict[str, str]:
+    """Gives the variables by which Prefect's clients find the server."""
+    login = {"PREFECT_API_AUTH_STRING": _credentials(stack)} if stack.settings.asks_for_credentials else {}
+    return {"PREFECT_API_URL": f"{address(stack)}/api", **login}
+
+
+def ask_prefect(stack: Stack, path: str, question: object) -> Any:
+    """Posts a question to the server; raises `UnhealthyError` for every outcome but an answer."""
+    credentials = _credentials(stack) if stack.settings.asks_for_credentials else None
+    return ask(f"{address(stack)}/api/{path}", question, credentials)
+
+
+def _credentials(stack: Stack) -> str:
+    return f"{USER}:{stack.secrets.prefect_password}"
+
+
+def _launch(stack: Stack) -> Launch:
+    folder = stack.folder.data("prefect")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    settings = stack.settings
+    login = {"PREFECT_SERVER_API_AUTH_STRING": _credentials(stack)} if settings.asks_for_credentials else {}
+    return Launch(
+        command=[
+            *(str(BIN / "prefect"), "server", "start"),
+            *("--host", str(settings.host), "--port", str(settings.prefect_port)),
+        ],
+        environment={
+            "PREFECT_HOME": str(folder),
+            "PREFECT_API_DATABASE_CONNECTION_URL": database_url(
+                stack, "asyncpg", "prefect", stack.secrets.prefect_database_password
+            ),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+            # Relative to where the browser has found the page, whatever this machine is called there.
+            "PREFECT_SERVER_UI_API_URL": "/api",
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+            **login,
+        },
+        working_directory=folder,
+    )
+
+
+def _check(stack: Stack, started_at: float) -> None:
+    ask_prefect(stack, "flows/count", {})
+
+
+PREFECT = Program(
+    name="prefect", launch=_launch, check=_check, address=address, port="STACK_PREFECT_PORT", needs=("postgres",)
+)

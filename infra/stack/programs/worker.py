@@ -1,0 +1,56 @@
+"""The worker that starts scheduled flow runs as processes of this machine."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+
+from infra.stack.clients import client_environment
+from infra.stack.errors import UnhealthyError
+from infra.stack.program import BIN, ROOT, Launch, Program, Stack
+from infra.stack.programs.prefect import ask_prefect
+
+POOL = "sfgrpo"
+NAME = "local"
+
+
+def _launch(stack: Stack) -> Launch:
+    folder = stack.folder.data("worker")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Launch(
+        command=[
+            *(str(BIN / "prefect"), "--no-prompt", "worker", "start"),
+            *("--pool", POOL, "--type", "process", "--name", NAME),
+        ],
+        environment={
+            **client_environment(stack),
+            # Flows call `dvc` and `prefect` by name.
+            "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)]),
+            "PREFECT_HOME": str(folder),
+            # Seconds; a flow run that has missed three is taken for dead.
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        },
+        working_directory=ROOT,
+    )
+
+
+def _check(stack: Stack, started_at: float) -> None:
+    for worker in ask_prefect(stack, f"work_pools/{POOL}/workers/filter", {}):
+        heartbeat = datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp()
+        # An older one is of the process before this one.
+        if worker["name"] == NAME and worker["status"] == "ONLINE" and heartbeat >= started_at:
+            return
+    raise UnhealthyError("it has not reported to Prefect")
+
+
+WORKER = Program(
+    name="worker",
+    launch=_launch,
+    check=_check,
+    address=lambda stack: f"work pool {POOL}",
+    needs=("prefect",),
+    children_outlive=True,
+    # Prefect itself gives flow runs 30 seconds.
+    stop_timeout_s=40,
+)

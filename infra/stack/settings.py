@@ -1,0 +1,129 @@
+"""Where the stack runs, from STACK_ variables; those of a running stack are kept in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterable
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Annotated
+
+import pydantic
+from pydantic import Field
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from sfgrpo.errors import ConfigError
+from sfgrpo.validation import unknown_key
+
+PREFIX = "STACK_"
+LOOPBACK = "127.0.0.1"
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Settings(BaseSettings):
+    """Settings of one stack; an empty variable counts as absent."""
+
+    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
+
+    folder: Path = Field(default=Path(".stack"), validation_alias="STACK_DIR")
+    """Folder of all data, logs and secrets."""
+    host: IPv4Address = Field(default=IPv4Address(LOOPBACK), validation_alias="STACK_HOST")
+    """Address at which MLflow and Prefect listen; all others listen on loopback whatever this says."""
+    postgres_port: Port = Field(default=5433, validation_alias="STACK_POSTGRES_PORT")
+    """5432 belongs to the server that Debian's package starts by itself."""
+    s3_port: Port = Field(default=9000, validation_alias="STACK_S3_PORT")
+    mlflow_port: Port = Field(default=5000, validation_alias="STACK_MLFLOW_PORT")
+    prefect_port: Port = Field(default=4200, validation_alias="STACK_PREFECT_PORT")
+    webhook_port: Port = Field(default=4201, validation_alias="STACK_WEBHOOK_PORT")
+    auth: bool | None = Field(default=None, validation_alias="STACK_AUTH")
+    """Whether MLflow and Prefect ask for credentials; None means where they can be reached from elsewhere."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Settings:
+        if self.is_exposed and self.auth is False:
+            raise ValueError(
+                f"STACK_AUTH is off, but STACK_HOST {self.host} lets other machines in; switch it on or unset one of "
+                "the two"
+            )
+        ports: dict[int, str] = {}
+        for variable, port in self.ports.items():
+            if port in ports:
+                raise ValueError(f"{ports[port]} and {variable} are both {port}; change one of them")
+            ports[port] = variable
+        return self
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether other machines can reach MLflow and Prefect."""
+        return not self.host.is_loopback
+
+    @property
+    def asks_for_credentials(self) -> bool:
+        """Whether MLflow and Prefect want to know who is there."""
+        return self.is_exposed or bool(self.auth)
+
+    @property
+    def local_host(self) -> str:
+        """Address by which this machine itself reaches MLflow and Prefect."""
+        return LOOPBACK if self.host.is_unspecified else str(self.host)
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """The ports by the names of their variables."""
+        return {
+            str(field.validation_alias): getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if name.endswith("_port")
+        }
+
+    @property
+    def chosen(self) -> dict[str, object]:
+        """The settings that were given and not left at their defaults, by the names of their variables."""
+        values = json.loads(self.model_dump_json())
+        return {str(type(self).model_fields[name].validation_alias): values[name] for name in self.model_fields_set}
+
+
+def read_settings() -> Settings:
+    """Reads the settings; raises `ConfigError` for a bad value or a `STACK_` variable that does not exist."""
+    variables = [str(field.validation_alias) for field in Settings.model_fields.values()]
+    if unknown := sorted(name for name in os.environ if name.startswith(PREFIX) and name not in variables):
+        raise ConfigError("\n".join(f"environment: {name}: {unknown_key(name, variables)}" for name in unknown))
+    try:
+        return Settings()
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_worded(problem) for problem in error.errors())) from error
+
+
+def dump_settings(settings: Settings) -> str:
+    """Writes all settings but the folder as JSON, by the names of their variables."""
+    values = json.loads(settings.model_dump_json())
+    fields = type(settings).model_fields
+    named = {str(field.validation_alias): values[name] for name, field in fields.items() if name != "folder"}
+    return json.dumps(named, indent=2) + "\n"
+
+
+def parse_settings(folder: Path, text: str) -> Settings:
+    """Reads what `dump_settings` has written."""
+    return Settings.model_validate({"STACK_DIR": folder, **json.loads(text)})
+
+
+def require_free_ports(settings: Settings, variables: Iterable[str]) -> None:
+    """Raises `ConfigError` for the first of the ports, given by their variables, on which something else listens."""
+    for variable in variables:
+        port = settings.ports[variable]
+        try:
+            for host in {LOOPBACK, str(settings.host)}:
+                socket.create_server((host, port)).close()
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise ConfigError(f"port {port} cannot be used ({reason}); choose another by {variable}") from error
+
+
+def _worded(problem: ErrorDetails) -> str:
+    if problem["type"] == "value_error":
+        return f"environment: {problem['ctx']['error']}"
+    return f"environment: {problem['loc'][0]}: {problem['input']!r}: {problem['msg']}; correct or unset the variable"

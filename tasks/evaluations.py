@@ -1,0 +1,168 @@
+"""The evaluations of a training as Prefect tasks: each of its snapshots is judged or awaited, and shown, as it goes on.
+
+Nothing here delays or fails the training: what is not judged by its end it judges itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from sfgrpo.environment import read_environment
+from sfgrpo.evaluation_store import EVALUATIONS, is_evaluated, read_metrics
+from sfgrpo.paths import TRAINING
+from sfgrpo.snapshots import Snapshot, list_snapshots, snapshot_path
+from tasks.stages import RETRY_DELAY_S, run_command, worth_retrying
+
+POLL_S = 1.0
+LAST_REPORTS_S = 60.0
+"""How long the end of a training waits for its last evaluations to be shown."""
+ARTIFACT = "evaluations"
+
+
+@contextlib.contextmanager
+def evaluations_reported() -> Iterator[None]:
+    """Has the snapshots evaluated and shown of the training that the block runs, in a flow, in this working directory.
+
+    Those that an earlier flow saw evaluated are not shown again.
+    """
+    TRAINING.unlink(missing_ok=True)
+    over = threading.Event()
+    # The context tells Prefect to which flow run the tasks of that thread belong.
+    run = contextvars.copy_context().run
+    watcher = threading.Thread(target=run, args=(_watch, over, time.time()), name="evaluations", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join(LAST_REPORTS_S)
+
+
+@task(
+    name="evaluate-update",
+    task_run_name="evaluate update {update}",
+    retries=2,
+    retry_delay_seconds=RETRY_DELAY_S,
+    retry_condition_fn=worth_retrying,
+    cache_policy=NO_CACHE,
+)
+def evaluate_update(folder: str, update: int, over: threading.Event) -> dict[str, float] | None:
+    """Evaluates a run's snapshot where evaluations have a device, else awaits it; shows and returns the metrics.
+
+    None if `over` was set before there was a result.
+    """
+    run = Path(folder)
+    device = read_environment().evaluation_device
+    if device is not None and not over.is_set() and not is_evaluated(_store(run), _snapshot(run, update).key):
+        command = [sys.executable, "-m", "sfgrpo", "evaluate_snapshot", folder, str(update)]
+        run_command(f"evaluate-update-{update}", command, {"SFGRPO_DEVICE": device}, over=over)
+    metrics = _awaited_metrics(run, update, over)
+    if metrics is not None:
+        create_markdown_artifact(report(run, update), key=ARTIFACT, description=f"Evaluations of {run.name}")
+    return metrics
+
+
+def report(run: Path, update: int) -> str:
+    """Lays out in Markdown the evaluations of a run up to an update, and where its samples are."""
+    snapshots = [snapshot for snapshot in list_snapshots(run) if snapshot.update <= update]
+    found = {snapshot.update: read_metrics(_store(run), snapshot.key) for snapshot in snapshots}
+    rows = {number: _cells(metrics) for number, metrics in found.items() if metrics is not None}
+    names = list(dict.fromkeys(name for cells in rows.values() for name in cells))
+    lines = [["Update", *names], ["---:"] * (1 + len(names))]
+    lines += [[str(number), *(cells.get(name, "") for name in names)] for number, cells in rows.items()]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{table}\n\n{_where(_snapshot(run, update))}\n\nSamples: `{run / f'samples_{update:06d}.png'}`\n"
+
+
+def _watch(over: threading.Event, started: float) -> None:
+    """Reports snapshots until the training is over, the last ones after that; `started` is the time in seconds."""
+    seen: set[tuple[Path, int]] = set()
+    try:
+        while True:
+            is_last = over.is_set()
+            for run, update in _unreported(started):
+                if (run, update) not in seen:
+                    seen.add((run, update))
+                    _report(run, update, over)
+            if is_last:
+                return
+            over.wait(POLL_S)
+    except Exception:
+        get_run_logger().warning("the evaluations are no longer shown; the training goes on", exc_info=True)
+
+
+def _report(run: Path, update: int, over: threading.Event) -> None:
+    try:
+        evaluate_update(str(run), update, over)
+    except Exception as error:
+        get_run_logger().warning("evaluation of update %d is left to the training: %s", update, error)
+
+
+def _unreported(started: float) -> list[tuple[Path, int]]:
+    """Lists the snapshots that were published since `started`, or are still to be evaluated, by run and update."""
+    if not TRAINING.exists():
+        return []
+    run = Path(json.loads(TRAINING.read_text(encoding="utf-8"))["folder"])
+    return [
+        (run, snapshot.update)
+        for snapshot in list_snapshots(run)
+        if _published(run, snapshot.update) >= started or not is_evaluated(_store(run), snapshot.key)
+    ]
+
+
+def _awaited_metrics(run: Path, update: int, over: threading.Event) -> dict[str, float] | None:
+    while True:
+        is_last = over.is_set()
+        # A training that resumes may publish another adapter of the same update, so the key is read every time.
+        metrics = read_metrics(_store(run), _snapshot(run, update).key)
+        if metrics is not None or is_last:
+            return metrics
+        over.wait(POLL_S)
+
+
+def _cells(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Words the shares of correct images, with their errors, and the mean rewards."""
+    cells: dict[str, str] = {}
+    for name, value in metrics.items():
+        kind, _, rest = name.partition("/")
+        if f"{name}_stderr" in metrics:
+            cells[rest.replace("_", " ").capitalize()] = f"{value:.3f} ± {metrics[f'{name}_stderr']:.3f}"
+        elif kind in ("evaluation", "evaluation_noisy"):
+            cells[f"{rest}{', noisy' if kind == 'evaluation_noisy' else ''}"] = f"{value:.4f}"
+    return cells
+
+
+def _where(snapshot: Snapshot) -> str:
+    """Links to the MLflow run, where its server has an address; that of a database may hold a password."""
+    if snapshot.mlflow_run_id is None:
+        return "The MLflow run was not known yet."
+    address = urlsplit(read_environment().tracking_uri)
+    if address.scheme not in ("http", "https"):
+        return f"MLflow run `{snapshot.mlflow_run_id}`"
+    host = address.netloc.rpartition("@")[2]
+    page = f"{address.scheme}://{host}{address.path.rstrip('/')}/#/runs/{snapshot.mlflow_run_id}"
+    return f"[MLflow run with all curves and samples]({page})"
+
+
+def _snapshot(run: Path, update: int) -> Snapshot:
+    return next(snapshot for snapshot in list_snapshots(run) if snapshot.update == update)
+
+
+def _store(run: Path) -> Path:
+    return run.parent / EVALUATIONS
+
+
+def _published(run: Path, update: int) -> float:
+    return snapshot_path(run, update).with_suffix(".json").stat().st_mtime
