@@ -7,10 +7,12 @@ number of GPU slots, settings of the work pool.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ POOL = "sfgrpo"
 DEFINITION = Path("prefect.yaml")
 SILENCE_S = 90
 """Three signs of life that did not come."""
+REST_S = 30
+"""Between a crash and the next attempt."""
 MAX_ATTEMPTS = 3
 """Times that a training run is started in all: what crashes every time must not go on for ever."""
 
@@ -61,20 +65,23 @@ ZOMBIES = AutomationCore(
 RESUMPTION = AutomationCore(
     name="sfgrpo: crashed trainings go on",
     description=(
-        f"A run of train-policy that crashed is scheduled again, as the same run, until it was started {MAX_ATTEMPTS} "
-        "times; it goes on from its last checkpoint."
+        f"A run of train-policy that crashed is scheduled again after {REST_S} s, as the same run, until it was "
+        f"started {MAX_ATTEMPTS} times; it goes on from its last checkpoint."
     ),
     trigger=EventTrigger(
-        expect={"prefect.flow-run.Crashed"},
+        after={"prefect.flow-run.Crashed"},
+        expect={"prefect.flow-run.*"},
         match={
             "prefect.resource.id": "prefect.flow-run.*",
             "prefect.run-count": [str(count) for count in range(1, MAX_ATTEMPTS)],
         },
         match_related={"prefect.resource.role": "flow", "prefect.resource.name": "train-policy"},
         for_each={"prefect.resource.id"},
-        posture=Posture.Reactive,
+        # Not at once: a worker reports the crash of a process a second time when it has cleaned up after it, and would
+        # take it for one of the new attempt.
+        posture=Posture.Proactive,
         threshold=1,
-        within=datetime.timedelta(0),
+        within=datetime.timedelta(seconds=REST_S),
     ),
     actions=[
         ChangeFlowRunState(
@@ -140,6 +147,18 @@ def register_deployments() -> None:
         raise ConfigError(f"prefect could not register the deployments of {DEFINITION}; see above")
 
 
+@contextlib.contextmanager
+def schedules_left_alone(client: SyncPrefectClient) -> Iterator[None]:
+    """Gives every schedule back the switch that it had before the block, where a person may have set it."""
+    before = {(found.id, each.id): each.active for found in client.read_deployments() for each in found.schedules}
+    yield
+    for found in client.read_deployments():
+        for each in found.schedules:
+            switch = before.get((found.id, each.id), each.active)
+            if switch != each.active:
+                client.update_deployment_schedule(found.id, each.id, active=switch)
+
+
 def deploy(num_slots: int) -> None:
     """Brings the server at PREFECT_API_URL to what this project needs, and prints what it did.
 
@@ -163,7 +182,8 @@ def deploy(num_slots: int) -> None:
         except PrefectHTTPStatusError as refusal:
             reason = f"{refusal.response.status_code} {refusal.response.reason_phrase}"
             raise ConfigError(f"{address} refuses ({reason}); check PREFECT_API_AUTH_STRING") from refusal
-        register_deployments()
+        with schedules_left_alone(client):
+            register_deployments()
         for deployment in sorted(client.read_deployments(), key=lambda found: found.name):
             flow = client.read_flow(deployment.flow_id)
             print(f"{flow.name}/{deployment.name}: {PREFECT_UI_URL.value()}/deployments/deployment/{deployment.id}")

@@ -25,7 +25,7 @@ def remove_stale_worktrees(checkout: Path, days: float) -> dict[str, int]:
     One of whose run the server knows nothing is judged by its own age.
     """
     removed: dict[str, int] = {}
-    for folder in sorted((checkout / WORKTREES).glob("*-*")):
+    for folder in sorted(path for path in (checkout / WORKTREES).glob("*-*") if path.is_dir()):
         if _ended_s_ago(folder) >= days * DAY_S:
             removed[folder.name] = size_of(folder)
             remove_worktree(checkout, folder)

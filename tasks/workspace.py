@@ -24,7 +24,7 @@ from prefect.context import FlowRunContext
 
 from sfgrpo.environment import read_environment
 from sfgrpo.errors import ConfigError, SfgrpoError
-from sfgrpo.files import atomic_write
+from sfgrpo.files import atomic_write, only_user
 from sfgrpo.mlflow_store import sqlite_path
 from sfgrpo.paths import PARAMS
 from tasks.git import GitError, add_worktree, commit_files, git, remove_worktree, top_folder
@@ -82,7 +82,11 @@ def own_workspace(changes: Mapping[str, Any]) -> Iterator[Workspace | None]:
         return
     checkout = top_folder(Path.cwd())
     workspace = _planned(checkout, changes)
-    with _shared_lock(checkout):
+    with (
+        _locked(checkout / LOCK, fcntl.LOCK_SH),
+        # Should a server start a run a second time that it takes for dead, the second process waits for the first.
+        _locked(workspace.folder.with_suffix(".lock"), fcntl.LOCK_EX),
+    ):
         _make(workspace)
         get_run_logger().info("working in %s at commit %s", workspace.folder, workspace.commit[:10])
         with contextlib.chdir(workspace.folder), _variables(_environment(checkout)):
@@ -118,13 +122,8 @@ def run_of_branch(checkout: Path, branch: str) -> str | None:
 @contextlib.contextmanager
 def alone(checkout: Path) -> Iterator[bool]:
     """Keeps runs from starting within the block; tells whether it could, since none is at work in a worktree."""
-    with _opened_lock(checkout) as descriptor:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+    with only_user(checkout / LOCK) as taken:
+        yield taken
 
 
 def _planned(checkout: Path, changes: Mapping[str, Any]) -> Workspace:
@@ -201,18 +200,12 @@ def _variables(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _shared_lock(checkout: Path) -> Iterator[None]:
-    with _opened_lock(checkout) as descriptor:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        yield
-
-
-@contextlib.contextmanager
-def _opened_lock(checkout: Path) -> Iterator[int]:
-    path = checkout / LOCK
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    """Waits for a lock file, and holds it; it goes with the process."""
     path.parent.mkdir(exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        yield descriptor
+        fcntl.flock(descriptor, kind)
+        yield
     finally:
         os.close(descriptor)
