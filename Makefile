@@ -6,7 +6,7 @@ INFRA_INSTALLED := .venv-infra/.installed
 
 .DEFAULT_GOAL := help
 FORM ?= short
-.PHONY: help setup s3-server infra-tools demo repro study test test-distributed soak check format clean
+.PHONY: help setup s3-server infra-tools demo repro deploy study test test-distributed soak check format clean
 
 help: ## Lists the targets
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
@@ -40,6 +40,9 @@ demo: setup ## Trains, evaluates and registers a policy
 
 repro: setup ## Brings the DVC stages up to date without Prefect
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+
+deploy: setup ## Registers the deployments at the Prefect server of PREFECT_API_URL
+	@$(BIN)/python -m flows.deploy
 
 study: setup ## Compares Stepwise-Flow-GRPO with Flow-GRPO; FORM=long for the long form
 	@$(BIN)/python -m flows.study $(FORM)

@@ -9,11 +9,10 @@ from prefect import flow
 from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.train_policy import refuse_inside_stage
 from sfgrpo.errors import ConfigError
 from sfgrpo.signals import sigterm_as_exit
 from sfgrpo.study.plan import load_plan
-from tasks.stages import StageError
+from tasks.stages import StageError, refuse_inside_stage
 from tasks.study import cell, report
 from tasks.supervisor import stop_all
 

@@ -2,44 +2,92 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
+from prefect.variables import Variable
+from pydantic import Field
 
+from sfgrpo.errors import ConfigError
 from sfgrpo.signals import sigterm_as_exit
-from tasks.stages import StageError, evaluate, prompts, register, train
+from tasks.slots import gpu_slots
+from tasks.stages import StageError, evaluate, prompts, push, refuse_inside_stage, register, train
+from tasks.workspace import Workspace, is_deployed, own_workspace, save_branch
 
 TABLE = Path("reports/evaluate/table.md")
 SAMPLES = Path("reports/evaluate/samples.png")
+STAGES = ("prompts", "train", "evaluate")
+EDITION_VARIABLE = "prompts_edition"
+EDITION_PARAMETER = "prompts.edition"
+
+Changes = Annotated[dict[str, Any], Field(examples=[{"update.num_updates": 120, "seed": 1}])]
+Edition = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 @flow(name="train-policy")
-def train_policy() -> dict[str, Any]:
-    """Runs the pipeline from prompts to model version; returns name, number and alias of the version."""
+def train_policy(changes: Changes | None = None, prompts_edition: Edition | None = None) -> dict[str, Any]:
+    """Runs the pipeline from prompts to model version; returns name, number and alias of the version.
+
+    Args:
+        changes: Values that this run shall have instead of those in params.yaml, by dotted name.
+        prompts_edition: Drawing of the training prompts; empty takes the one that the last refresh made.
+    """
     refuse_inside_stage()
-    prompts()
-    train()
-    evaluate()
-    version: dict[str, Any] = register()
-    create_markdown_artifact(report(version), key="geneval", description="GenEval before and after training")
+    with own_workspace(_all_changes(changes or {}, prompts_edition)) as workspace:
+        prompts()
+        with contextlib.nullcontext() if workspace is None else gpu_slots():
+            train()
+            evaluate()
+        branch = None if workspace is None else keep(workspace, STAGES)
+        version: dict[str, Any] = register(branch)
+        create_markdown_artifact(
+            report(version, branch), key="geneval", description="GenEval before and after training"
+        )
     return version
 
 
-def refuse_inside_stage() -> None:
-    """Raises if DVC runs this process: the stages that the flow starts would wait for the one that started it."""
-    if stage := os.environ.get("DVC_STAGE"):
-        raise RuntimeError(f"DVC stage {stage} started the flow, which would wait for that stage; start it by itself")
+def _all_changes(changes: dict[str, Any], edition: int | None) -> dict[str, Any]:
+    """Adds the edition of the prompts to the changes: the one asked for or, in a deployment, the current one."""
+    if edition is None and is_deployed() and EDITION_PARAMETER not in changes:
+        edition = current_edition()
+    return changes if edition is None else {**changes, EDITION_PARAMETER: edition}
 
 
-def report(version: dict[str, Any]) -> str:
+def current_edition() -> int | None:
+    """Reads which edition of the prompts the last refresh made; None before the first one.
+
+    Raises:
+        ConfigError: somebody set the variable to something else than a number.
+    """
+    value = Variable.get(EDITION_VARIABLE)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ConfigError(
+            f"Prefect variable {EDITION_VARIABLE}: {value!r} is no edition; set it to 0 or more, or delete it"
+        )
+    return value
+
+
+def keep(workspace: Workspace, stages: tuple[str, ...]) -> str:
+    """Pushes what the stages made, if there is a remote, and commits `dvc.lock` to a branch; returns the branch."""
+    if workspace.dvc_remote is None:
+        get_run_logger().info("SFGRPO_DVC_REMOTE is not set: what DVC keeps stays on this machine")
+    else:
+        push(stages)
+    branch = save_branch(workspace)
+    get_run_logger().info("dvc.lock is on branch %s", branch)
+    return branch
+
+
+def report(version: dict[str, Any], branch: str | None = None) -> str:
     """Words the outcome in Markdown."""
+    place = str(SAMPLES) if branch is None else f"{SAMPLES} on branch {branch}, after `dvc checkout`"
     return (
         f"{TABLE.read_text(encoding='utf-8').strip()}\n\n"
-        f"Samples before and after: {SAMPLES}\n\n"
+        f"Samples before and after: {place}\n\n"
         f"model version {version['version']} registered: {version['name']}@{version['alias']}"
     )
 
@@ -50,7 +98,7 @@ def main() -> int:
         # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
         with sigterm_as_exit():
             version = train_policy()
-    except StageError as error:
+    except (StageError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"\n{report(version)}\n")

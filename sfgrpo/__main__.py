@@ -37,6 +37,10 @@ HELP = {
 SAMPLE_HELP = "draw one image by a registered version and write it as a PNG file"
 
 
+QUIET_H = 1.0
+"""An update of the largest model takes minutes; a run that records nothing for so long looks dead."""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sfgrpo",
@@ -44,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The stages run in the order prompts, train, evaluate, register; `dvc repro` runs the first three, "
         "`make demo` all. Values live in params.yaml; where things run, in MLFLOW_TRACKING_URI, MLFLOW_RUN_ID, "
         "SFGRPO_SCRATCH, SFGRPO_MIRROR (S3 bucket that keeps a copy of every run), SFGRPO_DEVICE, SFGRPO_NUM_THREADS, "
-        "SFGRPO_TIMEOUT_S and SFGRPO_GRACE_S; where the nodes of a "
+        "SFGRPO_TIMEOUT_S and SFGRPO_GRACE_S; flows set SFGRPO_FLOW_RUN_ID, SFGRPO_FLOW_RUN_URL and SFGRPO_BRANCH, and "
+        "read SFGRPO_DVC_REMOTE; where the nodes of a "
         "training meet, in torchrun's PET_RDZV_ENDPOINT and PET_RDZV_ID. SIGTERM, SIGUSR1 and Ctrl-C make a training "
         "save its state and stop. Exit status: 0 done, 1 failed, 2 wrong configuration, 75 stopped and resumable.",
     )
@@ -59,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "promote":
             _add_promotion(stage)
     _add_sample(stages.add_parser("sample", help=SAMPLE_HELP, description=SAMPLE_HELP.capitalize() + "."))
+    _add_sweep(stages)
+    _add_retention(stages)
     return parser
 
 
@@ -76,6 +83,21 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of the start noise (the version's)")
     parser.add_argument("--steps", type=int, help="denoising steps (the version's)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance weight (the version's)")
+
+
+def _add_sweep(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "end the MLflow runs whose process on this machine is gone, and list silent ones of other machines"
+    sweep = stages.add_parser("sweep", help=text, description=text.capitalize() + ".")
+    sweep.add_argument("--quiet-h", type=float, default=QUIET_H, help="hours without a record (%(default)g)")
+    sweep.add_argument("--report", type=Path, help="file for the findings, as JSON")
+
+
+def _add_retention(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "remove the resumable state of trainings that are finished for long, here and in the mirror"
+    retention = stages.add_parser("retention", help=text, description=text.capitalize() + ".")
+    retention.add_argument("--days", type=float, required=True, help="days since the end of a training")
+    retention.add_argument("--rehearse", action="store_true", help="say what would be removed, and remove nothing")
+    retention.add_argument("--report", type=Path, help="file for what was removed, as JSON")
 
 
 def show(params: Path) -> None:
@@ -181,6 +203,37 @@ def sample(chosen: argparse.Namespace) -> None:
     promoting.sample(environment, chosen.model, chosen.prompt, chosen.out, params)
 
 
+def sweep(quiet_h: float, report: Path | None) -> None:
+    """Ends the runs of dead processes, and says which runs look dead."""
+    environment = read_environment()
+    from sfgrpo.sweep import sweep_runs
+
+    found = sweep_runs(environment, quiet_h * 3600)
+    if report is not None:
+        found.write(report)
+    for run in found.closed:
+        print(f"closed {run.name}: {run.owner} is gone")
+    for run in found.silent:
+        print(
+            f"silent {run.name}: no record for {run.silent_s / 3600:.1f} h from {run.owner}, which cannot be seen here"
+        )
+    print(f"runs at work {len(found.at_work)}, closed {len(found.closed)}, silent {len(found.silent)}")
+
+
+def retention(days: float, rehearse: bool, report: Path | None) -> None:
+    """Removes what finished trainings left, and says what that was."""
+    environment = read_environment()
+    from sfgrpo.retention import remove_finished
+
+    done = remove_finished(environment, days, rehearsal=rehearse)
+    if report is not None:
+        done.write(report)
+    word = "would remove" if rehearse else "removed"
+    for removed in done.removed:
+        print(f"{word} {removed.place}: {removed.num_bytes / 1e6:.1f} MB")
+    print(f"{word} {len(done.removed)} places, {sum(each.num_bytes for each in done.removed) / 1e6:.1f} MB in all")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one stage and returns the exit status."""
     chosen = _parser().parse_args(arguments)
@@ -192,6 +245,8 @@ def main(arguments: list[str] | None = None) -> int:
         "rollback": lambda: of_champion(chosen),
         "recheck": lambda: of_champion(chosen),
         "sample": lambda: sample(chosen),
+        "sweep": lambda: sweep(chosen.quiet_h, chosen.report),
+        "retention": lambda: retention(chosen.days, chosen.rehearse, chosen.report),
     }
     return guarded(commands.get(chosen.stage, lambda: run(chosen.stage, chosen.params)))
 

@@ -187,13 +187,21 @@ def blaming(parameter: str) -> Iterator[None]:
         raise ConfigError(f"{parameter}: {error}") from error
 
 
+def _drawing_seed(config: PromptsStage) -> int | tuple[int, int]:
+    """Seeds the drawing of the training prompts: every edition in a way of its own, the first by the seed alone."""
+    edition = config.prompts.edition
+    return (config.seed, edition) if edition else config.seed
+
+
 def _shapes_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
     from sfgrpo.shapes.prompts import sample_training_prompts, split_prompts
 
     with blaming("prompts.num_evaluation"):
         training, evaluation = split_prompts(config.prompts.num_evaluation, config.seed)
     with blaming("prompts.task_weights"):
-        drawn = sample_training_prompts(training, config.prompts.task_weights, config.prompts.num_train, config.seed)
+        drawn = sample_training_prompts(
+            training, config.prompts.task_weights, config.prompts.num_train, _drawing_seed(config)
+        )
     return drawn, [prompt for prompts in evaluation.values() for prompt in prompts]
 
 
@@ -216,6 +224,6 @@ def _geneval_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
             evaluation,
             num_prompts=config.prompts.num_train,
             weights=config.prompts.task_weights,
-            seed=config.seed,
+            seed=_drawing_seed(config),
         )
     return list(training), evaluation

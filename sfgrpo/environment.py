@@ -37,6 +37,14 @@ class Environment(BaseSettings):
     """Seconds that a training has to save its state and leave once it is told to stop; Prefect gives 30 in all."""
     mirror: str | None = Field(default=None, pattern="^s3://[^/]+", validation_alias="SFGRPO_MIRROR")
     """Bucket and prefix, s3://BUCKET/PREFIX, that keep a copy of the resumable state of trainings."""
+    dvc_remote: str | None = Field(default=None, pattern="^(s3://[^/]+|/)", validation_alias="SFGRPO_DVC_REMOTE")
+    """Bucket and prefix, s3://BUCKET/PREFIX, or folder, that scheduled runs push what DVC keeps to."""
+    flow_run_id: str | None = Field(default=None, validation_alias="SFGRPO_FLOW_RUN_ID")
+    """Prefect's id of the flow run that started this process."""
+    flow_run_url: str | None = Field(default=None, validation_alias="SFGRPO_FLOW_RUN_URL")
+    """Prefect's page of that flow run."""
+    branch: str | None = Field(default=None, validation_alias="SFGRPO_BRANCH")
+    """Git branch that keeps parameters and `dvc.lock` of that flow run."""
 
 
 def read_environment() -> Environment:

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sfgrpo.errors import IntegrityError
 
 MANIFEST = "manifest.json"
 PARTIAL_SUFFIX = ".partial"
+LOCK_POLL_S = 0.2
 
 
 @contextlib.contextmanager
@@ -71,6 +73,34 @@ def remove_leftovers(parent: Path) -> None:
             with contextlib.suppress(FileNotFoundError), _locked(partial, fcntl.LOCK_EX) as writer_is_dead:
                 if writer_is_dead:
                     _remove(partial)
+
+
+@contextlib.contextmanager
+def only_user(lock: Path, timeout_s: float = 0.0) -> Iterator[bool]:
+    """Takes a lock file, for which it waits up to `timeout_s` seconds; tells whether it has it.
+
+    The file stays, and the lock goes with the process. Where the file system has no locks, everybody has it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        yield _taken(descriptor, time.monotonic() + timeout_s)
+    finally:
+        os.close(descriptor)
+
+
+def _taken(descriptor: int, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(LOCK_POLL_S)
+        except OSError:
+            return True
+        else:
+            return True
 
 
 def sha256_of_file(path: Path) -> str:

@@ -18,6 +18,7 @@ from sfgrpo.errors import TrackingError
 from sfgrpo.files import sha256_of_file
 from sfgrpo.mlflow_store import connect, find_or_create_experiment, find_run, is_outage, load_mlflow
 from sfgrpo.outbox import Outbox, first_line
+from sfgrpo.owner import Owner, this_owner
 from sfgrpo.tracking import RunStatus, Tracker, flatten
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 KEY_TAG = "sfgrpo.key"
+OWNER_HOST_TAG = "sfgrpo.owner_host"
+OWNER_PROCESS_TAG = "sfgrpo.owner_process"
+"""The process that records the run: should it die without a word, a sweep finds the run by these."""
 PARENT_TAG = "mlflow.parentRunId"
 IMAGES_TAG = "mlflow.loggedImages"
 """Makes MLflow's pages look for images."""
@@ -239,6 +243,8 @@ class MlflowTracker(Tracker):
         return self._client, self._run
 
     def _reopened(self, client: MlflowClient) -> Run | None:
+        from mlflow.entities import RunTag
+
         run = find_run(client, self._wanted_run_id) if self._wanted_run_id else None
         if run is None:
             experiment_id = find_or_create_experiment(client, self._uri, self._experiment)
@@ -246,12 +252,14 @@ class MlflowTracker(Tracker):
             # There are two if the server carried out a creation after it was asked again; one of them is empty.
             run = max(found, key=lambda run: len(run.data.metrics), default=None)
         if run is not None:
+            # The owner first: a sweep that still saw the dead one must not close the run under the new one.
+            client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in owner_tags().items()], synchronous=True)
             client.update_run(run.info.run_id, status="RUNNING")
         return run
 
     def _created(self, client: MlflowClient) -> Run:
         experiment_id = find_or_create_experiment(client, self._uri, self._experiment)
-        tags = {KEY_TAG: self._key}
+        tags = {KEY_TAG: self._key, **owner_tags()}
         if self._parent_run_id is not None:
             tags[PARENT_TAG] = self._parent_run_id
         return client.create_run(experiment_id, run_name=self._run_name, tags=tags)
@@ -263,6 +271,18 @@ class MlflowTracker(Tracker):
             history = client.get_metric_history(run.info.run_id, key) if key in run.data.metrics else []
             self._last_steps[key] = max((metric.step for metric in history), default=-1)
         return self._last_steps[key]
+
+
+def owner_tags() -> dict[str, str]:
+    """Names this process as the one that records a run; empty where nobody could tell later whether it runs."""
+    owner = this_owner()
+    return {} if owner is None else {OWNER_HOST_TAG: owner.host, OWNER_PROCESS_TAG: owner.process}
+
+
+def owner_of(tags: Mapping[str, str]) -> Owner | None:
+    """Reads from the tags of a run which process recorded it last; None when they do not say."""
+    host, process = tags.get(OWNER_HOST_TAG), tags.get(OWNER_PROCESS_TAG)
+    return None if host is None or process is None else Owner.from_text(host, process)
 
 
 def thumbnail(image: bytes) -> bytes:

@@ -14,3 +14,10 @@ EVALUATE_REPORT = Path("reports/evaluate")
 REGISTRATION = Path("reports/registered.json")
 PROMOTION_REPORT = Path("reports/promotion")
 RECHECK = Path("reports/recheck.json")
+RUN_PREFIX = "train-"
+"""How the folders of trainings start, below the scratch folder; the rest is the start of the run's key."""
+
+
+def run_lock(folder: Path) -> Path:
+    """Names the file, beside the folder of a run, that is locked by whoever trains or removes the run."""
+    return folder.with_name(f".{folder.name}.lock")

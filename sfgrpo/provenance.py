@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from sfgrpo.environment import Environment
 from sfgrpo.files import sha256_of_file
 
 
@@ -22,6 +23,21 @@ def provenance_tags(root: Path, prompts: Path) -> dict[str, str]:
     }
     lock = root / "dvc.lock"
     return tags | {"dvc_lock_sha256": sha256_of_file(lock)} if lock.exists() else tags
+
+
+def flow_tags(environment: Environment, root: Path) -> dict[str, str]:
+    """Names the Prefect flow run on whose behalf this process works, and the branch that keeps what it leaves in git.
+
+    Each only where there is one.
+    """
+    commit = None if environment.branch is None else _git(root, "rev-parse", "--verify", "--quiet", environment.branch)
+    named = {
+        "prefect.flow_run_id": environment.flow_run_id,
+        "prefect.flow_run_url": environment.flow_run_url,
+        "run_branch": environment.branch,
+        "run_commit": commit,
+    }
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _git(root: Path, *arguments: str) -> str | None:

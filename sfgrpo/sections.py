@@ -53,6 +53,8 @@ class PromptsConfig:
     """Relative frequency of each GenEval task among the training prompts."""
     num_evaluation: TaskCounts
     """Evaluation prompts of each task; none of them is trained on."""
+    edition: NonNegativeInt = 0
+    """Which drawing of the training prompts; evaluation prompts are the same in every edition."""
 
 
 @section

@@ -28,7 +28,7 @@ from sfgrpo.errors import SfgrpoError
 from sfgrpo.files import atomic_directory
 from sfgrpo.paths import EVALUATE_REPORT, EVALUATION_PROMPTS, POLICY, PROMPTS, REGISTRATION, TRAINING_PROMPTS
 from sfgrpo.prompts import read_prompts, write_prompts
-from sfgrpo.provenance import provenance_tags
+from sfgrpo.provenance import flow_tags, provenance_tags
 from sfgrpo.training import EXPERIMENT
 from sfgrpo.types import TAGS, Prompt
 
@@ -147,7 +147,7 @@ def register(config: RegisterStage, environment: Environment) -> None:
             guidance_scale=config.evaluation.guidance_scale,
         ),
         metrics={name: metrics[name] for name in ("geneval/overall", *(f"geneval/{tag}" for tag in TAGS))},
-        provenance=provenance_tags(Path.cwd(), TRAINING_PROMPTS),
+        provenance=provenance_tags(Path.cwd(), TRAINING_PROMPTS) | flow_tags(environment, Path.cwd()),
         run_id=record["mlflow_run_id"],
     )
     version.write(REGISTRATION)

@@ -23,11 +23,20 @@ from sfgrpo.assembly import (
 from sfgrpo.config import TrainStage, to_flat_dict
 from sfgrpo.environment import Environment
 from sfgrpo.errors import ConfigError, MirrorError, SfgrpoError
-from sfgrpo.files import atomic_directory
-from sfgrpo.paths import EVALUATION_PROMPTS, PARAMS, POLICY, PROMPTS, TRAIN_REPORT, TRAINING_PROMPTS
+from sfgrpo.files import atomic_directory, only_user
+from sfgrpo.paths import (
+    EVALUATION_PROMPTS,
+    PARAMS,
+    POLICY,
+    PROMPTS,
+    RUN_PREFIX,
+    TRAIN_REPORT,
+    TRAINING_PROMPTS,
+    run_lock,
+)
 from sfgrpo.preemption import StopNotice
 from sfgrpo.prompts import read_prompts
-from sfgrpo.provenance import provenance_tags
+from sfgrpo.provenance import flow_tags, provenance_tags
 from sfgrpo.sections import LaunchConfig
 
 if TYPE_CHECKING:
@@ -44,6 +53,8 @@ INPUTS = "inputs"
 PROVENANCE = "provenance.json"
 MIRROR_S = 300.0
 """How long the end of a training waits for its mirror."""
+LOCK_MARGIN_S = 10.0
+"""How much longer a start waits for an earlier process of its run than that has to save its state."""
 LEAVING_S = 2.0
 """What is kept of the time that a stopped process has, for the rest of its leaving."""
 
@@ -93,12 +104,13 @@ def train_policy(
         prompt_files = [(inputs or PROMPTS) / path.name for path in (TRAINING_PROMPTS, EVALUATION_PROMPTS)]
         prompts, evaluation_prompts = map(read_prompts, prompt_files)
         key = run_key(config, prompts, evaluation_prompts)
-        folder = environment.scratch_dir / f"train-{key[:16]}"
+        folder = environment.scratch_dir / f"{RUN_PREFIX}{key[:16]}"
         if inputs is not None and inputs.parent != folder:
             _refuse_other_code(inputs)
         _require_same_run(key, accelerator)
         folder.mkdir(parents=True, exist_ok=True)
         with (
+            _only_trainer(folder, environment, accelerator),
             _mirrored(folder, environment, notice, accelerator) as saved,
             _recorded(config, environment, key, folder, accelerator, prompt_files) as tracker,
         ):
@@ -111,6 +123,23 @@ def train_policy(
             if accelerator.is_main_process:
                 _publish(trainer, config, environment, key, folder, tracker)
         accelerator.end_training()
+
+
+@contextlib.contextmanager
+def _only_trainer(folder: Path, environment: Environment, accelerator: Accelerator) -> Iterator[None]:
+    """Keeps others on this disk from training the run too, and lets one that was just told to stop save its state.
+
+    The other processes of the run wait for the first one.
+    """
+    if not accelerator.is_main_process:
+        yield
+        return
+    with only_user(run_lock(folder), environment.grace_s + LOCK_MARGIN_S) as alone:
+        if not alone:
+            raise SfgrpoError(
+                f"another process trains run {folder.name}; wait until it is done, or stop it, then start this again"
+            )
+        yield
 
 
 @contextlib.contextmanager
@@ -152,7 +181,7 @@ def _recorded(
             # A run that is new finds out about a store that is away before it costs anything; others go on without.
             tracker.open()
         tracker.log_params(to_flat_dict(config))
-        tracker.set_tags(provenance)
+        tracker.set_tags(provenance | flow_tags(environment, Path.cwd()))
         tracker.log_prompts(prompt_files[0], "training-prompts", "training")
         tracker.log_prompts(prompt_files[1], "evaluation-prompts", "evaluation")
         yield tracker

@@ -14,11 +14,13 @@ from typing import Any, ParamSpec, TypeVar, cast
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.runtime import flow_run
 from prefect.tasks import Task
 
 from sfgrpo.environment import read_environment
 from sfgrpo.errors import ConfigError
 from sfgrpo.status import ExitStatus
+from tasks.progress import ShownProgress
 from tasks.supervisor import is_stopping, run_supervised
 
 Parameters = ParamSpec("Parameters")
@@ -56,8 +58,21 @@ class StageError(RuntimeError):
         return f"stage {self.stage} failed with exit status {self.status}; its last lines were\n{shown}"
 
 
-def run_command(stage: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+def refuse_inside_stage() -> None:
+    """Raises if DVC runs this process: the stages that the flow starts would wait for the one that started it."""
+    if stage := os.environ.get("DVC_STAGE"):
+        raise RuntimeError(f"DVC stage {stage} started the flow, which would wait for that stage; start it by itself")
+
+
+def run_command(
+    stage: str,
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] = lambda line: None,
+) -> None:
     """Runs a command under supervision, with further environment variables, and logs its output, but for DVC's advice.
+
+    Every line that is logged goes to `on_line` as well.
 
     Raises:
         StageError: the command failed. The exit status is that of the stage when DVC reports one.
@@ -69,6 +84,7 @@ def run_command(stage: str, command: Sequence[str], environment: Mapping[str, st
         if not line.strip().startswith(DVC_ADVICE):
             lines.append(line)
             logger.info("%s", line)
+            on_line(line)
 
     try:
         grace_s = read_environment().grace_s
@@ -80,7 +96,7 @@ def run_command(stage: str, command: Sequence[str], environment: Mapping[str, st
         command,
         LOGS / f"{stage}.log",
         show,
-        {**os.environ, **(environment or {}), "PATH": path},
+        {**os.environ, **_flow_variables(), **(environment or {}), "PATH": path},
         grace_s=grace_s,
     )
     if status:
@@ -88,7 +104,12 @@ def run_command(stage: str, command: Sequence[str], environment: Mapping[str, st
         raise StageError(stage, int(reported[-1]) if reported else status, tuple(lines))
 
 
-def reproduce(stage: str, file: str = "dvc.yaml", environment: Mapping[str, str] | None = None) -> None:
+def reproduce(
+    stage: str,
+    file: str = "dvc.yaml",
+    environment: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] = lambda line: None,
+) -> None:
     """Brings one DVC stage up to date; stages may run side by side.
 
     A stage that was told to stop goes on, as often as it takes, until this process itself is told to stop.
@@ -96,7 +117,7 @@ def reproduce(stage: str, file: str = "dvc.yaml", environment: Mapping[str, str]
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", f"{file}:{stage}"]
     while True:
         try:
-            return run_command(stage, command, environment)
+            return run_command(stage, command, environment, on_line)
         except StageError as error:
             if error.status != ExitStatus.RESUMABLE or is_stopping(within_s=RETRY_DELAY_S):
                 raise
@@ -132,7 +153,7 @@ def prompts() -> None:
 @stage_task("train")
 def train() -> None:
     """Trains the policy; a retry goes on from the last checkpoint, and so does a training that was told to stop."""
-    reproduce("train")
+    reproduce("train", on_line=ShownProgress("training").show)
 
 
 @stage_task("evaluate")
@@ -143,12 +164,25 @@ def evaluate() -> dict[str, Any]:
 
 
 @stage_task("register")
-def register() -> dict[str, Any]:
-    """Registers the policy; returns name, number and alias of the version.
+def register(branch: str | None = None) -> dict[str, Any]:
+    """Registers the policy; returns name, number and alias of the version, which names the branch of the run, if any.
 
     It is no DVC stage: DVC would skip it, or restore it from a cache, on a machine whose registry knows nothing of it.
     It is a process of its own so that the flow never holds a model, and is killed and retried like the other stages.
     """
     REGISTRATION.unlink(missing_ok=True)
-    run_command("register", [sys.executable, "-m", "sfgrpo", "register"])
+    variables = {} if branch is None else {"SFGRPO_BRANCH": branch}
+    run_command("register", [sys.executable, "-m", "sfgrpo", "register"], variables)
     return cast(dict[str, Any], json.loads(REGISTRATION.read_text(encoding="utf-8")))
+
+
+@stage_task("push")
+def push(stages: Sequence[str]) -> None:
+    """Copies the outputs of some stages to the remote of DVC; what it has already is not sent again."""
+    run_command("push", [sys.executable, "-m", "dvc", "push", *stages])
+
+
+def _flow_variables() -> dict[str, str]:
+    """Names the flow run to the processes that it starts, which record it."""
+    variables = {"SFGRPO_FLOW_RUN_ID": flow_run.id, "SFGRPO_FLOW_RUN_URL": flow_run.ui_url}
+    return {name: str(value) for name, value in variables.items() if value is not None}

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import psutil  # type: ignore[import-untyped]
 
@@ -94,6 +94,12 @@ def end_leftovers(folder: Path, grace_s: float) -> list[int]:
     return [process.pid for process in leftovers]
 
 
+def marked_folders() -> set[Path]:
+    """Lists the folders in which supervisors, living and dead, have processes."""
+    marks = (_mark_of(process) for process in psutil.process_iter())
+    return {mark.folder for mark in marks if mark is not None}
+
+
 def end(remaining: Callable[[], list[psutil.Process]], grace_s: float) -> None:
     """Sends SIGTERM to all that remains, and SIGKILL to what still does after the grace time and a margin."""
     _signal_all(remaining(), signal.SIGTERM)
@@ -147,15 +153,30 @@ def _supervises(process: psutil.Process) -> bool:
         return False
 
 
-def _is_leftover(process: psutil.Process, folder: Path) -> bool:
+class _Mark(NamedTuple):
+    """What the environment of a process says of its supervisor."""
+
+    pid: int
+    start: float
+    folder: Path
+
+
+def _mark_of(process: psutil.Process) -> _Mark | None:
     try:
-        pid, start, marked_folder = process.environ()[MARK].split(" ", 2)
+        pid, start, folder = process.environ()[MARK].split(" ", 2)
+        return _Mark(int(pid), float(start), Path(folder))
     except (KeyError, ValueError, psutil.Error, OSError):
+        return None
+
+
+def _is_leftover(process: psutil.Process, folder: Path) -> bool:
+    mark = _mark_of(process)
+    if mark is None or mark.folder != folder:
         return False
     with contextlib.suppress(psutil.Error):
-        if psutil.Process(int(pid)).create_time() == float(start):
+        if psutil.Process(mark.pid).create_time() == mark.start:
             return False
-    return Path(marked_folder) == folder
+    return True
 
 
 def _living_descendants() -> list[psutil.Process]:

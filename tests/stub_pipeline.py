@@ -15,6 +15,22 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parents[1]
 DEFINITION = ("dvc.yaml", "params.yaml", "prefect.toml", ".dvcignore", ".gitignore", ".dvc/config")
 
+NEEDED_BY_FLOWS = (
+    "batches",
+    "config",
+    "environment",
+    "errors",
+    "files",
+    "mlflow_store",
+    "paths",
+    "sections",
+    "signals",
+    "status",
+    "types",
+    "validation",
+)
+"""Modules of sfgrpo that are what they are."""
+
 STUB = """
 import json, os, pathlib, sys
 
@@ -82,8 +98,7 @@ def build_stub_pipeline(folder: Path) -> None:
         path.write_text("")
     (folder / "sfgrpo/__init__.py").write_text("")
     (folder / "sfgrpo/__main__.py").write_text(STUB)
-    # The flows themselves need them.
-    for name in ("environment", "errors", "signals", "status", "validation"):
+    for name in NEEDED_BY_FLOWS:
         shutil.copy(ROOT / f"sfgrpo/{name}.py", folder / f"sfgrpo/{name}.py")
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
 

@@ -12,9 +12,9 @@ import pytest
 from prefect.testing.utilities import prefect_test_harness
 from stub_pipeline import build_stub_pipeline, calls, stub_environment
 
-from flows.train_policy import main, refuse_inside_stage, train_policy
+from flows.train_policy import main, train_policy
 from tasks import stages
-from tasks.stages import StageError
+from tasks.stages import StageError, refuse_inside_stage
 
 # Not ours to mend: Prefect's own deprecations and unclosed sockets.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

@@ -16,7 +16,19 @@ LAYERS = (
     ("words", {"types", "errors", "sections", "validation", "config", "batches", "environment", "status", "paths"}),
     (
         "tools",
-        {"files", "random", "signals", "preemption", "rank", "provenance", "timing", "outbox", "memory", "distributed"},
+        {
+            "files",
+            "random",
+            "signals",
+            "preemption",
+            "rank",
+            "provenance",
+            "timing",
+            "outbox",
+            "memory",
+            "distributed",
+            "owner",
+        },
     ),
     ("maths", {"schedule", "sde", "estimates", "gains", "advantages", "losses"}),
     ("adapters", {"policies", "rewards", "geneval", "shapes", "prompts", "bucket"}),
@@ -31,6 +43,8 @@ LAYERS = (
             "tracking",
             "mlflow_store",
             "mlflow_tracking",
+            "sweep",
+            "retention",
             "registry",
             "serving",
             "versions",
@@ -68,6 +82,8 @@ SIBLINGS = {
     "trainer": {"learner", "checkpoint", "tracking", "progress", "report"},
     "mirror": {"checkpoint"},
     "mlflow_tracking": {"mlflow_store", "tracking"},
+    "sweep": {"mlflow_store", "mlflow_tracking"},
+    "retention": {"mlflow_store", "mlflow_tracking"},
     "registry": {"mlflow_store", "serving"},
     "versions": {"registry"},
     "ledger": {"mlflow_store"},
@@ -78,7 +94,7 @@ SIBLINGS = {
     "promoting": {"assembly", "contest"},
     "stages": {"assembly", "training"},
     "study": {"assembly", "__main__"},
-    "__main__": {"stages", "training", "promoting"},
+    "__main__": {"stages", "training", "promoting", "sweep", "retention"},
 }
 """Members of the same layer that a member may import all the same."""
 
@@ -91,6 +107,8 @@ OWNERS = {
         "sfgrpo.mlflow_tracking",
         "sfgrpo.registry",
         "sfgrpo.serving",
+        "sfgrpo.sweep",
+        "sfgrpo.retention",
         # They handle MLflow's refusals, each of which means something else to them.
         "sfgrpo.versions",
         "sfgrpo.ledger",

@@ -112,6 +112,31 @@ def test_shipped_parameters_train_on_no_evaluation_prompt_nor_its_twin(tmp_path,
     assert f"{len(training)} training prompts" in capsys.readouterr().out
 
 
+EDITIONS = {
+    "shapes": {},
+    "geneval": {"prompts.source": "geneval", "prompts.num_train": 300, "prompts.num_evaluation": GENEVAL_COUNTS},
+}
+
+
+@pytest.mark.parametrize("source", EDITIONS)
+def test_every_edition_has_other_training_prompts_and_the_same_evaluation_prompts(tmp_path, source):
+    shutil.copytree(ROOT / "data/geneval", tmp_path / "data/geneval")
+    sets = {}
+    for edition in (None, 0, 1, 2):
+        changes = {} if edition is None else {"prompts.edition": edition}
+        write_params(tmp_path, {**EDITIONS[source], **changes})
+        with inside(tmp_path):
+            assert main(["prompts"]) == 0
+        sets[edition] = prompt_sets(tmp_path)
+    training = {edition: tuple(prompt.text for prompt in sets[edition][0]) for edition in sets}
+    assert training[None] == training[0]
+    assert len({training[0], training[1], training[2]}) == 3
+    assert len({len(prompts) for prompts in training.values()}) == 1
+    assert all(evaluation == sets[0][1] for _, evaluation in sets.values())
+    for prompts, evaluation in sets.values():
+        assert set(map(twin_key, prompts)).isdisjoint(map(twin_key, evaluation))
+
+
 @pytest.fixture
 def geneval(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "data/geneval", tmp_path / "data/geneval")

@@ -82,7 +82,7 @@ def training_prompts(
     *,
     num_prompts: int = NUM_FLOW_GRPO_PROMPTS,
     weights: Mapping[Tag, float] = FLOW_GRPO_WEIGHTS,
-    seed: int,
+    seed: int | tuple[int, int],
 ) -> list[Prompt]:
     """Draws a training set in Flow-GRPO's manner, shuffled: tasks by `weights`, nothing from `held_out` nor its twins.
 

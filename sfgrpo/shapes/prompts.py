@@ -53,7 +53,7 @@ def split_prompts(num_evaluation: dict[Tag, int], seed: int) -> tuple[dict[Tag, 
 
 
 def sample_training_prompts(
-    training: dict[Tag, list[Prompt]], weights: dict[Tag, float], num_prompts: int, seed: int
+    training: dict[Tag, list[Prompt]], weights: dict[Tag, float], num_prompts: int, seed: int | tuple[int, int]
 ) -> list[Prompt]:
     """Draws a training set of `num_prompts` prompts whose tasks are in the ratio of `weights`.
 

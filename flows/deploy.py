@@ -1,0 +1,185 @@
+"""Makes a Prefect server ready for this project, and registers every deployment: `python -m flows.deploy`.
+
+Done again it changes nothing. What a person has changed since in the UI is kept: schedules that were switched on, the
+number of GPU slots, settings of the work pool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+from prefect.workers.process import ProcessWorker
+
+from sfgrpo.errors import ConfigError
+from tasks.slots import LIMIT
+
+POOL = "sfgrpo"
+DEFINITION = Path("prefect.yaml")
+SILENCE_S = 90
+"""Three signs of life that did not come."""
+MAX_ATTEMPTS = 3
+"""Times that a training run is started in all: what crashes every time must not go on for ever."""
+
+ZOMBIES = AutomationCore(
+    name="sfgrpo: dead runs are marked Crashed",
+    description=(
+        f"A flow run that gave a sign of life and then none for {SILENCE_S} s has lost its process together with its "
+        "worker; without this it would say Running for ever."
+    ),
+    trigger=EventTrigger(
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.*"},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=datetime.timedelta(seconds=SILENCE_S),
+    ),
+    actions=[
+        ChangeFlowRunState(
+            state=StateType.CRASHED,
+            name="Crashed",
+            message=f"The run gave no sign of life for {SILENCE_S} s.",
+            force=False,
+        )
+    ],
+)
+RESUMPTION = AutomationCore(
+    name="sfgrpo: crashed trainings go on",
+    description=(
+        f"A run of train-policy that crashed is scheduled again, as the same run, until it was started {MAX_ATTEMPTS} "
+        "times; it goes on from its last checkpoint."
+    ),
+    trigger=EventTrigger(
+        expect={"prefect.flow-run.Crashed"},
+        match={
+            "prefect.resource.id": "prefect.flow-run.*",
+            "prefect.run-count": [str(count) for count in range(1, MAX_ATTEMPTS)],
+        },
+        match_related={"prefect.resource.role": "flow", "prefect.resource.name": "train-policy"},
+        for_each={"prefect.resource.id"},
+        posture=Posture.Reactive,
+        threshold=1,
+        within=datetime.timedelta(0),
+    ),
+    actions=[
+        ChangeFlowRunState(
+            state=StateType.SCHEDULED,
+            name="AwaitingRetry",
+            message="The run crashed, and goes on from its last checkpoint.",
+            force=False,
+        )
+    ],
+)
+
+
+def ensure_pool(client: SyncPrefectClient) -> str:
+    """Makes the work pool unless there is one of its name, of whatever type; says what it did."""
+    try:
+        return f"work pool {POOL} is there, of type {client.read_work_pool(POOL).type}"
+    except ObjectNotFound:
+        template = ProcessWorker.get_default_base_job_template()
+        client.create_work_pool(WorkPoolCreate(name=POOL, type=ProcessWorker.type, base_job_template=template))
+        return f"work pool {POOL} made, of type {ProcessWorker.type}"
+
+
+def ensure_slots(client: SyncPrefectClient, num_slots: int) -> str:
+    """Makes the limit on GPU slots unless there is one; says what it did."""
+    try:
+        return f"limit {LIMIT} is there, slots {client.read_global_concurrency_limit_by_name(LIMIT).limit}"
+    except ObjectNotFound:
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=num_slots, active=True))
+        return f"limit {LIMIT} made, slots {num_slots}"
+
+
+def ensure_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
+    """Makes an automation, or brings it to what it should be; one that was switched off stays so. Says what it did."""
+    found = client.read_automations_by_name(wanted.name)
+    if not found:
+        client.create_automation(wanted)
+        return f"automation made: {wanted.name}"
+    wanted = wanted.model_copy(update={"enabled": found[0].enabled})
+    if _content(found[0]) == _content(wanted):
+        return f"automation is there: {wanted.name}"
+    client.update_automation(found[0].id, wanted)
+    return f"automation changed: {wanted.name}"
+
+
+def _content(automation: AutomationCore) -> dict[str, Any]:
+    """Gives what an automation does, without the ids that the server adds."""
+    return automation.model_dump(mode="json", include={"name", "description", "enabled", "trigger", "actions"})
+
+
+def count_gpus() -> int:
+    """Counts the GPUs of this machine, by their device files; PyTorch would take seconds to load."""
+    return sum(1 for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
+
+
+def register_deployments() -> None:
+    """Has Prefect's command line register all deployments of prefect.yaml.
+
+    Raises:
+        ConfigError: it refused; its own words are on the terminal.
+    """
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(DEFINITION)]
+    if subprocess.run(command).returncode:
+        raise ConfigError(f"prefect could not register the deployments of {DEFINITION}; see above")
+
+
+def deploy(num_slots: int) -> None:
+    """Brings the server at PREFECT_API_URL to what this project needs, and prints what it did.
+
+    Raises:
+        ConfigError: there is no such server, or it refuses.
+    """
+    address = PREFECT_API_URL.value()
+    if not address:
+        raise ConfigError("PREFECT_API_URL is not set; start the services, and set it to their address")
+    with get_client(sync_client=True) as client:
+        if (error := client.api_healthcheck()) is not None:
+            raise ConfigError(f"PREFECT_API_URL {address} does not answer ({error}); start the server there")
+        try:
+            for line in (
+                ensure_pool(client),
+                ensure_slots(client, num_slots),
+                ensure_automation(client, ZOMBIES),
+                ensure_automation(client, RESUMPTION),
+            ):
+                print(line)
+        except PrefectHTTPStatusError as refusal:
+            reason = f"{refusal.response.status_code} {refusal.response.reason_phrase}"
+            raise ConfigError(f"{address} refuses ({reason}); check PREFECT_API_AUTH_STRING") from refusal
+        register_deployments()
+        for deployment in sorted(client.read_deployments(), key=lambda found: found.name):
+            flow = client.read_flow(deployment.flow_id)
+            print(f"{flow.name}/{deployment.name}: {PREFECT_UI_URL.value()}/deployments/deployment/{deployment.id}")
+
+
+def main(arguments: list[str]) -> int:
+    """Deploys; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m flows.deploy", description=__doc__)
+    parser.add_argument("--gpu-slots", type=int, default=max(1, count_gpus()), help="trainings at a time (%(default)s)")
+    try:
+        deploy(parser.parse_args(arguments).gpu_slots)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""Ends what dead processes left behind, in MLflow and on this machine: `python -m flows.sweep`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+
+from sfgrpo.environment import read_environment
+from sfgrpo.signals import sigterm_as_exit
+from tasks.git import top_folder
+from tasks.stages import StageError, refuse_inside_stage
+from tasks.supervisor import end_leftovers, marked_folders
+from tasks.upkeep import sweep_mlflow
+
+
+@flow(name="sweep")
+def sweep() -> None:
+    """Closes the MLflow runs of dead processes, and ends the processes that dead supervisors of this checkout left."""
+    refuse_inside_stage()
+    checkout, grace_s = top_folder(Path.cwd()), read_environment().grace_s
+    folders = sorted(folder for folder in marked_folders() if folder.is_relative_to(checkout))
+    ended = [pid for folder in folders for pid in end_leftovers(folder, grace_s)]
+    if ended:
+        get_run_logger().warning("ended processes that killed runs left behind: %s", ended)
+    found = sweep_mlflow()
+    create_markdown_artifact(report(found, ended), key="sweep", description="What dead processes left behind")
+
+
+def report(found: dict[str, Any], ended: Sequence[int]) -> str:
+    """Words the findings in Markdown."""
+    counts = ", ".join(f"{kind.replace('_', ' ')} {len(runs)}" for kind, runs in found.items())
+    lines = [
+        f"MLflow runs that said RUNNING: {counts}. Processes ended: {len(ended)}.",
+        "",
+        "| Run | Process | Hours without a record | What was done |",
+        "|---|---|---:|---|",
+    ]
+    done = {"closed": "closed as KILLED, since its process is gone", "silent": "nothing: its process is out of sight"}
+    lines += [
+        f"| {run['name']} `{run['run_id']}` | {run['owner']} | {run['silent_s'] / 3600:.1f} | {action} |"
+        for kind, action in done.items()
+        for run in found[kind]
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs the flow; returns the exit status."""
+    try:
+        # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
+        with sigterm_as_exit():
+            sweep()
+    except StageError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

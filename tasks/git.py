@@ -1,0 +1,78 @@
+"""Worktrees and commits of the repository by plumbing, which touches no checkout and needs nobody's settings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+NAME = "sfgrpo"
+EMAIL = "sfgrpo@localhost"
+
+
+class GitError(RuntimeError):
+    """git refused; the message ends with its own words."""
+
+
+def git(folder: Path, *arguments: str, content: str | None = None, variables: Mapping[str, str] | None = None) -> str:
+    """Runs git in a folder, with `content` as its input; returns what it prints, without the line end.
+
+    Hooks do not run: they are for people.
+    """
+    # Whoever calls us may be a hook or an alias of git, whose variables name another repository.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    answer = subprocess.run(
+        ["git", "-c", "core.hooksPath=/dev/null", *arguments],
+        cwd=folder,
+        env={**inherited, **(variables or {})},
+        input=content,
+        capture_output=True,
+        text=True,
+    )
+    if answer.returncode:
+        raise GitError(f"git {arguments[0]} failed in {folder}: {answer.stderr.strip()}")
+    return answer.stdout.rstrip("\n")
+
+
+def top_folder(folder: Path) -> Path:
+    """Finds the root of the checkout that a folder lies in."""
+    return Path(git(folder, "rev-parse", "--show-toplevel"))
+
+
+def add_worktree(checkout: Path, folder: Path, commit: str) -> None:
+    """Makes a worktree at a commit, on no branch, in place of whatever was left of an earlier one."""
+    remove_worktree(checkout, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Twice, for the lock of a worktree whose making was interrupted.
+    git(checkout, "worktree", "add", "--quiet", "--force", "--force", "--detach", str(folder), commit)
+
+
+def remove_worktree(checkout: Path, folder: Path) -> None:
+    """Removes a worktree, with all that is in it; one that is only half there, or not at all, too."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    git(checkout, "worktree", "prune")
+
+
+def commit_files(folder: Path, parent: str, files: Mapping[str, str], message: str, *, same_time: bool = False) -> str:
+    """Makes a commit that is its parent with some text files replaced; returns its id. No branch moves.
+
+    With `same_time` it has the time of its parent, so that the same files and message always make the same commit.
+    """
+    time = git(folder, "show", "--no-patch", "--format=%ct +0000", parent) if same_time else None
+    who = {f"GIT_{role}_{what}": value for role in ("AUTHOR", "COMMITTER") for what, value in _identity(time).items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        variables = {**who, "GIT_INDEX_FILE": str(Path(temporary, "index"))}
+        git(folder, "read-tree", parent, variables=variables)
+        for name, content in files.items():
+            blob = git(folder, "hash-object", "-w", "--stdin", content=content)
+            git(folder, "update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", variables=variables)
+        tree = git(folder, "write-tree", variables=variables)
+        return git(folder, "commit-tree", tree, "-p", parent, "-F", "-", content=message, variables=variables)
+
+
+def _identity(time: str | None) -> dict[str, str]:
+    return {"NAME": NAME, "EMAIL": EMAIL} | ({} if time is None else {"DATE": time})

@@ -1,0 +1,63 @@
+"""Looks at the prompt sets that the stage `prompts` wrote, before they are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from sfgrpo.config import load_config
+from sfgrpo.errors import SfgrpoError
+from sfgrpo.geneval.prompts import twin_key
+from sfgrpo.paths import EVALUATION_PROMPTS, PARAMS, TRAINING_PROMPTS
+from sfgrpo.prompts import read_prompts
+from sfgrpo.types import TAGS, Tag
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TaskCount:
+    """Prompts of one GenEval task."""
+
+    tag: Tag
+    training: int
+    unique: int
+    """Training prompts that differ from one another."""
+    evaluation: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSets:
+    """What the prompt sets of the working directory hold."""
+
+    counts: Sequence[TaskCount]
+    training_texts: Sequence[str]
+
+
+def read_prompt_sets() -> PromptSets:
+    """Reads both sets, and checks their sizes and that nothing is trained on that is evaluated.
+
+    Raises:
+        SfgrpoError: a set has another size than the parameters ask for, or training holds an evaluation prompt or the
+            order-swapped twin of one.
+    """
+    wanted = load_config("prompts", Path(PARAMS)).prompts
+    training, evaluation = read_prompts(TRAINING_PROMPTS), read_prompts(EVALUATION_PROMPTS)
+    held_out = set(map(twin_key, evaluation))
+    if overlap := [prompt.text for prompt in training if twin_key(prompt) in held_out]:
+        raise SfgrpoError(f"{TRAINING_PROMPTS}: {overlap[0]!r} and {len(overlap) - 1} others are kept for evaluation")
+    for path, found, number in (
+        (TRAINING_PROMPTS, training, wanted.num_train),
+        (EVALUATION_PROMPTS, evaluation, sum(wanted.num_evaluation.values())),
+    ):
+        if len(found) != number:
+            raise SfgrpoError(f"{path}: holds {len(found)} prompts, but {PARAMS} asks for {number}")
+    counts = [
+        TaskCount(
+            tag=tag,
+            training=sum(prompt.tag == tag for prompt in training),
+            unique=len({prompt.text for prompt in training if prompt.tag == tag}),
+            evaluation=sum(prompt.tag == tag for prompt in evaluation),
+        )
+        for tag in TAGS
+    ]
+    return PromptSets(counts=counts, training_texts=[prompt.text for prompt in training])
