@@ -166,6 +166,10 @@ def test_a_taken_port_keeps_everything_from_being_made(
     assert not (tmp_path / "s").exists()
 
 
+def test_every_port_has_a_setting() -> None:
+    assert {program.port for program in PROGRAMS.values() if program.port is not None} <= Settings().ports.keys()
+
+
 def test_ports_for_tests_are_none_that_a_client_may_get() -> None:
     first, _ = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()
     assert max(BELOW_EPHEMERAL) < int(first)
