@@ -37,10 +37,11 @@ class TextToImage(PythonModel):
             context.artifacts.get("pipeline", settings["pretrained"]),
             revision=settings["revision"],
             dtype=getattr(torch, settings["dtype"]),
+            use_safetensors=True,
             **without_t5,
         )
         adapter, metadata = self._pipeline.lora_state_dict(
-            context.artifacts["adapter"], weight_name=weights.name, return_lora_metadata=True
+            context.artifacts["adapter"], weight_name=weights.name, return_lora_metadata=True, use_safetensors=True
         )
         self._pipeline.load_lora_into_transformer(adapter, self._pipeline.transformer, metadata=metadata)
         self._pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

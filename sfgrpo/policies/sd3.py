@@ -201,7 +201,7 @@ class SD3Policy(Policy):
 
     def load_adapter(self, folder: Path) -> None:
         prefix = "transformer."
-        weights = StableDiffusion3Pipeline.lora_state_dict(folder)
+        weights = StableDiffusion3Pipeline.lora_state_dict(folder, weight_name=WEIGHTS_NAME, use_safetensors=True)
         stripped = {key.removeprefix(prefix): value for key, value in weights.items()}
         result = set_peft_model_state_dict(self.pipeline.transformer, stripped, adapter_name=ADAPTER)
         missing = [key for key in result.missing_keys if "lora_" in key]
