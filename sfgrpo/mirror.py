@@ -31,12 +31,14 @@ class Mirror:
     pruned leave the bucket; other files stay.
     """
 
-    def __init__(self, uri: str, folder: Path) -> None:
+    def __init__(self, uri: str, folder: Path, encryption: str | None = None) -> None:
         """Takes `s3://bucket/prefix`, below which the objects lie under the folder's name; contacts nobody.
+
+        `encryption` is that of `Bucket`.
 
         Raises `ConfigError` for what is no such address.
         """
-        self._bucket = Bucket(f"{uri.rstrip('/')}/{folder.name}")
+        self._bucket = Bucket(f"{uri.rstrip('/')}/{folder.name}", encryption)
         self._folder = folder
         self._root = folder / CHECKPOINTS
         self._sent: dict[str, _Stamp] = {}

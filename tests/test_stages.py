@@ -274,7 +274,7 @@ class Away:
 
     num_syncs = 0
 
-    def __init__(self, uri: str, folder: Path) -> None:
+    def __init__(self, uri: str, folder: Path, encryption: str | None) -> None:
         self.uri = uri
 
     def restore(self) -> bool:
