@@ -68,7 +68,7 @@ SIBLINGS = {
     "snapshots": {"evaluation_store"},
     "periodic": {"evaluation_store", "snapshots", "report", "tracking"},
     "trainer": {"learner", "checkpoint", "tracking", "progress", "periodic"},
-    "mirror": {"checkpoint"},
+    "mirror": {"checkpoint", "snapshots"},
     "mlflow_tracking": {"mlflow_store", "tracking"},
     "registry": {"mlflow_store", "serving"},
     "training": {"assembly"},
