@@ -87,7 +87,7 @@ SIBLINGS = {
     "snapshots": {"evaluation_store"},
     "periodic": {"evaluation_store", "snapshots", "report", "tracking"},
     "trainer": {"learner", "checkpoint", "tracking", "progress", "periodic"},
-    "mirror": {"checkpoint"},
+    "mirror": {"checkpoint", "snapshots"},
     "mlflow_tracking": {"mlflow_store", "tracking"},
     "sweep": {"mlflow_store", "mlflow_tracking"},
     "retention": {"mlflow_store", "mlflow_tracking"},
