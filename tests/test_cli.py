@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from tiny_run import ROOT, TINY, write_params
 
-from sfgrpo.__main__ import HELP, main
+from sfgrpo.__main__ import main
+from sfgrpo.commands import COMMANDS
 from sfgrpo.config import STAGES, load_config
 from sfgrpo.environment import Environment
 
@@ -46,12 +47,16 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 OPTIONS = {
-    "train": ("--resume",),
-    "promote": ("--model", "--version", "--judge-only", "--apply"),
-    "rollback": ("--model",),
-    "recheck": ("--model",),
+    "train": ("--params", "--resume"),
+    "evaluate_snapshot": (),
+    "promote": ("--params", "--model", "--version", "--judge-only", "--apply"),
+    "rollback": ("--params", "--model"),
+    "recheck": ("--params", "--model"),
+    "sample": ("--model", "--out", "--seed", "--steps", "--guidance"),
+    "sweep": ("--quiet-h", "--report"),
+    "retention": ("--days", "--rehearse", "--report"),
 }
-"""Options of a stage besides the parameter file."""
+"""Options of commands, where that is not the parameter file alone."""
 
 
 def run_python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -66,7 +71,7 @@ def test_help_names_stages_parameters_environment_and_exit_status(tmp_path):
     assert shown.returncode == 0
     variables = [str(field.validation_alias) for field in Environment.model_fields.values()]
     words = [
-        *HELP,
+        *COMMANDS,
         "params.yaml",
         "dvc repro",
         *variables,
@@ -76,16 +81,16 @@ def test_help_names_stages_parameters_environment_and_exit_status(tmp_path):
     assert [word for word in words if word not in text] == []
 
 
-def test_every_stage_has_a_line_of_help():
-    assert set(HELP) == {*STAGES, "show"} - {"launch"}
+def test_every_stage_is_a_command():
+    assert set(COMMANDS) >= set(STAGES) - {"launch"}
 
 
-@pytest.mark.parametrize("stage", HELP)
-def test_values_are_options_of_no_stage_but_which_run_or_version_is_meant_may_be(stage, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_values_are_options_of_no_stage_but_which_run_or_version_is_meant_may_be(command, capsys):
     with pytest.raises(SystemExit, match="0"):
-        main([stage, "--help"])
+        main([command, "--help"])
     shown = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    assert shown == {"--help", "--params", *OPTIONS.get(stage, ())}
+    assert shown == {"--help", *OPTIONS.get(command, ("--params",))}
 
 
 @pytest.mark.parametrize("arguments", [[], ["tarin"], ["train", "--learning-rate", "1"]])

@@ -64,7 +64,7 @@ LAYERS = (
             "pretrain_reward",
         },
     ),
-    ("doors", {"assembly", "training", "aside", "stages", "contest", "promoting", "study", "__main__"}),
+    ("doors", {"assembly", "training", "aside", "stages", "contest", "promoting", "study", "commands", "__main__"}),
 )
 """Members of a layer import lower layers; a folder counts as one member."""
 
@@ -103,7 +103,8 @@ SIBLINGS = {
     "aside": {"assembly", "training"},
     "stages": {"assembly", "training"},
     "study": {"assembly", "__main__"},
-    "__main__": {"aside", "stages", "training", "sweep", "retention", "promoting"},
+    "commands": {"aside", "stages", "training", "sweep", "retention", "promoting"},
+    "__main__": {"commands"},
 }
 """Members of the same layer that a member may import all the same."""
 

@@ -20,6 +20,7 @@ PAGES = (
     "docs/full_scale.md",
     "docs/metrics.md",
     "docs/operating.md",
+    "docs/operations.md",
     "docs/results.md",
     "infra/README.md",
     "infra/terraform/README.md",
