@@ -15,6 +15,7 @@ from collections.abc import Callable
 from sfgrpo.commands import COMMANDS
 from sfgrpo.errors import ConfigError, Preempted, SfgrpoError
 from sfgrpo.rank import is_first_rank, noting_errors
+from sfgrpo.redaction import SecretFreeFormatter, print_error, without_secrets
 from sfgrpo.status import ExitStatus
 
 
@@ -38,9 +39,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def prepare() -> None:
-    """Sets up logging; other ranks than the first only warn, and other libraries would bury the line per update."""
+    """Sets up logging without secrets: ranks but the first only warn, other libraries would bury the line per update."""
     level = logging.INFO if is_first_rank() else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(SecretFreeFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+    sys.excepthook = print_error
     for name in ("httpx", "matplotlib", "accelerate", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -55,13 +59,13 @@ def guarded(command: Callable[[], None]) -> int:
             command()
     except Preempted as error:
         if is_first_rank():
-            print(f"stopped: {error}", file=sys.stderr)
+            print(without_secrets(f"stopped: {error}"), file=sys.stderr)
         return ExitStatus.RESUMABLE
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(without_secrets(f"error: {error}"), file=sys.stderr)
         return ExitStatus.WRONG_CONFIGURATION
     except (SfgrpoError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(without_secrets(f"error: {error}"), file=sys.stderr)
         return ExitStatus.FAILED
     return ExitStatus.DONE
 

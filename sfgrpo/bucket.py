@@ -20,7 +20,6 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
-import os
 import random
 import re
 import threading
@@ -29,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from sfgrpo.errors import ConfigError, MirrorError
+from sfgrpo.redaction import without_secrets
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,7 +53,6 @@ REFUSALS = {
     "PartialCredentialsError",
     "SignatureDoesNotMatch",
 }
-SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 class Digests(NamedTuple):
@@ -334,12 +333,3 @@ def _encryption_options(encryption: str | None) -> dict[str, str]:
     if encryption == "AES256" or not key:
         return {"ServerSideEncryption": encryption}
     return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key}
-
-
-def without_secrets(text: str) -> str:
-    """Blots out passwords in addresses and the secrets of the environment."""
-    text = re.sub(r"://[^/\s]*@", "://***@", text)
-    for name in SECRETS:
-        if secret := os.environ.get(name, "").strip():
-            text = text.replace(secret, "***")
-    return text

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sfgrpo.errors import Preempted
+from sfgrpo.redaction import without_secrets
 from sfgrpo.status import ExitStatus
 
 LAUNCHER = "STAGE_LAUNCHER"
@@ -50,8 +51,8 @@ def noting_errors() -> Iterator[None]:
         raise
     except Exception as error:
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            details = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
-            message = {"message": f"{type(error).__name__}: {error}", "extraInfo": details}
+            details = {"py_callstack": without_secrets(traceback.format_exc()), "timestamp": str(int(time.time()))}
+            message = {"message": without_secrets(f"{type(error).__name__}: {error}"), "extraInfo": details}
             with contextlib.suppress(OSError):
                 Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
         raise

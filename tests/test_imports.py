@@ -13,7 +13,21 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 
 LAYERS = (
-    ("words", {"types", "errors", "sections", "validation", "config", "batches", "environment", "status", "paths"}),
+    (
+        "words",
+        {
+            "types",
+            "errors",
+            "sections",
+            "validation",
+            "config",
+            "batches",
+            "environment",
+            "status",
+            "paths",
+            "redaction",
+        },
+    ),
     (
         "tools",
         {

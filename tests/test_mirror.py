@@ -25,6 +25,7 @@ from sfgrpo.bucket import Bucket
 from sfgrpo.errors import ConfigError, MirrorError
 from sfgrpo.files import atomic_directory, verify_manifest, write_manifest
 from sfgrpo.mirror import Mirror, require_run, run_names
+from sfgrpo.redaction import without_secrets
 from sfgrpo.snapshots import prune_snapshots, read_snapshot
 
 WAIT_S = 60.0
@@ -506,7 +507,7 @@ def test_secrets_in_messages_are_blotted_out(uri, folder, monkeypatch):
         Mirror(uri, folder).restore()
     assert "password" not in str(caught.value) and "cannot be used" in str(caught.value)
     monkeypatch.setenv("AWS_SESSION_TOKEN", "token-with-a-newline\n")
-    assert bucket.without_secrets("Invalid header value b'token-with-a-newline\\n'") == "Invalid header value b'***\\n'"
+    assert without_secrets("Invalid header value b'token-with-a-newline\\n'") == "Invalid header value b'***\\n'"
 
 
 def test_server_that_is_away_is_a_clear_error(uri, folder, monkeypatch):

@@ -220,3 +220,21 @@ def test_run_leaves_no_secret_anywhere_though_it_fails_in_every_way(tmp_path, s3
 def top_level(server: S3Server) -> list[str]:
     entries = server.client().list_objects_v2(Bucket="secrets", Delimiter="/")["CommonPrefixes"]
     return [entry["Prefix"].rstrip("/") for entry in entries]
+
+
+def test_log_and_traceback_are_without_secrets(tmp_path):
+    program = (
+        "import logging, os, sys; from sfgrpo.__main__ import prepare; prepare()\n"
+        "secret = os.environ['MLFLOW_TRACKING_PASSWORD']\n"
+        "try: raise ValueError(f'caught with {secret}')\n"
+        "except ValueError: logging.getLogger('x').exception('http://user:some-password@host %s', secret)\n"
+        "raise RuntimeError(f'uncaught with {secret}')\n"
+    )
+    environment = os.environ | {"MLFLOW_TRACKING_PASSWORD": SECRET}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 1
+    assert "RuntimeError: uncaught with ***" in run.stderr and "ValueError: caught with ***" in run.stderr
+    assert "ERROR x: http://***@host ***" in run.stderr
+    assert SECRET not in run.stderr and "some-password" not in run.stderr
