@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from benchmarks.soak.services import BUCKET, make_bucket, s3_server
 from sfgrpo.bucket import Bucket
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests"))
-
-from s3 import BUCKET, S3Server  # type: ignore[import-not-found] # noqa: E402
 
 SIZE = 200_000_000
 ROUNDS = 5
@@ -28,9 +23,11 @@ ROUNDS = 5
 Way = tuple[Callable[[Path], object], Callable[[Path], object]]
 
 
-def by_boto3(server: S3Server) -> Way:
+def by_boto3() -> Way:
     """Gives upload and download as boto3 does them."""
-    client = server.client()
+    import boto3  # type: ignore[import-untyped]
+
+    client = boto3.session.Session().client("s3")
 
     def send(path: Path) -> None:
         with path.open("rb") as file:
@@ -43,9 +40,8 @@ def by_boto3(server: S3Server) -> Way:
     return send, fetch
 
 
-def by_bucket(server: S3Server) -> Way:
+def by_bucket() -> Way:
     """Gives upload and download as the mirror of a run does them."""
-    os.environ.update(server.environment)
     bucket = Bucket(f"s3://{BUCKET}/proven")
 
     def send(path: Path) -> None:
@@ -69,17 +65,23 @@ def clocked(work: Callable[[Path], object], path: Path) -> tuple[float, float]:
 
 def main() -> None:
     """Measures and prints."""
-    with tempfile.TemporaryDirectory() as name, S3Server(Path(name, "server")) as server:
-        server.client().create_bucket(Bucket=BUCKET)
+    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory() as name:
         source, target = Path(name, "source"), Path(name, "target")
         source.write_bytes(os.urandom(SIZE))
-        ways: Mapping[str, Way] = {"plain boto3": by_boto3(server), "Bucket": by_bucket(server)}
-        seconds: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        for round_index in range(ROUNDS + 1):
-            for way, (send, fetch) in ways.items():
-                measured = {"up": clocked(send, source), "down": clocked(fetch, target)}
-                for direction, both in measured.items() if round_index else ():  # the first round warms up
-                    seconds.setdefault((direction, way), []).append(both)
+        server, variables = s3_server(Path(name, "server"))
+        os.environ.update(variables)
+        try:
+            server.start()
+            make_bucket()
+            ways: Mapping[str, Way] = {"plain boto3": by_boto3(), "Bucket": by_bucket()}
+            for round_index in range(ROUNDS + 1):
+                for way, (send, fetch) in ways.items():
+                    measured = {"up": clocked(send, source), "down": clocked(fetch, target)}
+                    for direction, both in measured.items() if round_index else ():  # the first round warms up
+                        seconds.setdefault((direction, way), []).append(both)
+        finally:
+            server.kill()
     print("| | | s | MB/s | of plain boto3 | CPU s |\n|---|---|---:|---:|---:|---:|")
     for direction in ("up", "down"):
         base = statistics.median(taken for taken, _ in seconds[direction, "plain boto3"])

@@ -57,15 +57,25 @@ def crown(client: MlflowClient, uri: str, ledger: Ledger, version: int, run_id: 
         LedgerError: another promotion or rollback was decided since; nothing has changed.
         RegistryError: what the alias served could not draw; the former champion is champion again.
     """
-    model, former = ledger.model, champion_of(client, ledger)
-    ledger = append(client, ledger, Entry(action="promotion", version=version, over=former, run_id=run_id))
+    former = champion_of(client, ledger)
+    entry = Entry(action="promotion", version=version, over=former, run_id=run_id)
+    prove(client, uri, append(client, ledger, entry))
+
+
+def prove(client: MlflowClient, uri: str, ledger: Ledger) -> None:
+    """Points the aliases at the champion of the last promotion and has it draw; takes the promotion back if it cannot.
+
+    Raises:
+        RegistryError: what the alias served could not draw; the former champion is champion again.
+    """
+    promotion, model = ledger.entries[-1], ledger.model
     settle(client, uri, model)
     try:
         smoke_test(uri, f"models:/{model}@{CHAMPION}")
     except RegistryError as error:
-        client.set_model_version_tag(model, str(version), SMOKE_TEST_TAG, "failed")
-        raise RegistryError(f"{error}; {_taken_back(client, uri, ledger, version, former, run_id)}") from error
-    client.set_model_version_tag(model, str(version), SMOKE_TEST_TAG, "passed")
+        client.set_model_version_tag(model, str(promotion.version), SMOKE_TEST_TAG, "failed")
+        raise RegistryError(f"{error}; {_taken_back(client, uri, ledger)}") from error
+    client.set_model_version_tag(model, str(promotion.version), SMOKE_TEST_TAG, "passed")
 
 
 def roll_back(client: MlflowClient, uri: str, model: str) -> tuple[int, int | None]:
@@ -92,14 +102,16 @@ def roll_back(client: MlflowClient, uri: str, model: str) -> tuple[int, int | No
     return present, target
 
 
-def _taken_back(client: MlflowClient, uri: str, ledger: Ledger, version: int, former: int | None, run_id: str) -> str:
-    """Rolls a promotion back and words the outcome."""
+def _taken_back(client: MlflowClient, uri: str, ledger: Ledger) -> str:
+    """Rolls the last promotion back and words the outcome."""
+    promotion = ledger.entries[-1]
+    entry = Entry(action="rollback", version=promotion.over, over=promotion.version, run_id=promotion.run_id)
     try:
-        append(client, ledger, Entry(action="rollback", version=former, over=version, run_id=run_id))
+        append(client, ledger, entry)
     except LedgerError:
         return "another promotion or rollback was decided meanwhile, and stands"
     settle(client, uri, ledger.model)
-    return "there is no champion again" if former is None else f"version {former} is champion again"
+    return "there is no champion again" if promotion.over is None else f"version {promotion.over} is champion again"
 
 
 def _point(client: MlflowClient, model: str, alias: str, number: int | None) -> None:

@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfgrpo.paths import PROMOTION_DECISION, PROMOTION_TEXT
 from sfgrpo.promotion import Opponent
 from sfgrpo.registry import RegistryError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-DECISION = "decision.json"
-REPORT = "report.md"
+DECISION = PROMOTION_DECISION.name
+REPORT = PROMOTION_TEXT.name
 SAMPLES = "samples.png"
 PROMPTS = "evaluation_prompts.jsonl"
 """File of the decision's run: the prompts that both models drew."""

@@ -16,6 +16,7 @@ from sfgrpo.bucket import Bucket, ObjectAbsentError, sha256_of
 from sfgrpo.checkpoint import CHECKPOINTS, checkpoint_path, latest_checkpoint
 from sfgrpo.errors import IntegrityError, MirrorError, SfgrpoError
 from sfgrpo.files import MANIFEST, PARTIAL_SUFFIX, atomic_directory, verify_manifest
+from sfgrpo.snapshots import SNAPSHOTS
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +28,18 @@ class Mirror:
     """Copies a run's folder to an S3 bucket in the background, and back; an object lies at the path of its file.
 
     A checkpoint below `checkpoints/` is whole in the bucket, or has no manifest there. All other files of the folder
-    go up before the checkpoints, so that whoever finds a checkpoint finds what it refers to. Checkpoints that were
-    pruned leave the bucket; other files stay.
+    go up before the checkpoints, so that whoever finds a checkpoint finds what it refers to. Checkpoints and snapshots
+    that were pruned leave the bucket; other files stay.
     """
 
-    def __init__(self, uri: str, folder: Path) -> None:
+    def __init__(self, uri: str, folder: Path, encryption: str | None = None) -> None:
         """Takes `s3://bucket/prefix`, below which the objects lie under the folder's name; contacts nobody.
+
+        `encryption` is that of `Bucket`.
 
         Raises `ConfigError` for what is no such address.
         """
-        self._bucket = Bucket(f"{uri.rstrip('/')}/{folder.name}")
+        self._bucket = Bucket(f"{uri.rstrip('/')}/{folder.name}", encryption)
         self._folder = folder
         self._root = folder / CHECKPOINTS
         self._sent: dict[str, _Stamp] = {}
@@ -195,7 +198,13 @@ class Mirror:
         return self._sent.get(name) == _stamp(file)
 
     def _prune(self, sizes: dict[str, int]) -> None:
-        """Removes the checkpoints that the folder no longer has; ones after its newest were never its to prune."""
+        """Removes checkpoints and snapshots that the folder no longer has.
+
+        Checkpoints after its newest were never its to prune.
+        """
+        for name in [name for name in sizes if name.startswith(f"{SNAPSHOTS}/")]:
+            if not (self._folder / name).exists():
+                self._remove(name, sizes)
         saved = self._saved_updates()
         for update in _updates_in(sizes):
             if update not in saved and update < max(saved, default=0):

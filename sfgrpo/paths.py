@@ -15,6 +15,8 @@ TRAINING = Path("reports/training.json")
 """Names the run that was trained last in this working directory; no output of DVC."""
 REGISTRATION = Path("reports/registered.json")
 PROMOTION_REPORT = Path("reports/promotion")
+PROMOTION_DECISION = PROMOTION_REPORT / "decision.json"
+PROMOTION_TEXT = PROMOTION_REPORT / "report.md"
 RECHECK = Path("reports/recheck.json")
 RUN_PREFIX = "train-"
 """How the folders of trainings start, below the scratch folder; the rest is the start of the run's key."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfgrpo.assembly import use_threads
-from sfgrpo.champion import champion_of, crown, roll_back, settle
+from sfgrpo.champion import champion_of, crown, prove, roll_back, settle
 from sfgrpo.config import PromoteStage
 from sfgrpo.contest import Rules, champion_already, evaluate, judge, load_package, make_rewards
 from sfgrpo.environment import Environment
@@ -68,6 +68,8 @@ def promote(
 def apply(environment: Environment, run_id: str) -> None:
     """Makes the candidate of an earlier decision champion, unless the champion has changed since.
 
+    Applied twice, it changes nothing and has the champion draw once more.
+
     Raises:
         LedgerError: the champion has changed.
         RegistryError: there is no such decision, it was not to promote, or the version is not what was registered.
@@ -77,8 +79,16 @@ def apply(environment: Environment, run_id: str) -> None:
     if not judgement.promoted:
         raise RegistryError(f"MLflow run {run_id} decided not to promote version {judgement.version}")
     ledger = settle(client, uri, judgement.model)
+    if _is_applied(ledger, judgement):
+        # Whoever applied it may have died before the proof.
+        prove(client, uri, ledger)
+        print(f"version {judgement.version} of {judgement.model} is champion already, by this decision")
+        return
     if len(ledger.entries) != judgement.num_entries:
-        raise LedgerError(_outdated(ledger, judgement))
+        raise LedgerError(
+            f"MLflow run {run_id} decided against a champion of {judgement.model} that has changed since; judge again "
+            f"by `python -m sfgrpo promote --model {judgement.model} --version {judgement.version}`"
+        )
     candidate = find_version(client, f"models:/{judgement.model}/{judgement.version}")
     with temporary_directory(environment.scratch_dir, "promotion") as folder:
         download_version(candidate, folder)
@@ -148,15 +158,10 @@ def _crown(client: MlflowClient, uri: str, ledger: Ledger, judgement: Judgement)
     print(f"version {judgement.version} of {judgement.model} is champion")
 
 
-def _outdated(ledger: Ledger, judgement: Judgement) -> str:
-    """Words why a decision can be applied no longer."""
-    own = [entry.action for entry in ledger.entries if entry.run_id == judgement.run_id]
-    if own == ["promotion"] and ledger.entries[-1].run_id == judgement.run_id:
-        return f"MLflow run {judgement.run_id} is applied already: version {judgement.version} is champion"
-    return (
-        f"MLflow run {judgement.run_id} decided against a champion of {judgement.model} that has changed since; judge "
-        f"again by `python -m sfgrpo promote --model {judgement.model} --version {judgement.version}`"
-    )
+def _is_applied(ledger: Ledger, judgement: Judgement) -> bool:
+    """Tells whether the last change of the champion was by this decision."""
+    last = ledger.entries[-1] if ledger.entries else None
+    return last is not None and last.action == "promotion" and last.run_id == judgement.run_id
 
 
 def _require_model(client: MlflowClient, model: str) -> None:

@@ -214,7 +214,7 @@ def _mirrored(
     from sfgrpo.checkpoint import CHECKPOINTS, latest_checkpoint
     from sfgrpo.mirror import Mirror
 
-    mirror = Mirror(environment.mirror, folder)
+    mirror = Mirror(environment.mirror, folder, environment.s3_encryption)
     try:
         mirror.restore()
     except MirrorError as error:

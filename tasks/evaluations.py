@@ -23,7 +23,7 @@ from sfgrpo.environment import read_environment
 from sfgrpo.evaluation_store import EVALUATIONS, is_evaluated, read_metrics
 from sfgrpo.paths import TRAINING
 from sfgrpo.snapshots import Snapshot, list_snapshots, snapshot_path
-from tasks.stages import RETRY_DELAY_S, run_command, worth_retrying
+from tasks.stages import RETRY_DELAY_S, StageError, run_command, worth_retrying
 
 POLL_S = 1.0
 LAST_REPORTS_S = 60.0
@@ -67,7 +67,11 @@ def evaluate_update(folder: str, update: int, over: threading.Event) -> dict[str
     device = read_environment().evaluation_device
     if device is not None and not over.is_set() and not is_evaluated(_store(run), _snapshot(run, update).key):
         command = [sys.executable, "-m", "sfgrpo", "evaluate_snapshot", folder, str(update)]
-        run_command(f"evaluate-update-{update}", command, {"SFGRPO_DEVICE": device}, over=over)
+        try:
+            run_command(f"evaluate-update-{update}", command, {"SFGRPO_DEVICE": device}, over=over)
+        except StageError:
+            if not over.is_set():
+                raise
     metrics = _awaited_metrics(run, update, over)
     if metrics is not None:
         create_markdown_artifact(report(run, update), key=ARTIFACT, description=f"Evaluations of {run.name}")

@@ -31,6 +31,8 @@ class FaultyProxy:
         self.requests: list[tuple[str, str]] = []
         self.every = 1
         """Only every so-manieth of the requests that are hit at all is hit."""
+        self.at_most: int | None = None
+        """Requests that are hit before all others pass."""
         self.hits: Callable[[str, str], bool] = lambda method, path: True
         """Which requests, by method and path, the fault is for."""
         self.status: tuple[int, str] = (500, "InternalError")
@@ -90,7 +92,7 @@ class FaultyProxy:
             return "pass"
         with self._changed:
             self._num_eligible += 1
-            if self._num_eligible % self.every:
+            if self._num_eligible % self.every or self.num_faults == self.at_most:
                 return "pass"
             self.num_faults += 1
         return self._mode

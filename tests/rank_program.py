@@ -18,6 +18,7 @@ from tiny import Light, make_tiny_policy, tiny_prompts
 import sfgrpo.trainer
 from sfgrpo.advantages import Advantages
 from sfgrpo.distributed import agree
+from sfgrpo.evaluation import evaluate_policy, protocol_of
 from sfgrpo.preemption import StopNotice
 from sfgrpo.tracking import RecordingTracker, SilentTracker
 from sfgrpo.trainer import Materials, Trainer
@@ -60,6 +61,10 @@ def train(folder: Path, case: str, sharding: str, accelerator: Accelerator) -> N
 
     sfgrpo.trainer.group_advantages = watched
     is_first = accelerator.is_main_process
+    protocol = protocol_of(config.evaluation)
+    start_evaluation = evaluate_policy(
+        policy, tiny_prompts(6)[4:], Half(), (Light(),), protocol, accelerator=accelerator
+    )
     materials = Materials(
         prompts=tiny_prompts(6)[:4],
         evaluation_prompts=tiny_prompts(6)[4:],
@@ -69,6 +74,8 @@ def train(folder: Path, case: str, sharding: str, accelerator: Accelerator) -> N
         folder=folder / f"{case}-run",
         evaluations=folder / f"{case}-evaluations",
         scope=case,
+        # Nobody evaluates aside, so all is left to the end.
+        aside=case == "terminal",
         tracker=RecordingTracker() if is_first else SilentTracker(),
         notice=StopNotice(grace_s=60),
     )
@@ -85,6 +92,8 @@ def train(folder: Path, case: str, sharding: str, accelerator: Accelerator) -> N
             "adapter": {name: value.detach() for name, value in policy.adapter_parameters().items()},
             "history": trainer.history,
             "evaluations": trainer.evaluations,
+            "thumbnails": torch.from_numpy(start_evaluation.thumbnails_PGHWC),
+            "scores": torch.from_numpy(start_evaluation.rewards_PG["light"]),
             "grid": sorted((folder / f"{case}-run").glob("samples_*.png"))[-1].read_bytes(),
         }
         torch.save(record, folder / f"{case}.pt")

@@ -376,11 +376,20 @@ def test_environment_is_read_from_variables(no_settings, monkeypatch):
     assert (read_environment().tracking_uri, read_environment().num_threads) == ("http://mlflow:5000", 3)
 
 
+@pytest.mark.parametrize("value", ["AES256", "aws:kms", "aws:kms:alias/a", "aws:kms:arn:aws:kms:eu-west-1:1:key/a"])
+def test_encryption_of_s3_is_one_that_s3_knows(no_settings, monkeypatch, value):
+    assert read_environment().s3_encryption is None
+    monkeypatch.setenv("SFGRPO_S3_ENCRYPTION", value)
+    assert read_environment().s3_encryption == value
+
+
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
         ("SFGRPO_NUM_THREADS", "0", "SFGRPO_NUM_THREADS: '0': .*greater than 0"),
         ("SFGRPO_DEVICE", "gpu", "SFGRPO_DEVICE: 'gpu'"),
+        ("SFGRPO_S3_ENCRYPTION", "aes256", "SFGRPO_S3_ENCRYPTION: 'aes256': .*AES256"),
+        ("SFGRPO_S3_ENCRYPTION", "aws:kms:", "SFGRPO_S3_ENCRYPTION: 'aws:kms:'"),
         ("SFGRPO_SCRACHT", "x", r"SFGRPO_SCRACHT: unknown key; .*did you mean SFGRPO_SCRATCH\?"),
     ],
 )

@@ -41,6 +41,7 @@ def test_one_process_gathers_and_adds_up_what_it_has():
     assert highest([float("nan")], accelerator)[0] != highest([float("nan")], accelerator)[0]
     assert even_slices(5, 2, accelerator) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert shared_files({"a": b"\x00b", "c": b""}, accelerator) == {"a": b"\x00b", "c": b""}
+    assert shared_files(None, accelerator) == {}
 
 
 def test_parameters_without_a_gradient_count_as_zero():
@@ -117,6 +118,8 @@ def test_first_evaluation_and_its_grid_do_not_depend_on_the_number_of_processes(
     for case in CASES:
         one, many = records[1][case]["evaluations"][0], records[number][case]["evaluations"][0]
         assert untimed(one["metrics"]) == untimed(many["metrics"])
+        for name in ("thumbnails", "scores"):
+            assert torch.equal(records[1][case][name], records[number][case][name])
 
 
 @pytest.mark.distributed

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -67,20 +68,26 @@ class Clone:
     def uri(self) -> str:
         return f"sqlite:///{self.folder / 'mlflow.db'}"
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Starts `python -m ...` in the clone, as a user's shell would."""
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        """Starts `python -m ...` in the clone, as a user's shell would, with further environment variables."""
         return subprocess.Popen(
             [sys.executable, "-m", *arguments],
             cwd=self.folder,
-            env=user_environment(),
+            env=user_environment() | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
-    def run(self, *arguments: str) -> str:
+    def run(self, *arguments: str, **variables: str) -> str:
         """Runs `python -m ...` in the clone; returns what it prints, once it has succeeded."""
-        return finished(self.start(*arguments))
+        return finished(self.start(*arguments, **variables))
+
+    def shown_evaluations(self) -> list[str]:
+        """Lists the tables of evaluations that its Prefect server has as artifacts, oldest first."""
+        with contextlib.closing(sqlite3.connect(self.folder / ".prefect/prefect.db")) as database:
+            rows = database.execute("SELECT data FROM artifact WHERE key = 'evaluations' ORDER BY created").fetchall()
+        return [str(json.loads(data)) for (data,) in rows]
 
 
 def finished(process: subprocess.Popen[str]) -> str:
@@ -197,6 +204,41 @@ def test_killed_training_and_its_retry_are_one_run_without_gaps(line):
     assert (run.info.run_id, run.info.status) == (record["mlflow_run_id"], "FINISHED")
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "reward/mean")]
     assert sorted(steps) == list(range(1, NUM_UPDATES + 1))
+
+
+def test_every_evaluation_is_shown_once_although_the_training_was_killed(line):
+    evaluations = json.loads((line.clone.folder / "reports/train/evaluations.json").read_text())
+    tables = line.clone.shown_evaluations()
+    assert len(tables) == len(evaluations) == 1 + NUM_UPDATES // 2
+    for number, table in enumerate(tables):
+        lines = [line for line in table.splitlines() if line.startswith("|")][2:]
+        assert [line.split(" | ")[0] for line in lines] == [f"| {each['update']}" for each in evaluations[: number + 1]]
+        assert f"{evaluations[number]['geneval/overall']:.3f} ± " in lines[-1]
+
+
+def untimed(path: Path) -> list[dict[str, Any]]:
+    entries = json.loads(path.read_text())
+    return [
+        {key: value for key, value in entry.items() if not key.startswith(("time/", "memory/"))} for entry in entries
+    ]
+
+
+def test_evaluations_aside_change_no_bit_of_what_is_published(line, tmp_path):
+    ignored = shutil.ignore_patterns(".prefect", ".scratch", "cache", "tmp", "policy", "reports", "mlflow.db", "logs")
+    shutil.copytree(line.clone.folder, tmp_path, dirs_exist_ok=True, ignore=ignored)
+    clone = Clone(folder=tmp_path)
+    output = clone.run("flows.train_policy", SFGRPO_EVALUATION_DEVICE="cpu")
+    assert f"\nmodel version 1 registered: {MODEL}@challenger\n" in output
+    assert (tmp_path / "logs/evaluate-update-0.log").exists()
+    assert len(clone.shown_evaluations()) == 1 + NUM_UPDATES // 2
+    for name in ("history.json", "evaluations.json"):
+        ours, theirs = (untimed(folder / "reports/train" / name) for folder in (tmp_path, line.clone.folder))
+        assert ours == theirs
+    for pattern in ("models/policy/adapter/*", "reports/train/samples_*.png", "reports/evaluate/*"):
+        names = sorted(path.relative_to(tmp_path) for path in tmp_path.glob(pattern))
+        assert names
+        for name in names:
+            assert (tmp_path / name).read_bytes() == (line.clone.folder / name).read_bytes(), name
 
 
 def test_repro_after_the_flow_runs_nothing_and_status_is_clean(line):

@@ -29,7 +29,8 @@ from infra.stack.leftovers import end_leftovers, processes
 from infra.stack.program import Stack
 from infra.stack.programs.mlflow import allowed_hosts
 from infra.stack.programs.postgres import binaries, require_reachable
-from infra.stack.requests import ask
+from infra.stack.programs.webhook import WEBHOOK
+from infra.stack.requests import ask, require_answer
 from infra.stack.running import is_still_run
 from infra.stack.secrets import Secrets, ensure_secrets
 from infra.stack.settings import PREFIX, Settings, dump_settings, parse_settings, read_settings, require_free_ports
@@ -164,6 +165,10 @@ def test_a_taken_port_keeps_everything_from_being_made(
         assert main(["up"]) == 2
     assert "choose another by STACK_PREFECT_PORT" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_every_port_has_a_setting() -> None:
+    assert {program.port for program in PROGRAMS.values() if program.port is not None} <= Settings().ports.keys()
 
 
 def test_ports_for_tests_are_none_that_a_client_may_get() -> None:
@@ -389,7 +394,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.wfile.write(question if is_known else b"no")
 
     def do_GET(self) -> None:
-        self.send_response(200)
+        self.send_response({"/missing": 404, "/broken": 503}.get(self.path, 200))
         self.end_headers()
         self.wfile.write(b"<html>")
 
@@ -415,13 +420,30 @@ def test_an_answer_needs_the_right_credentials(server: str) -> None:
 
 
 def test_what_is_no_json_is_no_answer(server: str) -> None:
-    with pytest.raises(UnhealthyError, match=r"does not answer as it should \(JSONDecodeError\)"):
+    with pytest.raises(UnhealthyError, match="answers with something that is no JSON"):
         ask(server)
 
 
 def test_nobody_there_is_told() -> None:
     with pytest.raises(UnhealthyError, match=r"does not answer \(.*refused"):
         ask(f"http://127.0.0.1:{free_ports(1)[0]}")
+
+
+def test_any_answer_but_a_failure_shows_that_a_server_is_there(server: str) -> None:
+    require_answer(server)
+    require_answer(f"{server}/missing")
+    with pytest.raises(UnhealthyError, match="answers with status 503"):
+        require_answer(f"{server}/broken")
+    with pytest.raises(UnhealthyError, match=r"does not answer \(.*refused"):
+        require_answer(f"http://127.0.0.1:{free_ports(1)[0]}")
+
+
+def test_the_receiver_of_webhooks_knows_its_secret_and_its_port(folder: Folder) -> None:
+    stack = set_up(folder, STACK_WEBHOOK_PORT="12345")
+    launch = WEBHOOK.launch(stack)
+    assert launch.command[1:] == ["-m", "flows.webhook", "--port", "12345"]
+    assert launch.environment["WEBHOOK_SECRET"] == stack.secrets.webhook_secret
+    assert launch.environment.items() >= client_environment(stack).items()
 
 
 # --- Processes ---

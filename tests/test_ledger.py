@@ -204,7 +204,7 @@ def test_deleted_champion_is_told_and_deleted_predecessor_is_left_out(store):
     settle(client, uri, "model")
     assert aliases(client) == (3, None)
     client.delete_model_version("model", "3")
-    with pytest.raises(RegistryError, match="version 3 is champion of model and was deleted .*rollback` makes the one"):
+    with pytest.raises(RegistryError, match="version 3 is champion of model and was deleted"):
         settle(client, uri, "model")
 
 

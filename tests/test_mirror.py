@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from faulty_proxy import FaultyProxy
+from published import publish
 from s3 import BUCKET, PROGRAM, PYTHON, S3Server
 
 from sfgrpo import bucket, mirror
@@ -24,6 +25,7 @@ from sfgrpo.bucket import Bucket
 from sfgrpo.errors import ConfigError, MirrorError
 from sfgrpo.files import atomic_directory, verify_manifest, write_manifest
 from sfgrpo.mirror import Mirror, require_run, run_names
+from sfgrpo.snapshots import prune_snapshots, read_snapshot
 
 WAIT_S = 60.0
 BIG = bucket.PART_SIZE + 1
@@ -132,6 +134,21 @@ def test_bucket_follows_while_checkpoints_come_and_go(s3_server, uri, folder):
         "update-000011",
         "update-000012",
     }
+
+
+def test_snapshots_are_in_the_bucket_as_long_as_they_are_in_the_folder(s3_server, uri, folder, tmp_path):
+    for update in (0, 5):
+        publish(folder, update)
+    save(folder, 10)
+    sent(uri, folder)
+    assert stored(s3_server, uri) == content(folder)
+    assert Mirror(uri, tmp_path / "bare" / "run").restore()
+    assert read_snapshot(tmp_path / "bare" / "run", 5) == read_snapshot(folder, 5)
+    prune_snapshots(folder, {5})
+    save(folder, 20)
+    sent(uri, folder)
+    assert stored(s3_server, uri) == content(folder)
+    assert {"snapshots/update-000000.json", "snapshots/update-000005/adapter"} <= content(folder).keys()
 
 
 @pytest.mark.slow

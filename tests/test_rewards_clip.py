@@ -169,7 +169,10 @@ def test_pickscore_takes_its_processor_from_the_model_its_card_names(monkeypatch
     monkeypatch.setattr(CLIPTokenizer, "from_pretrained", loader("tokenizer", build_tokenizer()))
     monkeypatch.setattr(CLIPImageProcessorPil, "from_pretrained", loader("images", settings))
     build_reward("clip", pretrained=pretrained, revision="abc")
-    assert sources["model"] == (pretrained, {"revision": "abc", "dtype": torch.float32})
+    assert sources["model"] == (
+        pretrained,
+        {"revision": "abc", "dtype": torch.float32, "use_safetensors": True},
+    )
     assert sources["tokenizer"] == sources["images"] == (processor, pinned)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -276,7 +277,7 @@ class Away:
 
     num_syncs = 0
 
-    def __init__(self, uri: str, folder: Path) -> None:
+    def __init__(self, uri: str, folder: Path, encryption: str | None) -> None:
         self.uri = uri
 
     def restore(self) -> bool:
@@ -337,6 +338,14 @@ def test_evaluation_compares_before_and_after(folder, tracker):
     assert "| trained policy |" in table
     with Image.open("reports/evaluate/samples.png") as grid:
         assert grid.format == "PNG"
+    with tarfile.open("reports/evaluate/images.tar") as tar:
+        names = tar.getnames()
+    num_images = len(TAGS) * TINY["evaluation.images_per_prompt"]
+    assert names == sorted(names) and len(names) == 2 * num_images
+    assert names[0] == "base/00000-single_object/000.png" and names[-1] == "policy/00005-color_attr/001.png"
+    packed = Path("reports/evaluate/images.tar").read_bytes()
+    assert main(["evaluate"]) == 0
+    assert Path("reports/evaluate/images.tar").read_bytes() == packed
 
 
 def test_evaluation_judges_the_published_adapter(folder, tracker):

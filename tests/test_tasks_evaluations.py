@@ -83,7 +83,8 @@ def shown(flow_run_name: str) -> tuple[dict[str, str], list[str]]:
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
         )
     artifacts = sorted(artifacts, key=lambda artifact: artifact.created)
-    return {each.name: each.state.type.value for each in tasks}, [str(artifact.data) for artifact in artifacts]
+    tables = [str(artifact.data) for artifact in artifacts if artifact.type == "markdown"]
+    return {each.name: each.state.type.value for each in tasks}, tables
 
 
 @pytest.mark.slow

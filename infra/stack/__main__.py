@@ -1,6 +1,6 @@
 """Command line: `python -m infra.stack up|down|status|run PROGRAM`, configured by STACK_ variables.
 
-Exit status: 0 done, 1 failed, or not everything is healthy, 2 wrong settings.
+Exit status: 0 done, 1 failed, or not everything is healthy, 2 wrong settings, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (SfgrpoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was started goes on, and `make stack-down` stops it", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import psutil  # type: ignore[import-untyped]
 
@@ -164,26 +164,28 @@ def _start_all(stack: Stack, supervisor: Supervisor, begin: float) -> None:
                 supervisor.start(program.name)
                 starts[program.name].add(0.0)
                 deadline = time.monotonic() + HEALTH_TIMEOUT_S
-            elif problem := _problem(stack, program, process):
+            elif problem := _problem(stack, program, process, program.fill):
                 starts[program.name].add(process.started_at)
                 if len(starts[program.name]) > MAX_STARTS or time.monotonic() > deadline:
                     raise StackError(_obituary(stack, program, problem))
             else:
-                program.fill(stack)
                 healthy.add(program.name)
                 passed_s = time.monotonic() - begin
                 print(f"{program.name:10}healthy after {passed_s:3.0f} s   {program.address(stack)}", flush=True)
         time.sleep(POLL_S)
 
 
-def _problem(stack: Stack, program: Program, process: Process) -> str:
-    """Says why a program is not healthy; empty when it is."""
+def _problem(
+    stack: Stack, program: Program, process: Process, then: Callable[[Stack], None] = lambda stack: None
+) -> str:
+    """Says why a program is not healthy, or cannot do what it is to do then; empty when all is well."""
     if process.state != "RUNNING":
         return "it does not run"
     if is_still_run(process.pid):
         return "it waits for what it needs"
     try:
         program.check(stack, process.started_at)
+        then(stack)
     except UnhealthyError as error:
         return str(error)
     return ""

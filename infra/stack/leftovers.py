@@ -9,7 +9,8 @@ import psutil  # type: ignore[import-untyped]
 from infra.stack.folder import Folder
 from tasks.supervisor import end
 
-GRACE_S = 15.0
+GRACE_S = 25.0
+"""A training takes 20 seconds to save its state and leave."""
 
 
 def processes(folder: Folder, program: str | None = None) -> list[psutil.Process]:

@@ -69,7 +69,7 @@ class ClipReward(Reward):
             )
         processor = PROCESSORS.get(pretrained, pretrained)
         at = {"revision": revision} if processor == pretrained else {}
-        model = CLIPModel.from_pretrained(pretrained, revision=revision, dtype=torch.float32)
+        model = CLIPModel.from_pretrained(pretrained, revision=revision, dtype=torch.float32, use_safetensors=True)
         settings = CLIPImageProcessorPil.from_pretrained(processor, **at)
         return cls(
             model.to(device),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from infra.stack.errors import StackError, UnhealthyError
@@ -59,25 +61,30 @@ def _client(stack: Stack) -> Any:
     )
 
 
-def _buckets(stack: Stack) -> set[str]:
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
     from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 
     try:
-        return {bucket["Name"] for bucket in _client(stack).list_buckets()["Buckets"]}
+        yield
     except (BotoCoreError, ClientError) as error:
-        raise UnhealthyError(f"it does not answer ({type(error).__name__})") from error
+        raise UnhealthyError(f"it does not answer as it should ({type(error).__name__})") from error
 
 
 def _check(stack: Stack, started_at: float) -> None:
-    _buckets(stack)
+    with _asking():
+        _client(stack).list_buckets()
 
 
 def _fill(stack: Stack) -> None:
-    for name in BUCKETS.keys() - _buckets(stack):
-        _client(stack).create_bucket(Bucket=name)
-    for name, is_versioned in BUCKETS.items():
-        if is_versioned:
-            _client(stack).put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+    with _asking():
+        client = _client(stack)
+        existing = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+        for name, is_versioned in BUCKETS.items():
+            if name not in existing:
+                client.create_bucket(Bucket=name)
+            if is_versioned:
+                client.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
 
 
 S3 = Program(

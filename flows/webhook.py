@@ -1,0 +1,204 @@
+"""Hears from MLflow's registry that there is a challenger, and starts its promotion: `python -m flows.webhook --port P`.
+
+Every message is signed with a secret that MLflow and this program share, WEBHOOK_SECRET. A message without a right
+signature, an old one and one that came before are refused, and start nothing. What is started is a run of the
+deployment `promote/on-request`; a message that MLflow sends again, because nobody answered, starts no second one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+
+from sfgrpo.environment import read_environment
+from sfgrpo.errors import ConfigError
+
+DEPLOYMENT = "promote/on-request"
+CHALLENGER = "challenger"
+"""Alias that asks for a promotion."""
+NAME = "sfgrpo-promotion"
+"""Name of the webhook in MLflow."""
+SECRET_VARIABLE = "WEBHOOK_SECRET"
+MAX_BYTES = 64 * 1024
+"""Of a message; MLflow's have some 200."""
+MAX_AGE_S = 300
+"""Of a message, in either direction, since clocks differ."""
+
+logger = logging.getLogger(__name__)
+
+Start = Callable[[str, int, str], Awaitable[str]]
+"""Starts the promotion of a version of a model, once for an idempotency key; returns the id of the run."""
+
+
+class Deliveries:
+    """Remembers the messages that were taken, as long as their time alone would not give them away."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, float] = {}
+
+    def is_new(self, delivery_id: str, now_s: float) -> bool:
+        """Tells whether no message of this id was taken."""
+        self._taken = {key: when_s for key, when_s in self._taken.items() if now_s - when_s <= 2 * MAX_AGE_S}
+        return delivery_id not in self._taken
+
+    def take(self, delivery_id: str, now_s: float) -> None:
+        """Counts a message as taken, so that it is refused from now on."""
+        self._taken[delivery_id] = now_s
+
+    def forget(self, delivery_id: str) -> None:
+        """Lets a message come again, since nothing came of it."""
+        self._taken.pop(delivery_id, None)
+
+
+def signature_of(secret: str, delivery_id: str, timestamp: str, body: bytes) -> str:
+    """Signs a message as MLflow does."""
+    signed = f"{delivery_id}.{timestamp}.".encode() + body
+    return "v1," + base64.b64encode(hmac.new(secret.encode(), signed, hashlib.sha256).digest()).decode()
+
+
+def refusal(secret: str, headers: dict[str, str], body: bytes, deliveries: Deliveries, now_s: float) -> str | None:
+    """Says why a message is not to be believed; None if it is."""
+    delivery_id = headers.get("x-mlflow-delivery-id", "")
+    timestamp = headers.get("x-mlflow-timestamp", "")
+    given = headers.get("x-mlflow-signature", "")
+    expected = signature_of(secret, delivery_id, timestamp, body)
+    # Nothing else is looked at before the signature, and all of it takes the same time.
+    if not hmac.compare_digest(given.encode(), expected.encode()):
+        return "wrong signature"
+    if not timestamp.isascii() or not timestamp.isdigit() or abs(now_s - int(timestamp)) > MAX_AGE_S:
+        return "too old"
+    return None if deliveries.is_new(delivery_id, now_s) else "seen before"
+
+
+def challenger_of(body: bytes) -> tuple[str, int] | None:
+    """Reads which version became challenger; None if the message is about something else.
+
+    Raises:
+        ValueError: it is no message of MLflow's registry.
+    """
+    try:
+        message = json.loads(body)
+        if (message["entity"], message["action"]) != ("model_version_alias", "created"):
+            return None
+        data = message["data"]
+        return (str(data["name"]), int(data["version"])) if data["alias"] == CHALLENGER else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"no message of MLflow's registry: {error!r}") from error
+
+
+def make_app(secret: str, start: Start) -> FastAPI:
+    """Makes the receiver: `POST /` for MLflow, `GET /health` for whoever watches."""
+    app = FastAPI(title="Promotions on request", docs_url=None, redoc_url=None, openapi_url=None)
+    deliveries = Deliveries()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.post("/", status_code=202)
+    async def receive(request: Request) -> dict[str, Any]:
+        body = await _body(request)
+        now_s = time.time()
+        if reason := refusal(secret, dict(request.headers), body, deliveries, now_s):
+            logger.warning("refused a message: %s", reason)
+            raise HTTPException(401, reason)
+        try:
+            challenger = challenger_of(body)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        delivery_id = request.headers["x-mlflow-delivery-id"]
+        deliveries.take(delivery_id, now_s)
+        if challenger is None:
+            return {"started": None}
+        try:
+            run_id = await start(*challenger, delivery_id)
+        except Exception as error:
+            # MLflow sends it again.
+            deliveries.forget(delivery_id)
+            logger.exception("the promotion of version %d of %s was not started", challenger[1], challenger[0])
+            raise HTTPException(503, "Prefect did not start the promotion") from error
+        logger.info("version %d of %s is challenger: flow run %s", challenger[1], challenger[0], run_id)
+        return {"started": run_id}
+
+    return app
+
+
+async def start_promotion(model: str, version: int, key: str) -> str:
+    """Has Prefect start the deployment; returns the id of the flow run without waiting for it."""
+    from prefect.deployments import arun_deployment
+
+    run = await arun_deployment(
+        DEPLOYMENT,
+        parameters={"model": model, "version": version},
+        timeout=0,
+        idempotency_key=key,
+        as_subflow=False,
+    )
+    return str(run.id)
+
+
+async def _body(request: Request) -> bytes:
+    """Reads a message, of which no more than `MAX_BYTES` are ever kept."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BYTES:
+            raise HTTPException(400, f"more than {MAX_BYTES} bytes")
+    return body
+
+
+def read_secret() -> str:
+    """Reads the secret that MLflow signs with.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    secret = os.environ.get(SECRET_VARIABLE, "")
+    if not secret:
+        raise ConfigError(f"environment: {SECRET_VARIABLE} is not set; give the secret that the webhook has in MLflow")
+    return secret
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serves until it is stopped, or registers the webhook; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m flows.webhook", description="Starts promotions for MLflow.")
+    form = parser.add_mutually_exclusive_group(required=True)
+    form.add_argument("--port", type=int, help="listen on this port of the loopback interface")
+    form.add_argument("--register", metavar="URL", help="have the MLflow server call URL, and leave")
+    chosen = parser.parse_args(arguments)
+    try:
+        secret = read_secret()
+        if chosen.register is not None:
+            _register(chosen.register, secret)
+            return 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    uvicorn.run(make_app(secret, start_promotion), host="127.0.0.1", port=chosen.port, log_level="warning")
+    return 0
+
+
+def _register(url: str, secret: str) -> None:
+    from sfgrpo.mlflow_webhook import register_webhook
+
+    uri = read_environment().tracking_uri
+    if not uri.startswith(("http://", "https://")):
+        raise ConfigError(f"environment: MLFLOW_TRACKING_URI: {uri!r} is no server; only a server calls webhooks")
+    print(f"webhook {register_webhook(uri, NAME, url, secret)} of {uri} calls {url}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The receiver of MLflow's webhooks, which starts the promotion of what is registered."""
+
+from __future__ import annotations
+
+from infra.stack.clients import client_environment
+from infra.stack.program import BIN, ROOT, Launch, Program, Stack
+from infra.stack.requests import require_answer
+from infra.stack.settings import LOOPBACK
+
+
+def _address(stack: Stack) -> str:
+    return f"http://{LOOPBACK}:{stack.settings.webhook_port}"
+
+
+def _launch(stack: Stack) -> Launch:
+    folder = stack.folder.data("webhook")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Launch(
+        command=[str(BIN / "python"), "-m", "flows.webhook", "--port", str(stack.settings.webhook_port)],
+        environment={**client_environment(stack), "PREFECT_HOME": str(folder)},
+        working_directory=ROOT,
+    )
+
+
+def _check(stack: Stack, started_at: float) -> None:
+    require_answer(_address(stack))
+
+
+WEBHOOK = Program(
+    name="webhook",
+    launch=_launch,
+    check=_check,
+    address=_address,
+    port="STACK_WEBHOOK_PORT",
+    needs=("mlflow", "prefect"),
+)

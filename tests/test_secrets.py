@@ -1,0 +1,222 @@
+"""No credential is left anywhere: first that the search finds what is planted, then that a run leaves nothing."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gzip
+import os
+import secrets
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3 import S3Server
+from secrets_search import in_bucket, in_bytes, in_command_lines, in_folder, in_sqlite, in_text
+from tiny_run import ROOT, write_params
+
+from sfgrpo.types import TAGS
+
+SECRET = "planted/secret+with=signs%and more"
+SECRETS = {"KEY": SECRET}
+NAMES = ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING", "WEBHOOK_SECRET")
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+START_TIMEOUT_S = 180.0
+SMALL: Mapping[str, Any] = {
+    "prompts.num_train": 16,
+    "prompts.num_evaluation": dict.fromkeys(TAGS, 1),
+    "sampling.num_steps": 2,
+    "rollout.prompts_per_update": 2,
+    "rollout.group_size": 2,
+    "rollout.micro_batch_size": 4,
+    "update.num_updates": 1,
+    "update.steps_per_update": 1,
+    "update.trained_steps": None,
+    "update.micro_batch_size": 4,
+    "checkpoint.every_num_updates": 1,
+    "evaluation.num_steps": 1,
+    "evaluation.images_per_prompt": 1,
+    "evaluation.every_num_updates": 1,
+}
+
+
+@pytest.mark.parametrize("before", ["", "a", "ab", "abc"])
+@pytest.mark.parametrize("after", ["", "z", "yz", "xyz"])
+def test_base64_is_found_wherever_the_secret_stands(before, after):
+    text = f"{before}{SECRET}{after}".encode()
+    assert in_bytes(base64.b64encode(text), SECRETS) == {"KEY"}
+    assert in_bytes(base64.urlsafe_b64encode(text), SECRETS) == {"KEY"}
+
+
+@pytest.mark.parametrize(
+    "text", [SECRET, urllib.parse.quote(SECRET, safe=""), urllib.parse.quote_plus(SECRET), SECRET.encode().hex()]
+)
+def test_every_form_is_found(text):
+    assert in_bytes(f"x{text}y".encode(), SECRETS) == {"KEY"}
+
+
+def test_other_text_is_not_found():
+    assert not in_bytes(b"planted/secret+with=signs%and les" * 100, SECRETS)
+
+
+def test_short_secret_is_refused():
+    with pytest.raises(ValueError, match="a secret of 3 characters would be found by chance; take 8 or more"):
+        in_bytes(b"", {"KEY": "abc"})
+
+
+def test_files_names_and_packed_content_are_searched(tmp_path):
+    plain = {"KEY": "planted-secret-0123"}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "log").write_text(f"x {plain['KEY']} y")
+    (tmp_path / "clean").write_text("nothing")
+    (tmp_path / "allowed").write_text(plain["KEY"])
+    (tmp_path / f"of-{plain['KEY']}").touch()
+    (tmp_path / "packed.gz").write_bytes(gzip.compress(plain["KEY"].encode()))
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("inside", plain["KEY"] * 3)
+    found = in_folder(tmp_path, plain, but=["allowed"])
+    assert [line.partition(": ")[0].removeprefix(f"{tmp_path}/") for line in found] == [
+        "a/log",
+        f"of-{plain['KEY']}",
+        "packed.gz (unpacked)",
+        "packed.zip (inside)",
+    ]
+
+
+def test_database_is_searched(tmp_path):
+    with sqlite3.connect(tmp_path / "data.db") as connection:
+        connection.execute("CREATE TABLE tags (name TEXT, value TEXT)")
+        connection.execute("INSERT INTO tags VALUES (?, ?)", ("x", SECRET))
+        connection.execute("INSERT INTO tags VALUES (?, ?)", ("y", "z"))
+    connection.close()
+    assert in_sqlite(tmp_path / "data.db", SECRETS) == [f"{tmp_path}/data.db: KEY in tags.value"]
+    assert in_folder(tmp_path, SECRETS)
+
+
+def test_dump_is_searched_without_showing_what_is_found():
+    assert in_text("dump", f"one\nINSERT {SECRET}\nthree", SECRETS) == ["dump, line 2: KEY"]
+
+
+def test_command_lines_are_searched():
+    process = subprocess.Popen([sys.executable, "-c", "input()", SECRET], stdin=subprocess.PIPE)
+    try:
+        assert in_command_lines(SECRETS) == [f"process {process.pid}: KEY"]
+    finally:
+        process.communicate(b"\n")
+
+
+def test_objects_are_searched(s3_server):
+    client, bucket = s3_server.client(), "searched"
+    plain = {"KEY": "planted-secret-0123"}
+    client.create_bucket(Bucket=bucket)
+    client.put_object(Bucket=bucket, Key="clean", Body=b"nothing")
+    client.put_object(Bucket=bucket, Key="content", Body=plain["KEY"].encode())
+    client.put_object(Bucket=bucket, Key="meta", Body=b"", Metadata={"a": plain["KEY"]})
+    client.put_object(Bucket=bucket, Key=plain["KEY"], Body=b"")
+    found = in_bucket(client, bucket, plain)
+    assert {line.rpartition(" ")[2] for line in found} == {"content", "metadata", "key"} and len(found) == 3
+
+
+@pytest.fixture
+def services(tmp_path: Path, s3_server: S3Server) -> Iterator[dict[str, str]]:
+    """An MLflow server with its artifacts in S3; gives the environment of its clients, full of secrets."""
+    s3_server.client().create_bucket(Bucket="secrets")
+    folder = tmp_path / "mlflow"
+    folder.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        **s3_server.environment,
+        **QUIET,
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}",
+        "MLFLOW_TRACKING_USERNAME": "tests",
+        "MLFLOW_TRACKING_PASSWORD": secrets.token_hex(20),
+        "PREFECT_API_AUTH_STRING": f"admin:{secrets.token_hex(20)}",
+        "WEBHOOK_SECRET": secrets.token_hex(20),
+        "AWS_SESSION_TOKEN": "",
+        "SFGRPO_MIRROR": "s3://secrets/train",
+        "SFGRPO_DEVICE": "cpu",
+        "SFGRPO_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", "s3://secrets/mlflow"]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *stores]
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()
+            time.sleep(0.2)
+        yield environment
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_run_leaves_no_secret_anywhere_though_it_fails_in_every_way(tmp_path, s3_server, services):
+    folder = tmp_path / "work"
+    (folder / "models").mkdir(parents=True)
+    (folder / "models/shapes-base").symlink_to(ROOT / "models/shapes-base")
+    write_params(folder, SMALL)
+    seen: list[str] = []
+    looked_for = {name: services[name].rpartition(":")[2] for name in NAMES}
+
+    def stage(*arguments: str, **changes: str) -> int:
+        name = f"{len(list(folder.glob('*.log')))}-{arguments[0]}.log"
+        with (folder / name).open("wb") as log:
+            command = [sys.executable, "-m", "sfgrpo", *arguments]
+            process = subprocess.Popen(command, cwd=folder, env=services | changes, stdout=log, stderr=log)
+            while process.poll() is None:
+                seen.extend(in_command_lines(looked_for))
+                time.sleep(0.5)
+        return process.returncode
+
+    wrong = "a-wrong-secret-0123456789"
+    looked_for["the wrong secret"] = wrong
+    assert stage("prompts") == 0
+    assert stage("train", AWS_SECRET_ACCESS_KEY=wrong) == 1
+    assert stage("train", AWS_SESSION_TOKEN=f"{wrong}\n") == 1
+    assert (
+        stage("train", AWS_ENDPOINT_URL=f"http://user:{wrong}@127.0.0.1:1", MLFLOW_TRACKING_URI="sqlite:///x.db") == 1
+    )
+    assert stage("train", SFGRPO_MIRROR=f"s3://user:{wrong}@runs/x") in (1, 2)
+    assert (
+        stage("train", MLFLOW_TRACKING_URI=f"http://user:{wrong}@127.0.0.1:1", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0") == 1
+    )
+    assert stage("train") == 0, (folder / "6-train.log").read_text()
+    assert stage("evaluate") == 0
+    assert stage("register") == 0, (folder / "8-register.log").read_text()
+    logs = {path.name: path.read_text() for path in folder.glob("*.log")}
+    assert "SignatureDoesNotMatch" in logs["1-train.log"]
+    assert not seen
+    assert in_folder(folder, looked_for) == []
+    assert in_folder(tmp_path / "mlflow", looked_for) == []
+    assert in_bucket(s3_server.client(), "secrets", looked_for) == []
+    assert {"train", "mlflow"} <= set(top_level(s3_server))
+
+
+def top_level(server: S3Server) -> list[str]:
+    entries = server.client().list_objects_v2(Bucket="secrets", Delimiter="/")["CommonPrefixes"]
+    return [entry["Prefix"].rstrip("/") for entry in entries]
