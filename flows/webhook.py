@@ -1,4 +1,4 @@
-"""Hears from MLflow's registry that there is a challenger, and starts its promotion: `python -m flows.webhook --port P`.
+"""Hears from MLflow's registry of a challenger and starts its promotion: `python -m flows.webhook --port P`.
 
 Every message is signed with a secret that MLflow and this program share, WEBHOOK_SECRET. A message without a right
 signature, an old one and one that came before are refused, and start nothing. What is started is a run of the

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 def load_mlflow() -> None:
     """Imports MLflow, which takes seconds, without its telemetry and the least of its messages."""
-    # Both have to be set before the import.
+    # All have to be set before the import.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow  # noqa: F401
 
     for name in ("alembic", "mlflow.pyfunc", "mlflow.store.db.utils"):
