@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -21,10 +22,16 @@ import psutil
 import pytest
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from ruamel.yaml import YAML
 from stub_pipeline import ROOT, STUB, build_stub_pipeline, calls
+
+from flows.deploy import RESUMPTION, ZOMBIES
+from sfgrpo.assembly import make_prompts
+from sfgrpo.config import load_config
+from sfgrpo.prompts import write_prompts
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,6 +41,33 @@ pytestmark = [
 
 START_S = 180
 RUN_S = 180
+UPKEEP = """
+REPORTS = {{
+    "sweep": {{
+        "at_work": [],
+        "closed": [{{"name": "joint-1", "run_id": "r1", "owner": "process 7 of here", "silent_s": 7200}}],
+        "silent": [],
+    }},
+    "retention": {{
+        "removed": [{{"name": "train-1", "place": "/scratch/train-1", "num_bytes": 2500000}}],
+        "kept": ["train-2"],
+        "branches": [],
+    }},
+}}
+if stage in REPORTS:
+    pathlib.Path(sys.argv[-1]).write_text(json.dumps(REPORTS[stage]))
+    sys.exit()
+if stage == "recheck":
+    pathlib.Path("reports").mkdir(exist_ok=True)
+    found = {{"drifted": pathlib.Path({folder!r}, "drifted").exists(), "table": "| then | now |"}}
+    pathlib.Path("reports/recheck.json").write_text(json.dumps(found))
+    sys.exit()
+prepared = pathlib.Path({folder!r}, "prepared")
+if stage == "prompts" and prepared.exists():
+    import shutil
+    shutil.copytree(prepared, "data/prompts", dirs_exist_ok=True)
+    sys.exit()
+"""
 HOLD = """
 while pathlib.Path({folder!r}, "hold").exists() and stage == "train":
     import time
@@ -90,7 +124,10 @@ class Platform:
         self.project.mkdir()
         build_stub_pipeline(self.project)
         folder = str(self.project)
-        stub = STUB.replace('"calls.txt"', repr(f"{folder}/calls.txt")) + HOLD.format(folder=folder)
+        stub = STUB.replace('"calls.txt"', repr(f"{folder}/calls.txt")).replace(
+            "OUTPUTS = {", UPKEEP.format(folder=folder) + "OUTPUTS = {", 1
+        )
+        stub += HOLD.format(folder=folder)
         (self.project / "sfgrpo/__main__.py").write_text(stub)
         for name in ("flows", "tasks"):
             shutil.copytree(ROOT / name, self.project / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -230,6 +267,66 @@ def test_a_run_ends_in_a_version_a_branch_and_data_in_the_remote(platform, clien
     assert listed <= {file.parent.name + file.name for file in platform.remote.rglob("*")}
 
 
+def test_a_clone_gets_the_files_of_a_run_from_its_branch(platform, client, tmp_path):
+    run = ended(client, platform, start_run(client, "train-policy/weekly"))
+    subprocess.run(
+        ["git", "clone", "--quiet", "--branch", f"runs/{run.name}", platform.project, tmp_path / "clone"], check=True
+    )
+    dvc = [sys.executable, "-m", "dvc"]
+    for arguments in (
+        ["remote", "add", "--local", "--default", "store", str(platform.remote)],
+        ["pull", "--quiet", "dvc.yaml"],
+    ):
+        subprocess.run([*dvc, *arguments], cwd=tmp_path / "clone", check=True, capture_output=True)
+    assert (tmp_path / "clone/reports/evaluate/table.md").read_text().startswith("| task |")
+
+
+def test_deploying_again_changes_nothing(platform, client):
+    deployment = client.read_deployment_by_name("train-policy/weekly")
+    (schedule,) = deployment.schedules
+    assert (schedule.active, schedule.schedule.cron, schedule.schedule.timezone) == (
+        False,
+        "0 2 * * 6",
+        "Europe/Berlin",
+    )
+    client.update_deployment_schedule(deployment.id, schedule.id, active=True)
+    before = everything(client)
+    again = platform.deploy()
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.startswith("work pool sfgrpo is there, of type process\nlimit gpu is there, slots 1\n")
+    assert f"automation is there: {ZOMBIES.name}\nautomation is there: {RESUMPTION.name}\n" in again.stdout
+    after = everything(client)
+    client.update_deployment_schedule(deployment.id, after["train-policy/weekly"]["schedules"][0], active=False)
+    assert after == before
+    assert (
+        f"train-policy/weekly: {platform.url.removesuffix('/api')}/deployments/deployment/{deployment.id}"
+        in again.stdout
+    )
+
+
+def everything(client: SyncPrefectClient) -> dict[str, Any]:
+    """Lists what a deployment is to leave as it is."""
+    deployments = {
+        f"{client.read_flow(found.flow_id).name}/{found.name}": {
+            "id": found.id,
+            "schedules": [schedule.id for schedule in found.schedules],
+            "active": [schedule.active for schedule in found.schedules],
+            "limit": (found.global_concurrency_limit.limit, found.concurrency_options.collision_strategy),
+            "schema": found.parameter_openapi_schema,
+        }
+        for found in client.read_deployments()
+    }
+    automations = {found.name: (found.id, found.enabled) for found in client.read_automations()}
+    return {**deployments, "automations": automations}
+
+
+def test_parameters_can_be_filled_in_by_a_person(client):
+    properties = client.read_deployment_by_name("train-policy/weekly").parameter_openapi_schema["properties"]
+    assert "by dotted name" in properties["changes"]["description"]
+    assert "Drawing of the training prompts" in properties["prompts_edition"]["description"]
+    assert properties["prompts_edition"]["anyOf"][0]["minimum"] == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -283,3 +380,112 @@ def test_a_run_whose_process_is_killed_goes_on_as_the_same_run(platform, client)
 def calls_so_far(platform: Platform) -> list[str]:
     path = platform.project / "calls.txt"
     return path.read_text().split() if path.exists() else []
+
+
+def artifact(client: SyncPrefectClient, run_id: UUID) -> str:
+    """Gives the Markdown of the only artifact of a run."""
+    (found,) = client.read_artifacts(
+        artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id])),
+    )
+    return str(found.data)
+
+
+def test_sweep_ends_what_dead_supervisors_left_and_tells_what_it_closed(platform, client):
+    folder = platform.project / ".worktrees" / "gone"
+    mark = {"STAGE_SUPERVISOR": f"1 0.0 {folder}"}
+    orphan = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], env={**os.environ, **mark}, start_new_session=True
+    )
+    stranger = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"],
+        env={**os.environ, "STAGE_SUPERVISOR": f"1 0.0 {platform.project.parent / 'elsewhere'}"},
+    )
+    try:
+        run = ended(client, platform, start_run(client, "sweep/every-10-minutes"))
+        assert run.state.name == "Completed"
+        assert orphan.wait(10) == -signal.SIGTERM
+        assert stranger.poll() is None
+    finally:
+        for process in (orphan, stranger):
+            process.kill()
+            process.wait()
+    told = artifact(client, run.id)
+    assert "closed 1, silent 0. Processes ended: 1." in told
+    assert "| joint-1 `r1` | process 7 of here | 2.0 | closed as KILLED, since its process is gone |" in told
+
+
+def test_champion_that_drifted_fails_the_run_and_shows_the_table(platform, client):
+    run = ended(client, platform, start_run(client, "watch-champion/nightly"))
+    assert (run.state.name, artifact(client, run.id)) == ("Completed", "| then | now |")
+    (platform.project / "drifted").touch()
+    run = ended(client, platform, start_run(client, "watch-champion/nightly"))
+    assert (run.state.name, artifact(client, run.id)) == ("Failed", "| then | now |")
+    assert "the champion draws otherwise than when it was promoted" in run.state.message
+    assert not (platform.project / ".worktrees" / str(run.id)).exists()
+
+
+def test_refreshed_prompts_are_kept_and_then_taken_by_the_next_training(platform, client):
+    wanted = load_config("prompts", ROOT / "params.yaml")
+    prepared = platform.project / "prepared"
+    training, evaluation = make_prompts(
+        dataclasses.replace(wanted, prompts=dataclasses.replace(wanted.prompts, edition=1))
+    )
+    write_prompts(prepared / "train.jsonl", training)
+    write_prompts(prepared / "evaluation.jsonl", evaluation[:-1])
+    refused = ended(client, platform, start_run(client, "refresh-prompts/monthly"))
+    assert refused.state.name == "Failed"
+    assert "evaluation.jsonl: holds 115 prompts, but params.yaml asks for 116" in refused.state.message
+    assert client.read_variable_by_name("prompts_edition") is None
+
+    write_prompts(prepared / "evaluation.jsonl", evaluation)
+    run = ended(client, platform, start_run(client, "refresh-prompts/monthly", {"edition": 2, "num_examples": 1}))
+    assert run.state.name == "Completed", platform.log("worker")[-5000:]
+    assert client.read_variable_by_name("prompts_edition").value == 2
+    branch = f"runs/{run.name}"
+    assert "edition: 2" in platform.git("show", f"{branch}:params.yaml")
+    told = artifact(client, run.id)
+    assert f"Edition 2, on branch {branch}." in told
+    assert "| counting | 300 |" in told
+    assert told.endswith(f"- {training[0].text}")
+
+    run = ended(client, platform, start_run(client, "train-policy/weekly"))
+    assert run.state.name == "Completed"
+    assert "edition: 2" in platform.git("show", f"runs/{run.name}:params.yaml")
+    shutil.rmtree(prepared)
+
+
+def test_retention_removes_what_is_old_and_only_lists_data_unless_told(platform, client):
+    kept = ended(client, platform, start_run(client, "train-policy/weekly", {"prompts_edition": 0}))
+    failed = ended(client, platform, start_run(client, "refresh-prompts/monthly", {"edition": 9}))
+    worktree = platform.project / ".worktrees" / str(failed.id)
+    cache = platform.project / ".dvc/cache/files"
+    num_files = sum(path.is_file() for path in cache.rglob("*"))
+    assert (failed.state.name, worktree.exists()) == ("Failed", True)
+
+    run = ended(client, platform, start_run(client, "retention/daily"))
+    assert run.state.name == "Completed", platform.log("worker")[-5000:]
+    told = artifact(client, run.id)
+    assert "| state of train-1 | /scratch/train-1 | 2.5 | removed |" in told
+    assert "| data of DVC | cache | | only listed, in the log of the task `dvc gc` |" in told
+    assert told.endswith("not finished for so long: train-2")
+    assert worktree.exists() and platform.git("rev-parse", f"runs/{kept.name}")
+    assert sum(path.is_file() for path in cache.rglob("*")) == num_files
+
+    everything = {"worktree_days": 0, "branch_days": 0, "rehearse_data": False}
+    platform.git("branch", "runs/of-a-person", "HEAD")
+    run = ended(client, platform, start_run(client, "retention/daily", everything))
+    assert run.state.name == "Completed", platform.log("worker")[-5000:]
+    told = artifact(client, run.id)
+    assert f"| worktree | {failed.id} |" in told and f"| branch | runs/{kept.name} |" in told
+    assert not worktree.exists()
+    assert platform.git("for-each-ref", "--format=%(refname:short)", "refs/heads/runs/") == "runs/of-a-person"
+    assert sum(path.is_file() for path in cache.rglob("*")) == 0
+
+
+def test_data_is_left_alone_while_a_run_is_at_work(platform, client):
+    with held(platform):
+        training = start_run(client, "train-policy/weekly", {"changes": {"update.num_updates": 8}})
+        wait_for(lambda: "train" in calls_so_far(platform))
+        run = ended(client, platform, start_run(client, "retention/daily", {"rehearse_data": False}))
+        assert "left alone: a run is at work" in artifact(client, run.id)
+    assert ended(client, platform, training).state.name == "Completed"

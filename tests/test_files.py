@@ -1,9 +1,11 @@
+import contextlib
 import errno
 import os
 import pickle
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from sfgrpo.errors import IntegrityError
 from sfgrpo.files import (
     atomic_directory,
     atomic_write,
+    only_user,
     remove_directory,
     remove_leftovers,
     sha256_of_file,
@@ -229,3 +232,35 @@ def test_unreadable_file_is_an_integrity_error(manifested):
 def test_integrity_error_survives_pickling():
     error = IntegrityError(Path("x"), "one", "other")
     assert str(pickle.loads(pickle.dumps(error))) == str(error) == "x is damaged: expected one, found other"
+
+
+def test_a_lock_has_one_user_at_a_time_and_goes_with_its_process(tmp_path):
+    lock = tmp_path / "folder" / ".lock"
+    code = "import sys, pathlib, time; from sfgrpo.files import only_user\n"
+    code += "with only_user(pathlib.Path(sys.argv[1])) as alone: print(alone, flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"True\n"
+        with only_user(lock) as alone:
+            assert not alone
+    finally:
+        holder.kill()
+        holder.communicate()
+    with only_user(lock) as alone:
+        assert alone
+
+
+def test_a_lock_is_waited_for_but_not_for_ever(tmp_path):
+    lock = tmp_path / ".lock"
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as held:
+        assert held.enter_context(only_user(lock))
+
+        def take(timeout_s: float) -> bool:
+            with only_user(lock, timeout_s) as alone:
+                return alone
+
+        waiting = pool.submit(take, 20.0)
+        assert not pool.submit(take, 0.5).result()
+        assert not waiting.done()
+        held.close()
+        assert waiting.result()

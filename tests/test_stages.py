@@ -17,11 +17,13 @@ from tiny import Light
 from tiny_run import RECORD, ROOT, TINY, build_tiny_project, inside, numbers_of, read_history, write_params
 from torch import Tensor
 
+from sfgrpo import training
 from sfgrpo.__main__ import main
 from sfgrpo.checkpoint import latest_checkpoint
 from sfgrpo.errors import MirrorError
-from sfgrpo.files import verify_manifest
+from sfgrpo.files import only_user, verify_manifest
 from sfgrpo.geneval.prompts import twin_key
+from sfgrpo.paths import run_lock
 from sfgrpo.prompts import read_prompts
 from sfgrpo.tracking import RecordingTracker
 from sfgrpo.types import TAGS, Prompt
@@ -389,3 +391,14 @@ def test_flipped_byte_of_the_base_model_is_found_before_it_loads(folder, tracker
 def test_training_leaves_the_base_model_alone(folder, tracker):
     assert main(["train"]) == 0
     verify_manifest(Path("models/tiny"))
+
+
+def test_a_run_that_another_process_trains_is_not_trained_twice(folder, tracker, monkeypatch, capsys):
+    monkeypatch.setenv("SFGRPO_GRACE_S", "0.1")
+    monkeypatch.setattr(training, "LOCK_MARGIN_S", 0.0)
+    assert main(["train"]) == 0
+    run = checkpoints(folder).parent
+    with only_user(run_lock(run)):
+        assert main(["train"]) == 1
+    assert_error(capsys, f"another process trains run {run.name}; wait until it is done")
+    assert main(["train"]) == 0
