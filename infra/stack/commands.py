@@ -80,7 +80,7 @@ def up() -> None:
 
 
 def down() -> None:
-    """Stops everything: the worker first, so that what it has started can still tell Prefect how it ended."""
+    """Stops everything: first what the worker has started, which so can still tell Prefect how it ended."""
     folder = open_folder(read_settings().folder)
     supervisor = running_supervisor(folder)
     if not folder.private.exists():
@@ -88,10 +88,10 @@ def down() -> None:
         return
     with alone(folder):
         if supervisor is not None:
-            for name in reversed(supervisor.processes()):
+            for name, process in supervisor.processes().items():
                 if name in PROGRAMS and PROGRAMS[name].children_outlive:
+                    end_leftovers(folder, name, but=process.pid)
                     supervisor.stop(name)
-                    end_leftovers(folder, name)
             pid = supervisor.pid
             supervisor.shut_down()
             _wait_for_end(pid)

@@ -33,9 +33,9 @@ def processes(folder: Folder, program: str | None = None) -> list[psutil.Process
     return found
 
 
-def end_leftovers(folder: Folder, program: str | None = None) -> list[int]:
-    """Ends them, by force if need be; returns the process ids."""
-    found = processes(folder, program)
+def end_leftovers(folder: Folder, program: str | None = None, but: int | None = None) -> list[int]:
+    """Ends them, except for one process id, by force if need be; returns the process ids."""
+    found = [process for process in processes(folder, program) if process.pid != but]
     if found:
         end(lambda: [process for process in found if _runs(process)], GRACE_S)
     return [process.pid for process in found]
