@@ -173,6 +173,8 @@ def train(params: Path, run_name: str | None) -> None:
 
 def promote(chosen: argparse.Namespace) -> None:
     """Judges a candidate, or applies what an earlier call decided."""
+    if chosen.apply and (chosen.model or chosen.version):
+        raise ConfigError("--apply RUN is about the version that was judged; leave --model and --version out")
     config = None if chosen.apply else load_config("promote", chosen.params)
     environment = read_environment()
     from sfgrpo import promoting

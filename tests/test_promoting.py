@@ -22,6 +22,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 from stores import free_port, wait_for_answer
+from test_readme import documented
 from tiny import build_tiny_adapter, build_tiny_pipeline
 from tiny_run import TINY, write_params
 
@@ -262,6 +263,22 @@ def test_refusal_is_not_applied(shop, verdicts, capsys):
 def test_run_without_a_decision_is_not_applied(shop, capsys):
     assert main(["promote", "--apply", "f" * 32]) == 1
     assert f"MLflow run {'f' * 32} holds no decision.json of a promotion" in capsys.readouterr().err
+
+
+def test_decision_is_about_one_version(capsys):
+    assert main(["promote", "--apply", "r", "--version", "2"]) == 2
+    assert "--apply RUN is about the version that was judged; leave --model and --version" in capsys.readouterr().err
+
+
+def test_every_figure_of_a_promotion_has_a_line_on_the_page_of_metrics(shop, verdicts):
+    shop.register("documented")
+    promote(verdicts, "documented", candidate=WORSE)
+    keys = documented()
+    lines = {key: key.removesuffix("_lower").removesuffix("_upper") for key in shop.decision()["metrics"]}
+    placed = {key: re.sub(r"/gate/\w+$", "/gate/<gate>", line) for key, line in lines.items()}
+    placed = {key: re.sub(rf"promotion/({'|'.join(TAGS)})$", "promotion/<task>", line) for key, line in placed.items()}
+    placed = {key: re.sub(r"time/promotion_\w+_s", "time/promotion_<part>_s", line) for key, line in placed.items()}
+    assert {key: line for key, line in placed.items() if line not in keys} == {}
 
 
 def test_promotion_that_another_overtakes_says_so(shop, verdicts, monkeypatch, capsys):
