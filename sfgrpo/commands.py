@@ -13,6 +13,7 @@ from pathlib import Path
 from sfgrpo.batches import BatchArithmetic
 from sfgrpo.config import load_config, to_flat_dict
 from sfgrpo.environment import read_environment
+from sfgrpo.errors import ConfigError
 from sfgrpo.paths import PARAMS
 from sfgrpo.preemption import LAUNCHER_MARGIN_S, StopNotice
 from sfgrpo.rank import die_with_launcher, is_rank
@@ -66,6 +67,8 @@ def evaluate_snapshot(chosen: argparse.Namespace) -> None:
 
 def promote(chosen: argparse.Namespace) -> None:
     """Judges a candidate, or applies what an earlier call decided."""
+    if chosen.apply and (chosen.model or chosen.version):
+        raise ConfigError("--apply RUN is about the version that was judged; leave --model and --version out")
     config = None if chosen.apply else load_config("promote", chosen.params)
     environment = read_environment()
     from sfgrpo import promoting

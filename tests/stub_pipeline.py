@@ -57,6 +57,13 @@ OUTPUTS = {
         "reports/evaluate/samples.png": "no picture",
     },
     "register": {"reports/registered.json": json.dumps({"name": "stub", "version": 7, "alias": "challenger"})},
+    "promote": {"applied": " ".join(sys.argv[2:])} if "--apply" in sys.argv else {
+        "judged": " ".join(sys.argv[2:]),
+        "reports/promotion/report.md": "**Stub.** It was judged.\\n",
+        "reports/promotion/decision.json": json.dumps({
+            "model": "stub", "version": 7, "run_id": "r7", "promoted": not pathlib.Path("worse").exists()
+        }),
+    },
 }
 if stage == "train" and pathlib.Path("crash_once").exists():
     progress = pathlib.Path(".scratch/progress")

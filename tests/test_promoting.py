@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +21,8 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
+from stores import free_port, wait_for_answer
+from test_readme import documented
 from tiny import build_tiny_adapter, build_tiny_pipeline
 from tiny_run import TINY, write_params
 
@@ -59,7 +67,7 @@ class Shop:
             experiment="tests",
             model_name=model,
             alias="challenger",
-            adapter=self.folder / f"adapter_{adapter}",
+            adapter=self.folder / f"{adapter}/adapter",
             serving=ServingDefaults(
                 pretrained=str(self.folder / "pipeline"),
                 revision=None,
@@ -95,7 +103,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     folder = tmp_path_factory.mktemp("promoting")
     pipeline = build_tiny_pipeline(folder / "pipeline", blobs=True)
     for seed in (0, 1, 2):
-        build_tiny_adapter(pipeline, folder / f"adapter_{seed}", seed)
+        build_tiny_adapter(pipeline, folder / f"{seed}/adapter", seed)
     shop = Shop(folder=folder)
     write_params(
         folder,
@@ -177,7 +185,8 @@ def test_candidate_draws_against_its_base_model_and_the_decision_is_kept_everywh
     assert names >= {"decision.json", "report.md", "evaluation_prompts.jsonl", "images"}
     report = (shop.folder / "reports/promotion/report.md").read_text()
     assert "on other noise: here seed 4321, there 1234" in report
-    assert Image.open(shop.folder / "reports/promotion/samples.png").size[0] > 300
+    with Image.open(shop.folder / "reports/promotion/samples.png") as grid:
+        assert grid.size[0] > 300
     assert capsys.readouterr().out.startswith(decision["sentence"])
 
 
@@ -254,6 +263,22 @@ def test_refusal_is_not_applied(shop, verdicts, capsys):
 def test_run_without_a_decision_is_not_applied(shop, capsys):
     assert main(["promote", "--apply", "f" * 32]) == 1
     assert f"MLflow run {'f' * 32} holds no decision.json of a promotion" in capsys.readouterr().err
+
+
+def test_decision_is_about_one_version(capsys):
+    assert main(["promote", "--apply", "r", "--version", "2"]) == 2
+    assert "--apply RUN is about the version that was judged; leave --model and --version" in capsys.readouterr().err
+
+
+def test_every_figure_of_a_promotion_has_a_line_on_the_page_of_metrics(shop, verdicts):
+    shop.register("documented")
+    promote(verdicts, "documented", candidate=WORSE)
+    keys = documented()
+    lines = {key: key.removesuffix("_lower").removesuffix("_upper") for key in shop.decision()["metrics"]}
+    placed = {key: re.sub(r"/gate/\w+$", "/gate/<gate>", line) for key, line in lines.items()}
+    placed = {key: re.sub(rf"promotion/({'|'.join(TAGS)})$", "promotion/<task>", line) for key, line in placed.items()}
+    placed = {key: re.sub(r"time/promotion_\w+_s", "time/promotion_<part>_s", line) for key, line in placed.items()}
+    assert {key: line for key, line in placed.items() if line not in keys} == {}
 
 
 def test_promotion_that_another_overtakes_says_so(shop, verdicts, monkeypatch, capsys):
@@ -357,7 +382,7 @@ TAMPERING = {
         lambda files: (files / "artifacts/adapter/pytorch_lora_weights.bin").write_bytes(b"\x80\x04N."),
         "holds artifacts/adapter/pytorch_lora_weights.bin; a version may hold safetensors, text, JSON and PNG files",
     ),
-    "no files": (lambda files: shutil.rmtree(files), "the files of models:/.* cannot be read"),
+    "no files": (lambda files: shutil.rmtree(files), "manifest.json: expected .*, found no file"),
 }
 
 
@@ -579,14 +604,41 @@ def test_version_draws_the_same_in_plain_diffusers(shop):
     from diffusers import DiffusionPipeline
 
     shop.register("plain", 1)
-    folder = shop.folder / "plain"
-    mlflow.artifacts.download_artifacts("models:/plain/1", dst_path=str(folder), tracking_uri=shop.uri)
-    pipeline = DiffusionPipeline.from_pretrained(folder / "artifacts/pipeline", text_encoder_3=None, tokenizer_3=None)
-    pipeline.load_lora_weights(folder / "artifacts/adapter")
+    mlflow.artifacts.download_artifacts("models:/plain/1", dst_path="downloaded", tracking_uri=shop.uri)
+    pipeline = DiffusionPipeline.from_pretrained("downloaded/artifacts/pipeline", text_encoder_3=None, tokenizer_3=None)
+    pipeline.load_lora_weights("downloaded/artifacts/adapter")
     options = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32, "max_sequence_length": 0}
     image = pipeline("a photo of a ring", generator=torch.Generator().manual_seed(5), **options).images[0]
     (served,) = draw(shop.uri, "models:/plain/1", ["a photo of a ring"], seed=5)
     np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(served))))
+
+
+@pytest.mark.slow
+def test_served_version_answers_with_png_bytes(shop):
+    shop.register("served")
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/served@challenger", "-p", str(port)]
+    with (shop.folder / "serve.log").open("wb") as log:
+        server = subprocess.Popen(
+            [*command, "--env-manager", "local"],
+            # It starts uvicorn by name.
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_for_answer(f"http://127.0.0.1:{port}/ping", server)
+        question = {"inputs": ["a photo of a ring"], "params": {"seed": 4}}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", json.dumps(question).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            (row,) = json.load(answer)["predictions"]
+        assert base64.b64decode(row["png"]) == draw(shop.uri, "models:/served/1", ["a photo of a ring"], seed=4)[0]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
 
 
 def test_shape_of_the_adapter_is_the_versions_and_not_that_of_the_parameters(shop, tmp_path):
