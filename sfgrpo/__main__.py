@@ -63,7 +63,7 @@ def show(params: Path) -> None:
 
 
 def prepare() -> None:
-    """Sets up logging without secrets: ranks but the first only warn, other libraries would bury the line per update."""
+    """Sets up logging, without secrets; only the first rank tells more than warnings, of our own modules alone."""
     level = logging.INFO if is_first_rank() else logging.WARNING
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(SecretFreeFormatter("%(levelname)s %(name)s: %(message)s"))
