@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def prepare() -> None:
-    """Sets up logging, without secrets; ranks but the first, and libraries that talk much, only warn."""
+    """Sets up logging, without secrets; only the first rank tells more than warnings, of our own modules alone."""
     level = logging.INFO if is_first_rank() else logging.WARNING
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(SecretFreeFormatter("%(levelname)s %(name)s: %(message)s"))
