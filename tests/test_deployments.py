@@ -62,6 +62,12 @@ if stage == "recheck":
     found = {{"drifted": pathlib.Path({folder!r}, "drifted").exists(), "table": "| then | now |"}}
     pathlib.Path("reports/recheck.json").write_text(json.dumps(found))
     sys.exit()
+if stage == "promote":
+    pathlib.Path("reports/promotion").mkdir(parents=True, exist_ok=True)
+    decision = {{"model": "stub", "version": 7, "promoted": True, "run_id": "r7"}}
+    pathlib.Path("reports/promotion/decision.json").write_text(json.dumps(decision))
+    pathlib.Path("reports/promotion/report.md").write_text("better beyond doubt")
+    sys.exit()
 prepared = pathlib.Path({folder!r}, "prepared")
 if stage == "prompts" and prepared.exists():
     import shutil
@@ -131,10 +137,6 @@ class Platform:
         (self.project / "sfgrpo/__main__.py").write_text(stub)
         for name in ("flows", "tasks"):
             shutil.copytree(ROOT / name, self.project / name, ignore=shutil.ignore_patterns("__pycache__"))
-        if not (ROOT / "flows/promote.py").exists():
-            (self.project / "flows/promote.py").write_text(
-                "from prefect import flow\n\n@flow\ndef promote() -> None:\n    pass\n"
-            )
         for name in ("prefect.yaml", ".dvc/.gitignore"):
             shutil.copy(ROOT / name, self.project / name)
         self.git("add", "--all")
@@ -248,7 +250,7 @@ def test_a_run_ends_in_a_version_a_branch_and_data_in_the_remote(platform, clien
     before = platform.git("status", "--porcelain"), platform.git("rev-parse", "HEAD")
     run = ended(client, platform, start_run(client, "train-policy/weekly", {"changes": {"update.num_updates": 4}}))
     assert run.state.name == "Completed", platform.log("worker")[-5000:]
-    assert calls(platform.project) == ["prompts", "train", "evaluate", "register"]
+    assert calls(platform.project) == ["prompts", "train", "evaluate", "register", "promote", "promote"]
     assert (platform.git("status", "--porcelain"), platform.git("rev-parse", "HEAD")) == before
     assert not (platform.project / "models/policy").exists()
     branch = f"runs/{run.name}"
@@ -372,8 +374,8 @@ def test_a_run_whose_process_is_killed_goes_on_as_the_same_run(platform, client)
     assert run.state.name == "Completed", platform.log("worker")[-5000:]
     assert run.run_count == 2
     assert not worktree.exists()
-    trained = [stage for stage in calls(platform.project) if stage != "prompts"]
-    assert trained == ["train", "train", "evaluate", "register"]
+    ran = [stage for stage in calls(platform.project) if stage not in ("prompts", "promote")]
+    assert ran == ["train", "train", "evaluate", "register"]
     assert platform.git("rev-parse", f"runs/{run.name}")
 
 
