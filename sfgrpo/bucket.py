@@ -38,7 +38,7 @@ PART_SIZE = 8 * 2**20
 NUM_PARTS_AT_ONCE = 4
 """Parts of one file that are on their way at a time: so many requests, and so many parts in memory."""
 PIECE_SIZE = 2**18
-"""Bytes that are read from the network at a time; pieces as large as parts cost twice the CPU time, for their memory."""
+"""Bytes that are read from the network at a time; pieces as large as parts cost twice the CPU time."""
 NUM_ATTEMPTS = 5
 """Tries of one request, with growing pauses of at most 15 seconds together, before it counts as failed."""
 CONNECT_TIMEOUT_S = 10.0
