@@ -31,6 +31,7 @@ ARTIFACT_SIZE = 20 * 2**20
 PART_SIZE = 8 * 2**20
 FLOW = """
     import os
+    import time
     from pathlib import Path
 
     from prefect import flow
@@ -38,17 +39,22 @@ FLOW = """
     @flow
     def tell(path: str) -> None:
         Path(path).write_text("\\n".join(f"{name}={value}" for name, value in os.environ.items()))
+
+    @flow
+    def wait(path: str) -> None:
+        Path(path).touch()
+        time.sleep(600)
 """
 DEPLOY_AND_RUN = """
     import sys
     from prefect import flow
     from prefect.deployments import run_deployment
 
-    folder, answer = sys.argv[1:]
-    tell = flow.from_source(folder, "tell.py:tell")
-    deployment = tell.deploy("tell", work_pool_name="sfgrpo", print_next_steps=False, ignore_warnings=True)
-    run = run_deployment(deployment, parameters={"path": answer}, timeout=120, poll_interval=1)
-    assert run.state.is_completed(), run.state
+    name, folder, answer, timeout = sys.argv[1:]
+    source = flow.from_source(folder, f"flows.py:{name}")
+    deployment = source.deploy(name, work_pool_name="sfgrpo", print_next_steps=False, ignore_warnings=True)
+    run = run_deployment(deployment, parameters={"path": answer}, timeout=int(timeout), poll_interval=1)
+    print(run.state.name)
 """
 LOG_RUN = """
     import sys
@@ -186,9 +192,9 @@ def test_a_large_artifact_goes_to_s3_in_parts(stack: Stack, logged: tuple[str, b
 
 
 def test_a_flow_run_of_the_worker_has_the_environment_of_the_stack(stack: Stack, tmp_path: Path) -> None:
-    (tmp_path / "tell.py").write_text(textwrap.dedent(FLOW), encoding="utf-8")
+    (tmp_path / "flows.py").write_text(textwrap.dedent(FLOW), encoding="utf-8")
     answer = tmp_path / "answer"
-    run_script(DEPLOY_AND_RUN, tmp_path, answer, environment=stack.environment)
+    assert run_script(DEPLOY_AND_RUN, "tell", tmp_path, answer, "120", environment=stack.environment) == "Completed"
     told = dict(line.split("=", 1) for line in answer.read_text(encoding="utf-8").splitlines() if "=" in line)
     own = {line.removeprefix("export ").split("=")[0] for line in stack.folder.env.read_text().splitlines()}
     assert {name: told.get(name) for name in own} == {name: stack.environment[name] for name in own}
@@ -207,6 +213,9 @@ def test_data_survive_a_stop_that_leaves_nothing_running(
 ) -> None:
     run_id, content = logged
     secrets = stack.folder.secrets.read_bytes()
+    (tmp_path / "flows.py").write_text(textwrap.dedent(FLOW), encoding="utf-8")
+    run_script(DEPLOY_AND_RUN, "wait", tmp_path, tmp_path / "waits", "0", environment=stack.environment)
+    wait_until((tmp_path / "waits").exists, "the flow run does not start")
     assert "stopped; its data are kept" in stack.stop()
     assert stack.processes() == []
     assert running_supervisor(stack.folder) is None
@@ -215,9 +224,11 @@ def test_data_survive_a_stop_that_leaves_nothing_running(
     assert stack.folder.secrets.read_bytes() == secrets
     assert run_script(FETCH_RUN, run_id, tmp_path, environment=stack.environment) == "42.0"
     assert (tmp_path / "weights.bin").read_bytes() == content
-    listing = "from prefect.client.orchestration import get_client\n"
-    listing += "with get_client(sync_client=True) as client: print([run.state_name for run in client.read_flow_runs()])"
-    assert run_script(listing, environment=stack.environment) == "['Completed']"
+    # The flow run that was under way has told its end, though all was about to go.
+    script = "from prefect.client.orchestration import get_client\n"
+    script += "with get_client(sync_client=True) as client:\n"
+    script += "    print({run.state_name for run in client.read_flow_runs() if not run.state.is_completed()})"
+    assert run_script(script, environment=stack.environment) == "{'Crashed'}"
 
 
 def test_without_credentials_nobody_gets_in(guarded: Stack) -> None:
