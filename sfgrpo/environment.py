@@ -44,7 +44,7 @@ class Environment(BaseSettings):
     s3_encryption: str | None = Field(
         default=None, pattern="^(AES256|aws:kms(:[^:].*)?)$", validation_alias="SFGRPO_S3_ENCRYPTION"
     )
-    """How S3 encrypts the mirror: AES256, aws:kms or aws:kms:KEY; None leaves it to the bucket's own setting."""
+    """How S3 encrypts mirror and DVC remote: AES256, aws:kms or aws:kms:KEY; None leaves that to the bucket."""
     dvc_remote: str | None = Field(default=None, pattern="^(s3://[^/]+|/)", validation_alias="SFGRPO_DVC_REMOTE")
     """Bucket and prefix, s3://BUCKET/PREFIX, or folder, that scheduled runs push what DVC keeps to."""
     flow_run_id: str | None = Field(default=None, validation_alias="SFGRPO_FLOW_RUN_ID")

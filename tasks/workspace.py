@@ -97,11 +97,12 @@ def own_workspace(changes: Mapping[str, Any]) -> Iterator[Workspace | None]:
 def save_branch(workspace: Workspace) -> str:
     """Commits the `dvc.lock` of a run, on top of its parameters, to a branch of its own; returns the branch.
 
-    Saved again, the branch moves. One that another run of the same name has made is left alone: this run's then bears
-    its id as well.
+    Saved again, the branch moves. One that a person, or another run of the same name, has made is left alone: this
+    run's then bears its id as well.
     """
     branch = BRANCHES + (re.sub(r"[^A-Za-z0-9_-]+", "-", workspace.run_name).strip("-") or workspace.run_id)
-    if run_of_branch(workspace.checkout, branch) not in (None, workspace.run_id):
+    taken = git(workspace.checkout, "for-each-ref", f"refs/heads/{branch}")
+    if taken and run_of_branch(workspace.checkout, branch) != workspace.run_id:
         branch += f"-{workspace.run_id[:8]}"
     message = f"Run {workspace.run_name}\n\n{RUN_TRAILER}: {workspace.run_id}\n"
     lock = (workspace.folder / DVC_LOCK).read_text(encoding="utf-8")
@@ -157,10 +158,22 @@ def _make(workspace: Workspace) -> None:
     if _is_complete(workspace.folder):
         return
     add_worktree(workspace.checkout, workspace.folder, workspace.commit)
-    settings = f"[cache]\n    dir = {dvc_cache(workspace.checkout)}\n"
+    atomic_write(workspace.folder / DVC_SETTINGS, _dvc_settings(workspace))
+
+
+def _dvc_settings(workspace: Workspace) -> str:
+    """Words the settings of DVC that the worktree has for itself: the checkout's cache, and the remote."""
+    settings = {"cache": {"dir": dvc_cache(workspace.checkout)}}
     if workspace.dvc_remote is not None:
-        settings += f"[core]\n    remote = {REMOTE}\n['remote \"{REMOTE}\"']\n    url = {workspace.dvc_remote}\n"
-    atomic_write(workspace.folder / DVC_SETTINGS, settings)
+        settings |= {"core": {"remote": REMOTE}, f"'remote \"{REMOTE}\"'": {"url": workspace.dvc_remote}}
+        encryption = read_environment().s3_encryption
+        if encryption is not None and workspace.dvc_remote.startswith("s3://"):
+            kind, _, key = encryption.partition("aws:kms:")
+            settings[f"'remote \"{REMOTE}\"'"] |= {"sse_kms_key_id": key, "sse": "aws:kms"} if key else {"sse": kind}
+    return "".join(
+        f"[{section}]\n" + "".join(f"    {name} = {value}\n" for name, value in values.items())
+        for section, values in settings.items()
+    )
 
 
 def _is_complete(folder: Path) -> bool:

@@ -464,9 +464,16 @@ def test_champion_that_drifted_fails_the_run_and_shows_the_table(platform, clien
     assert not (platform.project / ".worktrees" / str(run.id)).exists()
 
 
-def test_refreshed_prompts_are_kept_and_then_taken_by_the_next_training(platform, client):
+@pytest.fixture
+def prepared(platform: Platform) -> Iterator[Path]:
+    """A folder of prompt sets that the stub hands out while it exists."""
+    folder = platform.project / "prepared"
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_refreshed_prompts_are_kept_and_then_taken_by_the_next_training(platform, client, prepared):
     wanted = load_config("prompts", ROOT / "params.yaml")
-    prepared = platform.project / "prepared"
     training, evaluation = make_prompts(
         dataclasses.replace(wanted, prompts=dataclasses.replace(wanted.prompts, edition=1))
     )
@@ -485,13 +492,12 @@ def test_refreshed_prompts_are_kept_and_then_taken_by_the_next_training(platform
     assert "edition: 2" in platform.git("show", f"{branch}:params.yaml")
     told = artifact(client, run.id)
     assert f"Edition 2, on branch {branch}." in told
-    assert "| counting | 300 |" in told
+    assert "| position | 545 | 80 | 40 |" in told
     assert told.endswith(f"- {training[0].text}")
 
     run = ended(client, platform, start_run(client, "train-policy/weekly"))
     assert run.state.name == "Completed"
     assert "edition: 2" in platform.git("show", f"runs/{run.name}:params.yaml")
-    shutil.rmtree(prepared)
 
 
 def test_retention_removes_what_is_old_and_only_lists_data_unless_told(platform, client):

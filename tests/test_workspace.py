@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from dvc.config import Config
 from prefect.logging import disable_run_logger
 from s3 import BUCKET, S3Server
 from stub_pipeline import ROOT, build_stub_pipeline
@@ -105,6 +106,33 @@ def test_branch_moves_with_its_run_and_is_not_taken_by_another_of_the_same_name(
     assert run_of_branch(checkout, "runs/calm-owl") == "11111111-1"
     assert git(checkout, "show", "runs/calm-owl-22222222:dvc.lock") == "lock of 22222222-2"
     assert run_of_branch(checkout, "runs/none") is None
+
+
+def test_branch_of_a_person_is_left_alone(checkout):
+    git(checkout, "branch", "runs/calm-owl")
+    here = workspace(checkout)
+    here.folder.mkdir(parents=True)
+    (here.folder / "dvc.lock").write_text("lock\n")
+    assert save_branch(here) == "runs/calm-owl-01234567"
+    assert git(checkout, "rev-parse", "runs/calm-owl") == here.commit
+
+
+@pytest.mark.parametrize(
+    ("encryption", "remote", "found"),
+    [
+        ("AES256", "s3://bucket/store", {"sse": "AES256"}),
+        ("aws:kms", "s3://bucket/store", {"sse": "aws:kms"}),
+        ("aws:kms:key-1", "s3://bucket/store", {"sse_kms_key_id": "key-1", "sse": "aws:kms"}),
+        ("AES256", "/folder", {}),
+    ],
+)
+def test_data_in_the_bucket_is_encrypted_as_all_else_is(checkout, monkeypatch, encryption, remote, found):
+    monkeypatch.setenv("SFGRPO_S3_ENCRYPTION", encryption)
+    _make(workspace(checkout, remote=remote))
+    settings = Config(dvc_dir=str(checkout / ".worktrees/0123456789/.dvc"))
+    assert {name: settings["remote"]["store"][name] for name in found} == found
+    assert ("sse" in settings["remote"]["store"]) == ("sse" in found)
+    assert (settings["core"]["remote"], settings["cache"]["dir"]) == ("store", str(checkout / ".dvc/cache"))
 
 
 @pytest.mark.parametrize(("name", "branch"), [("Tuesday's run: no. 2", "runs/Tuesday-s-run-no-2"), ("..", "runs/0123")])
