@@ -7,6 +7,7 @@ from infra.stack.programs.mlflow import MLFLOW
 from infra.stack.programs.postgres import POSTGRES
 from infra.stack.programs.prefect import PREFECT
 from infra.stack.programs.s3 import S3
+from infra.stack.programs.webhook import WEBHOOK
 from infra.stack.programs.worker import WORKER
 
-PROGRAMS: dict[str, Program] = {program.name: program for program in (POSTGRES, S3, MLFLOW, PREFECT, WORKER)}
+PROGRAMS: dict[str, Program] = {program.name: program for program in (POSTGRES, S3, MLFLOW, PREFECT, WEBHOOK, WORKER)}
