@@ -81,7 +81,7 @@ def test_every_page_is_checked():
     assert found == set(PAGES)
 
 
-@pytest.mark.parametrize("command", ["make demo", "make test"])
+@pytest.mark.parametrize("command", ["make demo", "make stack", "make test"])
 def test_readme_names_the_commands(command):
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")
 
