@@ -392,6 +392,8 @@ def test_a_run_whose_worker_is_killed_too_is_found_dead_and_goes_on_when_there_i
         platform.processes["worker"].wait()
         wait_for(lambda: "Crashed" in state_names(client, run_id), SILENCE_S + 60)
     platform.start("worker", "prefect", "worker", "start", "--pool", "sfgrpo", "--type", "process")
+    # Crashed is an end as well, though not this one's.
+    wait_for(lambda: client.read_flow_run(run_id).run_count == 2, told=lambda: str(client.read_flow_run(run_id)))
     run = ended(client, platform, run_id)
     assert (run.state.name, run.run_count) == ("Completed", 2)
 
