@@ -26,7 +26,7 @@ from sfgrpo.__main__ import main
 from sfgrpo.checkpoint import latest_checkpoint, load_checkpoint
 from sfgrpo.errors import IntegrityError, Preempted
 from sfgrpo.evaluation_store import claimed_evaluation, evaluation_key, read_metrics
-from sfgrpo.files import claimed
+from sfgrpo.files import only_user
 from sfgrpo.periodic import Court, wearing
 from sfgrpo.preemption import StopNotice
 from sfgrpo.snapshots import list_snapshots, prune_snapshots, publish_snapshot, read_snapshot, snapshot_path
@@ -299,9 +299,9 @@ def test_key_depends_on_every_file_and_on_the_scope():
 
 def test_claim_is_exclusive_and_free_again_after_it(tmp_path):
     path = tmp_path / "new/claim"
-    with claimed(path) as first, claimed(path) as second:
+    with only_user(path) as first, only_user(path) as second:
         assert first and not second
-    with claimed(path) as third:
+    with only_user(path) as third:
         assert third
 
 
