@@ -460,7 +460,7 @@ def test_an_overlay_builds_into_valid_objects(overlay: str, tmp_path: Path) -> N
     named = {
         item["valueFrom"]["configMapKeyRef"]["name"] for item in worker["containers"][0]["env"] if "MapKey" in str(item)
     }
-    assert [maps[name]["WORK_POOL"] for name in named] == [f"training-{overlay}"]
+    assert [maps[name]["WORK_POOL"] for name in named] == ["sfgrpo"]
     (mounted,) = (volume["configMap"]["name"] for volume in worker["volumes"] if "configMap" in volume)
     assert json.loads(maps[mounted]["base-job-template.json"])["job_configuration"]
 
