@@ -15,6 +15,7 @@ from pydantic import Field
 from sfgrpo.errors import ConfigError
 from sfgrpo.signals import sigterm_as_exit
 from tasks.evaluations import evaluations_reported
+from tasks.promotion import promote_version
 from tasks.slots import gpu_slots
 from tasks.stages import StageError, evaluate, prompts, push, refuse_inside_stage, register, train
 from tasks.workspace import Workspace, is_deployed, own_workspace, save_branch
@@ -30,17 +31,20 @@ Edition = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 @flow(name="train-policy")
-def train_policy(changes: Changes | None = None, prompts_edition: Edition | None = None) -> dict[str, Any]:
+def train_policy(
+    changes: Changes | None = None, prompts_edition: Edition | None = None, promote: bool = True
+) -> dict[str, Any]:
     """Runs the pipeline from prompts to model version; returns name, number and alias of the version.
 
     Args:
         changes: Values that this run shall have instead of those in params.yaml, by dotted name.
         prompts_edition: Drawing of the training prompts; empty takes the one that the last refresh made.
+        promote: Whether the version is judged against the champion, and takes its place if it is better.
     """
     refuse_inside_stage()
     with own_workspace(_all_changes(changes or {}, prompts_edition)) as workspace:
         prompts()
-        with contextlib.nullcontext() if workspace is None else gpu_slots():
+        with slots_of(workspace):
             with evaluations_reported():
                 train()
             evaluate()
@@ -49,7 +53,15 @@ def train_policy(changes: Changes | None = None, prompts_edition: Edition | None
         create_markdown_artifact(
             report(version, branch), key="geneval", description="GenEval before and after training"
         )
+        if promote:
+            with slots_of(workspace):
+                promote_version(version["name"], version["version"])
     return version
+
+
+def slots_of(workspace: Workspace | None) -> contextlib.AbstractContextManager[None]:
+    """Holds the GPUs of a run that a deployment started; who works in place sees to that alone."""
+    return contextlib.nullcontext() if workspace is None else gpu_slots()
 
 
 def _all_changes(changes: dict[str, Any], edition: int | None) -> dict[str, Any]:
@@ -99,7 +111,7 @@ def main() -> int:
     try:
         # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
         with sigterm_as_exit():
-            version = train_policy()
+            version = train_policy(promote=False)
     except (StageError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -8,6 +8,9 @@ from pathlib import Path
 from sfgrpo.environment import Environment
 from sfgrpo.files import sha256_of_file
 
+BRANCH_TAG = "run_branch"
+COMMIT_TAG = "run_commit"
+
 
 def provenance_tags(root: Path, prompts: Path) -> dict[str, str]:
     """Names what a run was made from: commit, whether tracked files differ from it, prompt file, `dvc.lock`.
@@ -34,8 +37,8 @@ def flow_tags(environment: Environment, root: Path) -> dict[str, str]:
     named = {
         "prefect.flow_run_id": environment.flow_run_id,
         "prefect.flow_run_url": environment.flow_run_url,
-        "run_branch": environment.branch,
-        "run_commit": commit,
+        BRANCH_TAG: environment.branch,
+        COMMIT_TAG: commit,
     }
     return {name: value for name, value in named.items() if value is not None}
 

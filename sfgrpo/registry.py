@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sfgrpo.errors import SfgrpoError
 from sfgrpo.files import sha256_of_file, write_manifest
 from sfgrpo.mlflow_store import connect, find_or_create_experiment, find_run
+from sfgrpo.provenance import BRANCH_TAG, COMMIT_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -110,6 +111,9 @@ def register_version(
         }
         version = _create_version(client, model_name, parent, model_id, tags)
     number, parent_run_id = version
+    for name in (BRANCH_TAG, COMMIT_TAG):
+        if name in provenance:
+            client.set_tag(parent_run_id, name, provenance[name])
     smoke_test(uri, f"models:/{model_name}/{number}")
     client.set_model_version_tag(model_name, str(number), "smoke_test", "passed")
     client.set_registered_model_alias(model_name, alias, str(number))

@@ -17,12 +17,12 @@ from sfgrpo.mlflow_store import connect, is_outage
 from sfgrpo.mlflow_tracking import KEY_TAG
 from sfgrpo.outbox import first_line
 from sfgrpo.paths import RUN_PREFIX, run_lock
+from sfgrpo.provenance import BRANCH_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-BRANCH_TAG = "run_branch"
 PAGE_SIZE = 1000
 DAY_MS = 24 * 3600 * 1000
 

@@ -100,7 +100,7 @@ def save_branch(workspace: Workspace) -> str:
     Saved again, the branch moves. One that another run of the same name has made is left alone: this run's then bears
     its id as well.
     """
-    branch = BRANCHES + re.sub(r"[^A-Za-z0-9_-]+", "-", workspace.run_name).strip("-")
+    branch = BRANCHES + (re.sub(r"[^A-Za-z0-9_-]+", "-", workspace.run_name).strip("-") or workspace.run_id)
     if run_of_branch(workspace.checkout, branch) not in (None, workspace.run_id):
         branch += f"-{workspace.run_id[:8]}"
     message = f"Run {workspace.run_name}\n\n{RUN_TRAILER}: {workspace.run_id}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import re
 import shutil
@@ -25,10 +26,11 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Scheduled
 from ruamel.yaml import YAML
 from stub_pipeline import ROOT, STUB, build_stub_pipeline, calls
 
-from flows.deploy import RESUMPTION, ZOMBIES
+from flows.deploy import RESUMPTION, SILENCE_S, ZOMBIES
 from sfgrpo.assembly import make_prompts
 from sfgrpo.config import load_config
 from sfgrpo.prompts import write_prompts
@@ -61,6 +63,12 @@ if stage == "recheck":
     pathlib.Path("reports").mkdir(exist_ok=True)
     found = {{"drifted": pathlib.Path({folder!r}, "drifted").exists(), "table": "| then | now |"}}
     pathlib.Path("reports/recheck.json").write_text(json.dumps(found))
+    sys.exit()
+if stage == "promote":
+    pathlib.Path("reports/promotion").mkdir(parents=True, exist_ok=True)
+    decision = {{"model": "stub", "version": 7, "promoted": True, "run_id": "r7"}}
+    pathlib.Path("reports/promotion/decision.json").write_text(json.dumps(decision))
+    pathlib.Path("reports/promotion/report.md").write_text("better beyond doubt")
     sys.exit()
 prepared = pathlib.Path({folder!r}, "prepared")
 if stage == "prompts" and prepared.exists():
@@ -131,10 +139,6 @@ class Platform:
         (self.project / "sfgrpo/__main__.py").write_text(stub)
         for name in ("flows", "tasks"):
             shutil.copytree(ROOT / name, self.project / name, ignore=shutil.ignore_patterns("__pycache__"))
-        if not (ROOT / "flows/promote.py").exists():
-            (self.project / "flows/promote.py").write_text(
-                "from prefect import flow\n\n@flow\ndef promote() -> None:\n    pass\n"
-            )
         for name in ("prefect.yaml", ".dvc/.gitignore"):
             shutil.copy(ROOT / name, self.project / name)
         self.git("add", "--all")
@@ -248,7 +252,7 @@ def test_a_run_ends_in_a_version_a_branch_and_data_in_the_remote(platform, clien
     before = platform.git("status", "--porcelain"), platform.git("rev-parse", "HEAD")
     run = ended(client, platform, start_run(client, "train-policy/weekly", {"changes": {"update.num_updates": 4}}))
     assert run.state.name == "Completed", platform.log("worker")[-5000:]
-    assert calls(platform.project) == ["prompts", "train", "evaluate", "register"]
+    assert calls(platform.project) == ["prompts", "train", "evaluate", "register", "promote", "promote"]
     assert (platform.git("status", "--porcelain"), platform.git("rev-parse", "HEAD")) == before
     assert not (platform.project / "models/policy").exists()
     branch = f"runs/{run.name}"
@@ -372,9 +376,44 @@ def test_a_run_whose_process_is_killed_goes_on_as_the_same_run(platform, client)
     assert run.state.name == "Completed", platform.log("worker")[-5000:]
     assert run.run_count == 2
     assert not worktree.exists()
-    trained = [stage for stage in calls(platform.project) if stage != "prompts"]
-    assert trained == ["train", "train", "evaluate", "register"]
+    ran = [stage for stage in calls(platform.project) if stage not in ("prompts", "promote")]
+    assert ran == ["train", "train", "evaluate", "register"]
     assert platform.git("rev-parse", f"runs/{run.name}")
+
+
+def test_a_run_whose_worker_is_killed_too_is_found_dead_and_goes_on_when_there_is_a_worker(platform, client):
+    with held(platform):
+        run_id = start_run(client, "train-policy/weekly", {"changes": {"update.num_updates": 7}})
+        wait_for(lambda: "train" in calls_so_far(platform))
+        # Once it has given a sign of life: a run of seconds may end before the first.
+        wait_for(lambda: "prefect.flow-run.heartbeat" in events_of(client, run_id))
+        platform.processes["worker"].kill()
+        for process in flow_processes(run_id):
+            process.send_signal(signal.SIGKILL)
+        platform.processes["worker"].wait()
+        wait_for(lambda: "Crashed" in state_names(client, run_id), SILENCE_S + 60)
+    platform.start("worker", "prefect", "worker", "start", "--pool", "sfgrpo", "--type", "process")
+    run = ended(client, platform, run_id)
+    assert (run.state.name, run.run_count) == ("Completed", 2)
+
+
+def state_names(client: SyncPrefectClient, run_id: UUID) -> list[str]:
+    return [state.name for state in client.read_flow_run_states(run_id)]
+
+
+def events_of(client: SyncPrefectClient, run_id: UUID) -> set[str]:
+    """Lists the events of a run that the server keeps."""
+    body = {"filter": {"resource": {"id": [f"prefect.flow-run.{run_id}"]}}}
+    answer = client._client.post("/events/filter", json=body)
+    return {event["event"] for event in answer.json()["events"]}
+
+
+def test_a_run_whose_time_has_passed_is_started_late(platform, client):
+    deployment = client.read_deployment_by_name("sweep/every-10-minutes")
+    missed = Scheduled(scheduled_time=datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=5))
+    run = ended(client, platform, client.create_flow_run_from_deployment(deployment.id, state=missed).id)
+    assert run.state.name == "Completed"
+    assert run.start_time - run.expected_start_time > datetime.timedelta(hours=5)
 
 
 def calls_so_far(platform: Platform) -> list[str]:

@@ -37,9 +37,9 @@ def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_second_flow_runs_registration_only(server, pipeline):
-    train_policy()
+    train_policy(promote=False)
     assert calls(pipeline) == ["prompts", "train", "evaluate", "register"]
-    assert train_policy() == {"name": "stub", "version": 7, "alias": "challenger"}
+    assert train_policy(promote=False) == {"name": "stub", "version": 7, "alias": "challenger"}
     assert calls(pipeline) == ["register"]
 
 
@@ -56,7 +56,7 @@ def test_failing_stage_fails_the_flow_with_its_own_error(server, pipeline, capsy
 def test_wrong_parameters_are_not_retried(server, pipeline):
     (pipeline / "fail_prompts").write_text("2")
     with pytest.raises(StageError, match="PolicyError: the stub was told to fail"):
-        train_policy()
+        train_policy(promote=False)
     assert calls(pipeline) == ["prompts"]
 
 
@@ -64,14 +64,14 @@ def test_wrong_parameters_are_not_retried(server, pipeline):
 def test_preempted_training_goes_on_without_using_up_its_retries(server, pipeline, monkeypatch):
     monkeypatch.setattr(stages, "RETRY_DELAY_S", 0)
     (pipeline / "preempt_train").write_text("4")
-    train_policy()
+    train_policy(promote=False)
     assert calls(pipeline) == ["prompts", *["train"] * 5, "evaluate", "register"]
 
 
 @pytest.mark.slow
 def test_crashed_training_resumes_on_retry(server, pipeline):
     (pipeline / "crash_once").touch()
-    train_policy()
+    train_policy(promote=False)
     assert calls(pipeline) == ["prompts", "train", "train", "evaluate", "register"]
     log = (pipeline / "logs/train.log").read_text()
     assert [line for line in log.splitlines() if line.startswith("update")] == [

@@ -216,3 +216,11 @@ def test_record_is_saved_as_json(tmp_path):
         tmp_path / "a" / "b.json"
     )
     assert '"version": 3' in (tmp_path / "a" / "b.json").read_text()
+
+
+def test_branch_of_a_scheduled_run_is_a_tag_of_version_and_run(shop):
+    named = {"git_commit": "c0ffee", "prompts_sha256": "d1ce", "run_branch": "runs/calm-owl", "run_commit": "beef"}
+    version = shop.register("branched", provenance=named)
+    run = connect(shop.uri).get_run(version.run_id)
+    for tags in (shop.version("branched", version.version).tags, run.data.tags):
+        assert (tags["run_branch"], tags["run_commit"]) == ("runs/calm-owl", "beef")
