@@ -119,6 +119,10 @@ class Stack:
         """Kills a program and waits until all are healthy, it with another process; returns their states."""
         killed = self.pid(program)
         self.kill(program)
+        return self.wait_until_healed(program, killed)
+
+    def wait_until_healed(self, program: str, killed: int) -> dict[str, dict[str, Any]]:
+        """Waits until all are healthy, and a program has another process than the one killed; returns their states."""
         wait_until(lambda: self.pid(program) not in (0, killed), f"{program} is not started again")
         return self.wait_until_healthy()
 

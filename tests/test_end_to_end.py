@@ -111,15 +111,15 @@ def user_environment() -> dict[str, str]:
     return inherited | {"PATH": path, "SFGRPO_DEVICE": "cpu", "SFGRPO_NUM_THREADS": "1"}
 
 
-def build_clone(folder: Path) -> Clone:
-    """Copies what Git has, or would add, commits it, and makes the numbers small."""
+def build_clone(folder: Path, params: Mapping[str, Any] = SMALL) -> Clone:
+    """Copies what Git has, or would add, makes the numbers small, and commits all of it."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    write_params(folder, SMALL)
+    write_params(folder, params)
     identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
     for arguments in (["init"], ["add", "--all"], [*identity, "commit", "--message", "Clone"]):
         subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True)

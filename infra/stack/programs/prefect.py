@@ -48,6 +48,8 @@ def _launch(stack: Stack) -> Launch:
                 stack, "asyncpg", "prefect", stack.secrets.prefect_database_password
             ),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            # In memory, the server would forget at its end who holds which slots, and never give them to anybody else.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
             # Relative to where the browser has found the page, whatever this machine is called there.
             "PREFECT_SERVER_UI_API_URL": "/api",
