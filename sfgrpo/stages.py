@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GRID_ROWS_PER_TASK = 2
+SCORES = ("geneval/overall", *(f"geneval/{tag}" for tag in TAGS))
+"""What a version says of itself."""
 
 
 def pretrain(config: PretrainStage, environment: Environment) -> None:
@@ -156,7 +158,8 @@ def register(config: RegisterStage, environment: Environment) -> None:
             num_inference_steps=config.evaluation.num_steps,
             guidance_scale=config.evaluation.guidance_scale,
         ),
-        metrics={name: metrics[name] for name in ("geneval/overall", *(f"geneval/{tag}" for tag in TAGS))},
+        # A task of which the evaluation has no prompts has no score.
+        metrics={name: metrics[name] for name in SCORES if name in metrics},
         provenance=provenance_tags(Path.cwd(), TRAINING_PROMPTS) | flow_tags(environment, Path.cwd()),
         run_id=record["mlflow_run_id"],
     )

@@ -58,7 +58,7 @@ class Platform:
     """The clone."""
     model: str
     """Registered model that the clone's trainings make versions of."""
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = dataclasses.field(repr=False)
     """That of a user who has activated the virtual environment and sourced the stack's file."""
     durations: dict[str, float] = dataclasses.field(default_factory=dict)
     """What took how many seconds, for whoever reads the tests' output."""
@@ -248,6 +248,12 @@ class Platform:
         """Lists the MLflow runs that say RUNNING, in all experiments."""
         experiments = [experiment.experiment_id for experiment in self.mlflow.search_experiments()]
         return [run.info.run_name for run in self.mlflow.search_runs(experiments, "attributes.status = 'RUNNING'")]
+
+    def taken_slots(self) -> dict[str, int]:
+        """Counts the slots that are taken of each limit that Prefect has; those that are free are left out."""
+        with self.prefect() as client:
+            limits = client.read_global_concurrency_limits(limit=200, offset=0)
+        return {limit.name: limit.active_slots for limit in limits if limit.active_slots}
 
     def told(self, run_id: UUID) -> str:
         """Collects what there is to see of a run that went wrong."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -23,6 +24,7 @@ from sfgrpo.checkpoint import latest_checkpoint
 from sfgrpo.errors import MirrorError
 from sfgrpo.files import only_user, verify_manifest
 from sfgrpo.geneval.prompts import twin_key
+from sfgrpo.mlflow_store import connect
 from sfgrpo.paths import run_lock
 from sfgrpo.prompts import read_prompts
 from sfgrpo.tracking import RecordingTracker
@@ -361,6 +363,18 @@ def test_evaluation_judges_the_published_adapter(folder, tracker):
 def test_registration_before_training_names_the_cure(folder, tracker, capsys):
     assert main(["register"]) == 1
     assert_error(capsys, "training.json does not exist; run `dvc repro` first")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_registration_after_an_evaluation_of_few_tasks_has_their_scores(folder, tracker, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    few = {**dict.fromkeys(TAGS, 0), "position": 2}
+    write_params(folder, {**TINY, "prompts.num_evaluation": few, "update.num_updates": 1})
+    for stage in ("prompts", "train", "evaluate", "register"):
+        assert main([stage]) == 0
+    registered = json.loads(Path("reports/registered.json").read_text())
+    version = connect(os.environ["MLFLOW_TRACKING_URI"]).get_model_version(registered["name"], registered["version"])
+    assert {name for name in version.tags if name.startswith("geneval/")} == {"geneval/overall", "geneval/position"}
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])

@@ -129,6 +129,8 @@ def check_nothing_lost(platform: Platform, run_id: UUID, undisturbed: Outcome) -
         assert ours == theirs, metric
     assert platform.mlflow.get_run(outcome.mlflow_run_id).info.status == "FINISHED"
     platform.wait_for_end(platform.processes())
+    # What a dead run held comes free when its lease ends.
+    wait_until(lambda: not platform.taken_slots(), f"slots are still taken: {platform.taken_slots()}")
     platform.command("sfgrpo", "sweep")
     assert platform.running_in_mlflow() == []
     return outcome
