@@ -178,7 +178,8 @@ def deploy(num_slots: int) -> None:
                 ensure_automation(client, ZOMBIES),
                 ensure_automation(client, RESUMPTION),
             ):
-                print(line)
+                # At once, since Prefect's command line prints next.
+                print(line, flush=True)
         except PrefectHTTPStatusError as refusal:
             reason = f"{refusal.response.status_code} {refusal.response.reason_phrase}"
             raise ConfigError(f"{address} refuses ({reason}); check PREFECT_API_AUTH_STRING") from refusal
