@@ -306,16 +306,17 @@ def test_no_secret_is_anywhere_but_where_it_belongs(platform: Platform, undistur
     stack = platform.stack
     secrets = dataclasses.asdict(ensure_secrets(stack.folder.secrets))
     found = secrets_search.in_command_lines(secrets)
+    # Of PostgreSQL and S3 below, by what they hand out: their own folders have what lets them in.
     folders = [stack.folder.logs, stack.folder.private, *map(stack.folder.data, ("mlflow", "prefect", "worker"))]
+    assert (stack.folder.logs / "worker.log").exists() and (platform.folder / ".scratch").exists()
     for folder in (*folders, platform.folder):
-        assert any(folder.iterdir()), f"nothing was searched in {folder}"
         found += secrets_search.in_folder(folder, secrets)
     for bucket in ("runs", "dvc", "mlflow"):
         assert platform.keys(bucket)
         found += secrets_search.in_bucket(platform.s3, bucket, secrets)
-    for database in ("prefect", "mlflow"):
+    for database, known in (("prefect", "train-policy"), ("mlflow", platform.model)):
         dump = dumped(stack, database, secrets["postgres_password"])
-        assert "train-policy" in dump
+        assert known in dump
         found += secrets_search.in_text(f"database {database}", dump, secrets)
     assert found == []
 
