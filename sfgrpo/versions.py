@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ PLAIN_SUFFIXES = frozenset({".json", ".md", ".png", ".py", ".safetensors", ".txt
 PLAIN_NAMES = frozenset({"MLmodel"})
 RESOLVED_BY_MLFLOW = "registered_model_meta"
 """File that MLflow adds to a version when it downloads it."""
+BYTECODE = "__pycache__"
+"""What Python adds to a version that it loads where it lies, in a store of files; none of it is ever run from a copy."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +123,8 @@ def download_version(version: Version, folder: Path) -> Package:
     except (MlflowException, OSError) as error:
         raise RegistryError(f"the files of {version.address} cannot be read ({error})") from error
     (folder / RESOLVED_BY_MLFLOW).unlink(missing_ok=True)
+    for bytecode in list(folder.rglob(BYTECODE)):
+        shutil.rmtree(bytecode)
     refuse_programs(version, folder)
     _verify(version, folder, expected)
     flavor = Model.load(str(folder)).flavors["python_function"]

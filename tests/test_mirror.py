@@ -484,7 +484,7 @@ def test_wrong_secret_is_a_clear_error_without_the_secret(uri, folder, monkeypat
     assert "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY" in str(caught.value)
     copy = Mirror(uri, folder)
     copy.sync()
-    copy.close(1.0)
+    copy.close(10.0)
     assert "SignatureDoesNotMatch" in caplog.text
     assert "wrong-and-secret" not in str(caught.value) + caplog.text
 

@@ -311,7 +311,9 @@ def test_run_of_a_terminated_process_is_killed_not_running(uri):
         "from sfgrpo.signals import sigterm_as_exit\n"
         "run = MlflowTracker(uri=sys.argv[1], experiment='tests')\n"
         "with sigterm_as_exit(), ending(run):\n"
-        "    run.open(); print(run.run_id, flush=True); time.sleep(60)\n"
+        "    run.open(); print(run.run_id, flush=True)\n"
+        # In short sleeps: one that begins just when the signal comes does not notice it.
+        "    for _ in range(1200): time.sleep(0.05)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, uri], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         run_id = process.stdout.readline().strip()
