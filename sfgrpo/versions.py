@@ -27,7 +27,7 @@ PLAIN_NAMES = frozenset({"MLmodel"})
 RESOLVED_BY_MLFLOW = "registered_model_meta"
 """File that MLflow adds to a version when it downloads it."""
 BYTECODE = "__pycache__"
-"""What Python adds to a version that it loads where it lies, in a store of files; none of it is ever run from a copy."""
+"""What Python adds to a version that it loads where it lies, in a store of files; no copy keeps it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
