@@ -162,6 +162,9 @@ class Platform:
                 start_new_session=True,
             )
 
+    def start_worker(self) -> None:
+        self.start("worker", "prefect", "worker", "start", "--pool", "sfgrpo", "--type", "process")
+
     def log(self, name: str) -> str:
         return (self.logs / name).read_text(errors="replace")
 
@@ -197,7 +200,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         wait_for(platform.answers, START_S, lambda: platform.log("server"))
         first = platform.deploy()
         assert first.returncode == 0, first.stdout + first.stderr
-        platform.start("worker", "prefect", "worker", "start", "--pool", "sfgrpo", "--type", "process")
+        platform.start_worker()
         with temporary_settings({PREFECT_API_URL: platform.url}):
             yield platform
     finally:
@@ -415,6 +418,18 @@ def test_a_run_whose_time_has_passed_is_started_late(platform, client):
     run = ended(client, platform, client.create_flow_run_from_deployment(deployment.id, state=missed).id)
     assert run.state.name == "Completed"
     assert run.start_time - run.expected_start_time > datetime.timedelta(hours=5)
+
+
+def test_a_run_outlives_its_worker(platform, client):
+    with held(platform):
+        run_id = start_run(client, "train-policy/weekly", {"changes": {"update.num_updates": 7}})
+        wait_for(lambda: "train" in calls_so_far(platform))
+        worker = platform.processes["worker"]
+        worker.kill()
+        worker.wait()
+        platform.start_worker()
+    run = ended(client, platform, run_id)
+    assert (run.state.name, run.run_count) == ("Completed", 1), platform.log("worker")[-5000:]
 
 
 def calls_so_far(platform: Platform) -> list[str]:
