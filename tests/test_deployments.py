@@ -30,7 +30,7 @@ from prefect.states import Scheduled
 from ruamel.yaml import YAML
 from stub_pipeline import ROOT, STUB, build_stub_pipeline, calls
 
-from flows.deploy import RESUMPTION, SILENCE_S, ZOMBIES
+from flows.deploy import RESUMPTION, ZOMBIES
 from sfgrpo.assembly import make_prompts
 from sfgrpo.config import load_config
 from sfgrpo.prompts import write_prompts
@@ -381,35 +381,6 @@ def test_a_run_whose_process_is_killed_goes_on_as_the_same_run(platform, client)
     ran = [stage for stage in calls(platform.project) if stage not in ("prompts", "promote")]
     assert ran == ["train", "train", "evaluate", "register"]
     assert platform.git("rev-parse", f"runs/{run.name}")
-
-
-def test_a_run_whose_worker_is_killed_too_is_found_dead_and_goes_on_when_there_is_a_worker(platform, client):
-    with held(platform):
-        run_id = start_run(client, "train-policy/weekly", {"changes": {"update.num_updates": 7}})
-        wait_for(lambda: "train" in calls_so_far(platform))
-        # Once it has given a sign of life: a run of seconds may end before the first.
-        wait_for(lambda: "prefect.flow-run.heartbeat" in events_of(client, run_id))
-        platform.processes["worker"].kill()
-        for process in flow_processes(run_id):
-            process.send_signal(signal.SIGKILL)
-        platform.processes["worker"].wait()
-        wait_for(lambda: "Crashed" in state_names(client, run_id), SILENCE_S + 60)
-    platform.start("worker", "prefect", "worker", "start", "--pool", "sfgrpo", "--type", "process")
-    # Crashed is an end as well, though not this one's.
-    wait_for(lambda: client.read_flow_run(run_id).run_count == 2, told=lambda: str(client.read_flow_run(run_id)))
-    run = ended(client, platform, run_id)
-    assert (run.state.name, run.run_count) == ("Completed", 2)
-
-
-def state_names(client: SyncPrefectClient, run_id: UUID) -> list[str]:
-    return [state.name for state in client.read_flow_run_states(run_id)]
-
-
-def events_of(client: SyncPrefectClient, run_id: UUID) -> set[str]:
-    """Lists the events of a run that the server keeps."""
-    body = {"filter": {"resource": {"id": [f"prefect.flow-run.{run_id}"]}}}
-    answer = client._client.post("/events/filter", json=body)
-    return {event["event"] for event in answer.json()["events"]}
 
 
 def test_a_run_whose_time_has_passed_is_started_late(platform, client):
