@@ -146,7 +146,8 @@ def test_settings_are_read_back_as_they_were(tmp_path: Path, monkeypatch: pytest
 def test_a_taken_port_is_named_with_its_variable(host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        settings = Settings.model_validate({"STACK_HOST": host, "STACK_S3_PORT": port})
+        (free,) = free_ports(1)
+        settings = Settings.model_validate({"STACK_HOST": host, "STACK_S3_PORT": port, "STACK_WEBHOOK_PORT": free})
         with pytest.raises(
             ConfigError, match=rf"port {port} cannot be used \(Address already in use\); choose another by STACK_S3_PO"
         ):
