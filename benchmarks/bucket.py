@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.soak.services import BUCKET, make_bucket, s3_server
 from sfgrpo.bucket import Bucket
+from sfgrpo.files import sha256_of_file
 
 SIZE = 200_000_000
 ROUNDS = 5
@@ -40,13 +41,13 @@ def by_boto3() -> Way:
     return send, fetch
 
 
-def by_bucket() -> Way:
-    """Gives upload and download as the mirror of a run does them."""
+def by_bucket(sha256: str) -> Way:
+    """Gives upload and download as the mirror of a run does them; checkpoints bring their digests."""
     bucket = Bucket(f"s3://{BUCKET}/proven")
 
     def send(path: Path) -> None:
         with path.open("rb") as file:
-            bucket.put("checkpoint", file)
+            bucket.put("checkpoint", file, sha256)
 
     def fetch(path: Path) -> None:
         with path.open("wb") as file:
@@ -74,7 +75,7 @@ def main() -> None:
         try:
             server.start()
             make_bucket()
-            ways: Mapping[str, Way] = {"plain boto3": by_boto3(), "Bucket": by_bucket()}
+            ways: Mapping[str, Way] = {"plain boto3": by_boto3(), "Bucket": by_bucket(sha256_of_file(source))}
             for round_index in range(ROUNDS + 1):
                 for way, (send, fetch) in ways.items():
                     measured = {"up": clocked(send, source), "down": clocked(fetch, target)}

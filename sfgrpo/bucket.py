@@ -20,6 +20,7 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import os
 import random
 import re
 import threading
@@ -106,13 +107,18 @@ class Bucket:
         entries = (entry for page in self._pages(Delimiter="/") for entry in page.get("CommonPrefixes", ()))
         return sorted(entry["Prefix"].removeprefix(self._below).rstrip("/") for entry in entries)
 
-    def put(self, name: str, file: BinaryIO) -> None:
-        """Uploads an open file, which may be closed after that, and proves that the object holds it."""
+    def put(self, name: str, file: BinaryIO, sha256: str | None = None) -> None:
+        """Uploads an open file, which may be closed after that, and proves that the object holds it.
+
+        Args:
+            sha256: of the file, from whoever has just computed it; None has it read once more. It is needed before
+                anything is sent, because S3 takes the metadata of an object before its parts.
+        """
+        in_parts = file.seek(0, os.SEEK_END) >= PART_SIZE
         file.seek(0)
-        # Before anything is sent, because S3 takes the metadata of an object before its parts.
-        sha256 = sha256_of(file)
-        in_parts = file.tell() >= PART_SIZE
-        file.seek(0)
+        if sha256 is None:
+            sha256 = sha256_of(file)
+            file.seek(0)
         content = _Content(file)
         with self._clear_errors():
             send = self._put_parts if in_parts else self._put_whole

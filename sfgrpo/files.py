@@ -136,6 +136,12 @@ def verify_manifest(directory: Path) -> None:
         raise IntegrityError(directory / name, "no file", _content_of(present[name]))
 
 
+def manifest_digests(directory: Path) -> dict[str, str]:
+    """Gives the SHA-256 of every file below `directory` as its manifest has it, by relative names."""
+    files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return {name: entry["sha256"] for name, entry in files.items()}
+
+
 def _read_manifest(manifest: Path) -> dict[str, str]:
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]

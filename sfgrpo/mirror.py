@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 from sfgrpo.bucket import Bucket, ObjectAbsentError, sha256_of
 from sfgrpo.checkpoint import CHECKPOINTS, checkpoint_path, latest_checkpoint
 from sfgrpo.errors import IntegrityError, MirrorError, SfgrpoError
-from sfgrpo.files import MANIFEST, PARTIAL_SUFFIX, atomic_directory, verify_manifest
+from sfgrpo.files import MANIFEST, PARTIAL_SUFFIX, atomic_directory, manifest_digests, verify_manifest
 from sfgrpo.snapshots import SNAPSHOTS
 
 logger = logging.getLogger(__name__)
@@ -171,24 +171,24 @@ class Mirror:
                 verify_manifest(path)
                 for name in sorted(present & {manifest}) + sorted(present - files.keys()):
                     self._remove(name, sizes)
+                digests = manifest_digests(path)
                 for name in sorted(files.keys() - {manifest}):
-                    self._put_file(files[name], sizes)
+                    self._put_file(files[name], sizes, digests[files[name].relative_to(path).as_posix()])
                 self._put(manifest, opened, sizes)
         except (FileNotFoundError, IntegrityError):
             if path.exists():
                 raise
 
-    def _put_file(self, path: Path, sizes: dict[str, int]) -> None:
+    def _put_file(self, path: Path, sizes: dict[str, int], sha256: str | None = None) -> None:
         """Uploads a file unless the bucket has it; one that has just been pruned or replaced is left out."""
         name = self._name(path)
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             if sizes.get(name) != _stamp(file).size or not self._is_sent(name, file):
-                self._put(name, file, sizes)
+                self._put(name, file, sizes, sha256)
 
-    def _put(self, name: str, file: BinaryIO, sizes: dict[str, int]) -> None:
+    def _put(self, name: str, file: BinaryIO, sizes: dict[str, int], sha256: str | None = None) -> None:
         stamp = _stamp(file)
-        file.seek(0)
-        self._bucket.put(name, file)
+        self._bucket.put(name, file, sha256)
         self._sent[name], sizes[name] = stamp, stamp.size
 
     def _is_sent(self, name: str, file: BinaryIO) -> bool:
