@@ -35,6 +35,13 @@ time.sleep(120)
 HOUR_S = 3600
 
 
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps what a sweep sets for its own process from the tests of other modules."""
+    for name, value in sweep.HTTP_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
