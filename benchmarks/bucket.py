@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.soak.services import BUCKET, make_bucket, s3_server
-from sfgrpo.bucket import Bucket
-from sfgrpo.files import sha256_of_file
+from sfgrpo.runtime.manifest import sha256_of_file
+from sfgrpo.storage.s3 import Bucket
 
 SIZE = 200_000_000
 ROUNDS = 5

@@ -18,19 +18,20 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sfgrpo import scoring
-from sfgrpo.assembly import make_accelerator, make_policy, make_prompts, make_reward, use_threads
-from sfgrpo.config import TrainStage, load_config
-from sfgrpo.environment import read_environment
+from sfgrpo.config.stages import TrainStage, load_config
+from sfgrpo.factory import make_accelerator, make_policy, make_reward, use_threads
+from sfgrpo.grpo import scoring
+from sfgrpo.grpo.noise import gaussian_noise
+from sfgrpo.grpo.rollout import roll_out, row_slices
+from sfgrpo.grpo.scoring import score_latents, score_states, share_start_rewards
+from sfgrpo.grpo.update import make_scaler, update_policy
 from sfgrpo.policies.base import Policy
-from sfgrpo.random import gaussian_noise
+from sfgrpo.prompts import make_prompts
 from sfgrpo.rewards import Reward
-from sfgrpo.rollout import roll_out, row_slices
-from sfgrpo.scoring import score_latents, score_states, share_start_rewards
-from sfgrpo.timing import PhaseClock
-from sfgrpo.trainer import objective_of
+from sfgrpo.runtime.environment import read_environment
+from sfgrpo.runtime.timing import PhaseClock
+from sfgrpo.training.trainer import objective_of
 from sfgrpo.types import Conditioning, Prompt, RolloutBatch, Trajectory
-from sfgrpo.update import make_scaler, update_policy
 
 PHASES = ("encode", "rollout", "estimates", "decode", "reward", "update")
 ROUNDS = 3

@@ -27,7 +27,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.workers.process import ProcessWorker
 
 from sfgrpo.errors import ConfigError
-from tasks.slots import LIMIT
+from tasks.gpu_slots import LIMIT
 
 POOL = "sfgrpo"
 DEFINITION = Path("prefect.yaml")

@@ -11,10 +11,10 @@ from prefect.input import RunInput
 from pydantic import Field
 
 from sfgrpo.errors import ConfigError
-from sfgrpo.signals import sigterm_as_exit
+from sfgrpo.runtime.shutdown import sigterm_as_exit
 from tasks.promotion import apply, judge, show_decision
 from tasks.stages import StageError, prompts, refuse_inside_stage
-from tasks.workspace import own_workspace
+from tasks.worktree import own_workspace
 
 APPROVAL_S = 7 * 24 * 3600
 """How long a decision waits for a person."""

@@ -13,7 +13,7 @@ from flows.train_policy import EDITION_PARAMETER, EDITION_VARIABLE, Edition, cur
 from sfgrpo.errors import ConfigError
 from tasks.prompt_sets import PromptSets, read_prompt_sets
 from tasks.stages import prompts, refuse_inside_stage
-from tasks.workspace import own_workspace
+from tasks.worktree import own_workspace
 
 NUM_EXAMPLES = 10
 

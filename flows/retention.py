@@ -10,10 +10,10 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
+from tasks.cleanup import collect_garbage, remove_old_branches, remove_stale_worktrees
 from tasks.git import top_folder
-from tasks.leftovers import collect_garbage, remove_old_branches, remove_stale_worktrees
+from tasks.maintenance import remove_finished
 from tasks.stages import refuse_inside_stage
-from tasks.upkeep import remove_finished
 
 Days = Annotated[float, Field(ge=0, le=3650)]
 

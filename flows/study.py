@@ -10,8 +10,8 @@ from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from sfgrpo.errors import ConfigError
-from sfgrpo.signals import sigterm_as_exit
-from sfgrpo.study.plan import load_plan
+from sfgrpo.runtime.shutdown import sigterm_as_exit
+from sfgrpo.study.config import load_plan
 from tasks.stages import StageError, refuse_inside_stage
 from tasks.study import cell, report
 from tasks.supervisor import stop_all

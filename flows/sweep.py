@@ -10,12 +10,12 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
-from sfgrpo.environment import read_environment
-from sfgrpo.signals import sigterm_as_exit
+from sfgrpo.runtime.environment import read_environment
+from sfgrpo.runtime.shutdown import sigterm_as_exit
 from tasks.git import top_folder
+from tasks.maintenance import sweep_mlflow
 from tasks.stages import StageError, refuse_inside_stage
 from tasks.supervisor import end_leftovers, marked_folders
-from tasks.upkeep import sweep_mlflow
 
 
 @flow(name="sweep")

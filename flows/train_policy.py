@@ -13,12 +13,12 @@ from prefect.variables import Variable
 from pydantic import Field
 
 from sfgrpo.errors import ConfigError
-from sfgrpo.signals import sigterm_as_exit
+from sfgrpo.runtime.shutdown import sigterm_as_exit
 from tasks.evaluations import evaluations_reported
+from tasks.gpu_slots import gpu_slots
 from tasks.promotion import promote_version
-from tasks.slots import gpu_slots
 from tasks.stages import StageError, evaluate, prompts, push, refuse_inside_stage, register, train
-from tasks.workspace import Workspace, is_deployed, own_workspace, save_branch
+from tasks.worktree import Workspace, is_deployed, own_workspace, save_branch
 
 TABLE = Path("reports/evaluate/table.md")
 SAMPLES = Path("reports/evaluate/samples.png")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from tasks.maintenance import recheck
 from tasks.stages import refuse_inside_stage
-from tasks.upkeep import recheck
-from tasks.workspace import own_workspace
+from tasks.worktree import own_workspace
 
 
 class ChampionDriftedError(RuntimeError):

@@ -22,8 +22,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 
-from sfgrpo.environment import read_environment
 from sfgrpo.errors import ConfigError
+from sfgrpo.runtime.environment import read_environment
 
 DEPLOYMENT = "promote/on-request"
 CHALLENGER = "challenger"
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _register(url: str, secret: str) -> None:
-    from sfgrpo.mlflow_webhook import register_webhook
+    from sfgrpo.registry.webhook import register_webhook
 
     uri = read_environment().tracking_uri
     if not uri.startswith(("http://", "https://")):

@@ -15,6 +15,7 @@ SfgrpoError
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 
 
@@ -66,3 +67,15 @@ class TrackingError(SfgrpoError):
 
 class MirrorError(SfgrpoError):
     """The bucket that mirrors a run does not exist, refuses, or cannot be reached; the message gives its address."""
+
+
+class ExitStatus(enum.IntEnum):
+    """How a stage ended."""
+
+    DONE = 0
+    FAILED = 1
+    """Something broke; another attempt may help."""
+    WRONG_CONFIGURATION = 2
+    """Parameters or environment are wrong; another attempt does not help."""
+    RESUMABLE = 75
+    """Told to stop, or cut off from the other nodes: starting it again goes on. It is EX_TEMPFAIL of sysexits.h."""

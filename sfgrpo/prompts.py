@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sfgrpo.types import Prompt
+from sfgrpo.config.loading import blaming
+from sfgrpo.config.stages import PromptsStage
+from sfgrpo.errors import ConfigError
+from sfgrpo.types import Prompt, Tag
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -70,3 +73,53 @@ def prompts_of_update(prompts: Sized, update_index: int, prompts_per_update: int
 
 def _to_lines(prompts: Iterable[Prompt]) -> str:
     return "".join(f"{json.dumps(prompt.to_metadata())}\n" for prompt in prompts)
+
+
+GENEVAL = Path("data/geneval")
+
+
+def make_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
+    """Draws the training prompts and the evaluation prompts, none of which is trained on."""
+    return _shapes_prompts(config) if config.prompts.source == "shapes" else _geneval_prompts(config)
+
+
+def _drawing_seed(config: PromptsStage) -> int | tuple[int, int]:
+    """Seeds the drawing of the training prompts: every edition in a way of its own, the first by the seed alone."""
+    edition = config.prompts.edition
+    return (config.seed, edition) if edition else config.seed
+
+
+def _shapes_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
+    from sfgrpo.shapes.prompt_sets import sample_training_prompts, split_prompts
+
+    with blaming("prompts.num_evaluation"):
+        training, evaluation = split_prompts(config.prompts.num_evaluation, config.seed)
+    with blaming("prompts.task_weights"):
+        drawn = sample_training_prompts(
+            training, config.prompts.task_weights, config.prompts.num_train, _drawing_seed(config)
+        )
+    return drawn, [prompt for prompts in evaluation.values() for prompt in prompts]
+
+
+def _geneval_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
+    from sfgrpo.geneval.prompt_sets import training_prompts
+
+    evaluation = read_prompts(GENEVAL / "evaluation_metadata.jsonl")
+    counts: dict[Tag, int] = dict.fromkeys(config.prompts.num_evaluation, 0)
+    for prompt in evaluation:
+        counts[prompt.tag] += 1
+    if counts != config.prompts.num_evaluation:
+        raise ConfigError(
+            f"prompts.num_evaluation: {config.prompts.num_evaluation} is not GenEval's own set; with prompts.source "
+            f"geneval it must be {counts}"
+        )
+    names = (GENEVAL / "object_names.txt").read_text(encoding="utf-8").split("\n")
+    with blaming("prompts.task_weights"):
+        training = training_prompts(
+            [name for name in names if name],
+            evaluation,
+            num_prompts=config.prompts.num_train,
+            weights=config.prompts.task_weights,
+            seed=_drawing_seed(config),
+        )
+    return list(training), evaluation

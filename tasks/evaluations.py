@@ -19,10 +19,10 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from sfgrpo.environment import read_environment
-from sfgrpo.evaluation_store import EVALUATIONS, is_evaluated, read_metrics
+from sfgrpo.checkpoint.snapshots import Snapshot, list_snapshots, snapshot_path
+from sfgrpo.evaluation.store import EVALUATIONS, is_evaluated, read_metrics
 from sfgrpo.paths import TRAINING
-from sfgrpo.snapshots import Snapshot, list_snapshots, snapshot_path
+from sfgrpo.runtime.environment import read_environment
 from tasks.stages import RETRY_DELAY_S, StageError, run_command, worth_retrying
 
 POLL_S = 1.0

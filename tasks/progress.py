@@ -13,7 +13,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
 
 UPDATE = re.compile(r"update (\d+)/(\d+)\b")
-"""How `sfgrpo.progress` words an update that is done."""
+"""How `sfgrpo.tracking.progress` words an update that is done."""
 PAUSE_S = 5.0
 """Shortest time between two messages to the server."""
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-from sfgrpo.environment import read_environment
 from sfgrpo.paths import PROMOTION_DECISION, PROMOTION_TEXT
+from sfgrpo.runtime.environment import read_environment
 from tasks.stages import run_command, stage_task
 
 PROMOTE = (sys.executable, "-m", "sfgrpo", "promote")

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfgrpo.config import load_config
+from sfgrpo.config.stages import load_config
 from sfgrpo.errors import SfgrpoError
-from sfgrpo.geneval.prompts import twin_key
+from sfgrpo.geneval.prompt_sets import twin_key
 from sfgrpo.paths import EVALUATION_PROMPTS, PARAMS, TRAINING_PROMPTS
 from sfgrpo.prompts import read_prompts
 from sfgrpo.types import TAGS, Tag

@@ -18,9 +18,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 from prefect.tasks import Task
 
-from sfgrpo.environment import read_environment
-from sfgrpo.errors import ConfigError
-from sfgrpo.status import ExitStatus
+from sfgrpo.errors import ConfigError, ExitStatus
+from sfgrpo.runtime.environment import read_environment
 from tasks.progress import ShownProgress
 from tasks.supervisor import is_stopping, run_supervised
 

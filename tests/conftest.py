@@ -10,12 +10,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from jaxtyping import install_import_hook
-from s3 import BUCKET, S3Server
+
+from tests.support.s3 import BUCKET, S3Server
 
 MATHS = ("schedule", "sde", "estimates", "gains", "advantages", "losses")
 
 # Must come before the first import of the modules it names.
-install_import_hook([f"sfgrpo.{module}" for module in MATHS], "beartype.beartype")
+install_import_hook([f"sfgrpo.grpo.{module}" for module in MATHS], "beartype.beartype")
 torch.set_num_threads(1)
 
 

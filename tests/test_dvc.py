@@ -10,27 +10,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stub_pipeline import ROOT, build_stub_pipeline, calls, change_param, read_definition, stub_environment
 
 from sfgrpo import paths
-from sfgrpo.config import STAGES
+from sfgrpo.config.stages import STAGES
+from tests.support.stub_pipeline import (
+    ROOT,
+    build_stub_pipeline,
+    calls,
+    change_param,
+    read_definition,
+    stub_environment,
+)
 
 DEFINED = read_definition()["stages"]
 
 ENTRIES = {
-    "prompts": ("sfgrpo.prompts", "sfgrpo.shapes.prompts", "sfgrpo.geneval.prompts"),
-    "train": ("sfgrpo.trainer", "sfgrpo.policies.sd3", "sfgrpo.rewards"),
+    "prompts": ("sfgrpo.prompts", "sfgrpo.shapes.prompt_sets", "sfgrpo.geneval.prompt_sets"),
+    "train": ("sfgrpo.training.trainer", "sfgrpo.policies.sd3", "sfgrpo.rewards"),
     "evaluate": (
-        "sfgrpo.evaluation",
+        "sfgrpo.evaluation.evaluate",
         "sfgrpo.policies.sd3",
         "sfgrpo.prompts",
         "sfgrpo.rewards",
         "sfgrpo.geneval.table",
-        "sfgrpo.report",
-        "sfgrpo.packing",
+        "sfgrpo.tracking.sample_grid",
+        "sfgrpo.tracking.image_archive",
     ),
 }
-"""What `sfgrpo/stages.py` calls in each stage."""
+"""What `sfgrpo/commands/evaluate.py` calls in each stage."""
 
 BESIDE_THE_RESULT = {
     "train": {
@@ -134,8 +141,8 @@ def test_only_shipped_models_are_frozen_and_kept_by_git():
 @pytest.mark.parametrize("stage", ENTRIES)
 def test_code_that_shapes_a_result_is_a_dependency_and_no_other_is(stage):
     listed = listed_files(stage) - {f"sfgrpo/{name}/__init__.py" for name in ("geneval", "policies", "shapes")}
-    door = "sfgrpo/training.py" if stage == "train" else "sfgrpo/stages.py"
-    assert listed == files_behind(stage) | {door, "sfgrpo/assembly.py"}
+    door = "sfgrpo/training/run.py" if stage == "train" else "sfgrpo/commands/evaluate.py"
+    assert listed == files_behind(stage) | {door, "sfgrpo/factory.py"}
 
 
 def test_metrics_and_plots_are_files_of_the_reports():
@@ -180,7 +187,7 @@ def test_parameters_set_back_are_restored_without_training(pipeline):
 def test_edit_of_code_that_only_records_repeats_nothing(pipeline):
     dvc(pipeline, "repro")
     calls(pipeline)
-    (pipeline / "sfgrpo/tracking.py").write_text("changed = True")
+    (pipeline / "sfgrpo/tracking/base.py").write_text("changed = True")
     (pipeline / "sfgrpo/policies/__pycache__").mkdir()
     (pipeline / "sfgrpo/policies/__pycache__/base.pyc").write_text("bytecode")
     dvc(pipeline, "repro")

@@ -18,14 +18,14 @@ from typing import Any
 
 import psutil
 import pytest
-from stub_pipeline import ROOT, change_param
-from tiny_run import write_params
 
-from sfgrpo.checkpoint import update_of
-from sfgrpo.environment import Environment
-from sfgrpo.mlflow_store import connect
-from sfgrpo.registry import PNG_SIGNATURE, draw
+from sfgrpo.checkpoint.state import update_of
+from sfgrpo.registry.register import PNG_SIGNATURE, draw
+from sfgrpo.runtime.environment import Environment
+from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.types import TAGS
+from tests.support.stub_pipeline import ROOT, change_param
+from tests.support.tiny_run import write_params
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+from tests.support.paths import ROOT
 
 LAYERS = (
     (
@@ -127,22 +127,22 @@ MATHS_LIBRARIES = {"torch", "jaxtyping"}
 
 OWNERS = {
     "mlflow": {
-        "sfgrpo.mlflow_store",
-        "sfgrpo.mlflow_tracking",
-        "sfgrpo.registry",
-        "sfgrpo.serving",
-        "sfgrpo.sweep",
-        "sfgrpo.retention",
+        "sfgrpo.tracking.mlflow_client",
+        "sfgrpo.tracking.mlflow_tracker",
+        "sfgrpo.registry.register",
+        "sfgrpo.registry.serving",
+        "sfgrpo.tracking.stale_runs",
+        "sfgrpo.storage.retention",
         # They handle MLflow's refusals, each of which means something else to them.
-        "sfgrpo.versions",
-        "sfgrpo.ledger",
-        "sfgrpo.champion",
-        "sfgrpo.judgement",
-        "sfgrpo.contest",
-        "sfgrpo.promoting",
+        "sfgrpo.registry.versions",
+        "sfgrpo.promotion.history",
+        "sfgrpo.promotion.aliases",
+        "sfgrpo.promotion.decision",
+        "sfgrpo.promotion.compare",
+        "sfgrpo.commands.promote",
     },
     "prefect": {"tasks", "flows"},
-    "boto3": {"sfgrpo.bucket"},
+    "boto3": {"sfgrpo.storage.s3"},
     "dvc": set(),
     "pickle": set(),
 }
@@ -152,11 +152,11 @@ HEAVY = {"torch", "diffusers", "transformers", "peft"}
 
 
 def modules(*packages: str) -> list[Path]:
-    return sorted(path for package in packages for path in (REPOSITORY / package).rglob("*.py"))
+    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
 
 
 def name_of(path: Path) -> str:
-    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -180,7 +180,7 @@ def layer_of(name: str) -> int:
     for number, (_, members) in enumerate(LAYERS):
         if name in members:
             return number
-    raise AssertionError(f"sfgrpo/{name} is in no layer; add it to the table in {Path(__file__).name}")
+    raise AssertionError(f"sfgrpo/{name} is in no layer; add it to the table in {'tests/test_imports.py'}")
 
 
 def complaints(importer: str, imported: str) -> Iterator[str]:
@@ -212,16 +212,16 @@ def test_imports_follow_the_table(path):
 @pytest.mark.parametrize(
     ("importer", "imported"),
     [
-        ("sfgrpo.trainer", "tasks.train"),
-        ("sfgrpo.trainer", "mlflow.tracking"),
-        ("sfgrpo.stages", "prefect"),
+        ("sfgrpo.training.trainer", "tasks.train"),
+        ("sfgrpo.training.trainer", "mlflow.tracking"),
+        ("sfgrpo.commands.evaluate", "prefect"),
         ("tasks.train", "mlflow"),
         ("tasks.train", "torch"),
-        ("sfgrpo.sde", "sfgrpo.config.TrainStage"),
-        ("sfgrpo.sde", "numpy"),
-        ("sfgrpo.rollout", "sfgrpo.trainer"),
-        ("sfgrpo.rollout", "sfgrpo.update"),
-        ("sfgrpo.checkpoint", "pickle"),
+        ("sfgrpo.grpo.sde", "sfgrpo.config.stages.TrainStage"),
+        ("sfgrpo.grpo.sde", "numpy"),
+        ("sfgrpo.grpo.rollout", "sfgrpo.training.trainer"),
+        ("sfgrpo.grpo.rollout", "sfgrpo.grpo.update"),
+        ("sfgrpo.checkpoint.state", "pickle"),
     ],
 )
 def test_forbidden_imports_are_found(importer, imported):
@@ -231,12 +231,12 @@ def test_forbidden_imports_are_found(importer, imported):
 @pytest.mark.parametrize(
     ("importer", "imported"),
     [
-        ("sfgrpo.mlflow_tracking", "mlflow"),
+        ("sfgrpo.tracking.mlflow_tracker", "mlflow"),
         ("tasks.train", "prefect"),
         ("flows.train_policy", "prefect.flow"),
         ("sfgrpo.rewards.geneval", "sfgrpo.rewards.base.AbstractReward"),
-        ("sfgrpo.trainer", "sfgrpo.rollout.roll_out"),
-        ("sfgrpo.sde", "math"),
+        ("sfgrpo.training.trainer", "sfgrpo.grpo.rollout.roll_out"),
+        ("sfgrpo.grpo.sde", "math"),
         ("sfgrpo.prefectly", "dvclive"),
     ],
 )
@@ -265,7 +265,7 @@ def test_import_is_fast_and_light():
         "import sys, time; start = time.perf_counter(); import sfgrpo; print(time.perf_counter() - start);"
         "print(*{name.split('.')[0] for name in sys.modules})"
     )
-    output = subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True)
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     seconds, loaded = output.splitlines()
     assert float(seconds) < 1
     assert not set(loaded.split()) & (HEAVY | {"mlflow", "prefect"})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-from tiny_run import ROOT, TINY, build_tiny_project, inside, write_params
 
-from sfgrpo.__main__ import main
+from sfgrpo.cli import main
 from sfgrpo.types import TAGS
+from tests.support.tiny_run import ROOT, TINY, build_tiny_project, inside, write_params
 
 # Not ours to mend: deprecations of diffusers and of what it imports.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

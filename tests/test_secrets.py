@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3 import S3Server
-from secrets_search import in_bucket, in_bytes, in_command_lines, in_folder, in_sqlite, in_text
-from tiny_run import ROOT, write_params
 
 from sfgrpo.types import TAGS
+from tests.support.s3 import S3Server
+from tests.support.secrets_search import in_bucket, in_bytes, in_command_lines, in_folder, in_sqlite, in_text
+from tests.support.tiny_run import ROOT, write_params
 
 SECRET = "planted/secret+with=signs%and more"
 SECRETS = {"KEY": SECRET}

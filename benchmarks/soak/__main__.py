@@ -22,7 +22,7 @@ from benchmarks.soak.services import make_bucket, mlflow_server, s3_server
 from benchmarks.soak.summary import recovery_complaints, summary
 from benchmarks.soak.training import CLEAN, MARK, SoakError, Training, lay_out, processes_where
 from benchmarks.soak.verdicts import no_process_left, verdicts
-from sfgrpo.signals import sigterm_as_exit
+from sfgrpo.runtime.shutdown import sigterm_as_exit
 from tasks.supervisor import end
 
 CALIBRATION_UPDATES = 8

@@ -15,11 +15,11 @@ import psutil  # type: ignore[import-untyped]
 
 from benchmarks.soak.services import Service
 from benchmarks.soak.training import GRACE_S, SoakError, Training, is_alive
-from sfgrpo.bucket import Bucket
-from sfgrpo.checkpoint import CHECKPOINTS
-from sfgrpo.files import MANIFEST
-from sfgrpo.preemption import LAUNCHER_MARGIN_S
-from sfgrpo.status import ExitStatus
+from sfgrpo.checkpoint.state import CHECKPOINTS
+from sfgrpo.errors import ExitStatus
+from sfgrpo.runtime.manifest import MANIFEST
+from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S
+from sfgrpo.storage.s3 import Bucket
 
 EARLY_SHARE = 0.25
 """The share of faults that do not wait until the training has recovered from the last one."""

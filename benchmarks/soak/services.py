@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.soak.training import ROOT, SoakError, environment_of
-from sfgrpo.mlflow_store import connect
+from sfgrpo.tracking.mlflow_client import connect
 
 START_S = 120.0
 BUCKET = "soak"

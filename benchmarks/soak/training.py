@@ -19,8 +19,8 @@ from typing import Self
 
 import psutil  # type: ignore[import-untyped]
 
-from sfgrpo.rank import LAUNCHER
-from sfgrpo.status import ExitStatus
+from sfgrpo.errors import ExitStatus
+from sfgrpo.runtime.rank import LAUNCHER
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "SOAK_FOLDER"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from benchmarks.soak.training import MARK, processes_where
-from sfgrpo.bucket import Bucket
-from sfgrpo.checkpoint import CHECKPOINTS, TrainingState, latest_checkpoint, load_checkpoint
-from sfgrpo.files import PARTIAL_SUFFIX
-from sfgrpo.mirror import Mirror
-from sfgrpo.mlflow_store import connect
+from sfgrpo.checkpoint.state import CHECKPOINTS, TrainingState, latest_checkpoint, load_checkpoint
+from sfgrpo.runtime.files import PARTIAL_SUFFIX
+from sfgrpo.storage.mirror import Mirror
+from sfgrpo.storage.s3 import Bucket
+from sfgrpo.tracking.mlflow_client import connect
 
 MACHINE = ("time/", "memory/")
 """Metrics that say nothing about the training itself."""

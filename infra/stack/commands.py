@@ -14,7 +14,7 @@ import psutil  # type: ignore[import-untyped]
 from infra.stack.clients import env_file
 from infra.stack.errors import StackError, UnhealthyError
 from infra.stack.folder import Folder, alone, make_folder, open_folder
-from infra.stack.leftovers import end_leftovers
+from infra.stack.orphans import end_leftovers
 from infra.stack.program import Program, Stack
 from infra.stack.running import is_still_run, run
 from infra.stack.secrets import ensure_secrets, write_private

@@ -11,7 +11,7 @@ import time
 import psutil  # type: ignore[import-untyped]
 
 from infra.stack.errors import UnhealthyError
-from infra.stack.leftovers import end_leftovers
+from infra.stack.orphans import end_leftovers
 from infra.stack.program import Program, Stack
 from infra.stack.table import PROGRAMS
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sfgrpo.files import atomic_write
+from sfgrpo.runtime.files import atomic_write
 
 
 def _password() -> str:

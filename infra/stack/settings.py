@@ -15,8 +15,8 @@ from pydantic import Field
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from sfgrpo.config.loading import unknown_key
 from sfgrpo.errors import ConfigError
-from sfgrpo.validation import unknown_key
 
 PREFIX = "STACK_"
 LOOPBACK = "127.0.0.1"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +73,19 @@ class Policy(ABC):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Names the parameters that training changes."""
         return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+
+
+@contextlib.contextmanager
+def wearing(policy: Policy, files: Mapping[str, bytes]) -> Iterator[None]:
+    """Puts an adapter, given by its files, into the policy for a block."""
+    originals = {name: parameter.detach().clone() for name, parameter in policy.adapter_parameters().items()}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            policy.load_adapter(Path(folder))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in policy.adapter_parameters().items():
+                parameter.copy_(originals[name])

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sfgrpo.files import MANIFEST, verify_manifest
 from sfgrpo.rewards.base import Reward
+from sfgrpo.runtime.manifest import MANIFEST, verify_manifest
 from sfgrpo.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
+
 
 PICKSCORE_UNIT = 26.0
 """Raw score that is worth 1: Flow-GRPO's divisor for PickScore (arXiv:2505.05470)."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sfgrpo.__main__ import guarded, prepare
-from sfgrpo.environment import read_environment
+from sfgrpo.cli import guarded, prepare
+from sfgrpo.runtime.environment import read_environment
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,11 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     prepare()
 
     def command() -> None:
-        from sfgrpo.study.plan import load_plan
+        from sfgrpo.study.config import load_plan
 
         plan, environment = load_plan(chosen.form), read_environment()
         if chosen.command == "cell":
-            from sfgrpo.study.cell import run_cell
+            from sfgrpo.study.run import run_cell
 
             run_cell(plan, chosen.row, chosen.seed, environment)
         else:

@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from sfgrpo.study.figures import draw, slug, svg_of
-from sfgrpo.study.measures import (
+from sfgrpo.study.metrics import (
     CHEAPEST_COST_TARGET,
     COST_TARGET,
     COST_TARGET_SUBSTEPS,
@@ -27,21 +27,11 @@ from sfgrpo.study.measures import (
 from sfgrpo.study.results import Cell, Results, cells_of_row
 from sfgrpo.study.summary import PairSummary, Summary, final_values, rows_of, seconds_per_update, summarise
 from sfgrpo.study.tables import SAMPLERS, ablation_table, cost_table, geneval_table, ratio_table
-from sfgrpo.study.words import (
-    TIMES,
-    answer,
-    counted,
-    difference_of,
-    finding,
-    judged,
-    listed,
-    mark,
-    ratio,
-    reward_name,
-)
+from sfgrpo.study.text import TIMES, answer, counted, difference_of, finding, judged, listed, mark, ratio, reward_name
 
 if TYPE_CHECKING:
-    from sfgrpo.study.plan import Plan
+    from sfgrpo.study.config import Plan
+
 
 TEMPLATE = "page.html"
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "numpy", "matplotlib")

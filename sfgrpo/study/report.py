@@ -8,16 +8,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sfgrpo.environment import Environment
 from sfgrpo.errors import SfgrpoError
-from sfgrpo.files import atomic_directory
-from sfgrpo.signals import sigterm_as_exit
-from sfgrpo.study.cell import STUDY, study_run
+from sfgrpo.runtime.environment import Environment
+from sfgrpo.runtime.files import atomic_directory
+from sfgrpo.runtime.shutdown import sigterm_as_exit
+from sfgrpo.study.config import Plan
 from sfgrpo.study.figures import figures_of, svg_of
 from sfgrpo.study.page import curves, markdown, write_page
-from sfgrpo.study.plan import Plan
 from sfgrpo.study.results import load_results
-from sfgrpo.tracking import ending
+from sfgrpo.study.run import STUDY, study_run
+from sfgrpo.tracking.base import ending
 
 REPORTS = Path("reports/study")
 PLOTTED = {"training_sampler": "evaluation_noisy/", "noise_free": "evaluation/", "geneval": "geneval/overall"}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
-from sfgrpo.study.measures import (
+from sfgrpo.study.metrics import (
     CHEAPEST_COST_TARGET,
     COST_TARGET,
     COST_TARGET_SUBSTEPS,
@@ -26,7 +26,8 @@ from sfgrpo.study.results import Cell, Key, Results, cells_of_row, curve_of, fin
 from sfgrpo.types import TAGS
 
 if TYPE_CHECKING:
-    from sfgrpo.study.plan import Ablation, Pair, Plan
+    from sfgrpo.study.config import Ablation, Pair, Plan
+
 
 Sampler = Literal["noisy", "noise-free"]
 Unit = Literal["updates", "seconds"]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from sfgrpo.geneval.table import COLUMNS
-from sfgrpo.study.measures import PHASES, Difference, Reach, spread
+from sfgrpo.study.metrics import PHASES, Difference, Reach, spread
 from sfgrpo.study.paper import paper_base, paper_row
 from sfgrpo.study.results import Cell
 from sfgrpo.study.summary import (
@@ -22,7 +22,7 @@ from sfgrpo.study.summary import (
     final_values,
     seconds_per_update,
 )
-from sfgrpo.study.words import (
+from sfgrpo.study.text import (
     DASH,
     PLUS_MINUS,
     TIMES,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from stack import Stack
+
+from tests.support.stack import Stack
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,11 @@ from typing import Any
 
 import psutil
 import pytest
-from stack import Stack, wait_until
 
 from infra.stack.secrets import ensure_secrets
 from infra.stack.supervision import running_supervisor
 from infra.stack.table import PROGRAMS
+from tests.support.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow]
 

@@ -19,22 +19,22 @@ from uuid import UUID
 
 import psutil
 import pytest
-import secrets_search
-from platform_run import Outcome, Platform, environment_of
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
-from stack import Stack, wait_until
-from test_end_to_end import SMALL, build_clone
 
 from infra.stack.programs.postgres import SUPERUSER, binaries
 from infra.stack.secrets import ensure_secrets
-from sfgrpo.champion import crown
-from sfgrpo.files import write_manifest
-from sfgrpo.ledger import read_ledger
-from sfgrpo.registry import PNG_SIGNATURE
+from sfgrpo.promotion.aliases import crown
+from sfgrpo.promotion.history import read_ledger
+from sfgrpo.registry.register import PNG_SIGNATURE
+from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.types import TAGS
+from tests.support import secrets_search
+from tests.support.platform_run import Outcome, Platform, environment_of
+from tests.support.stack import Stack, wait_until
+from tests.test_end_to_end import SMALL, build_clone
 
 pytestmark = [
     pytest.mark.stack,

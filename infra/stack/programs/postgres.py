@@ -17,7 +17,7 @@ from infra.stack.program import Launch, Program, Stack
 from infra.stack.secrets import write_private
 from infra.stack.settings import LOOPBACK
 from sfgrpo.errors import ConfigError
-from sfgrpo.files import remove_directory
+from sfgrpo.runtime.files import remove_directory
 
 INSTALLED = Path("/usr/lib/postgresql")
 SUPERUSER = "postgres"

@@ -1,0 +1,66 @@
+"""Judges one snapshot of a training in a process of its own, on a device of its own, while the training goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sfgrpo.checkpoint.snapshots import Snapshot, evaluation_key, list_snapshots, read_snapshot
+from sfgrpo.config.stages import load_config
+from sfgrpo.errors import ConfigError, SfgrpoError
+from sfgrpo.evaluation.store import EVALUATIONS, claimed_evaluation, read_metrics
+from sfgrpo.factory import check_pretrained, device_of, make_held_out, make_policy, make_reward, use_threads
+from sfgrpo.paths import EVALUATION_PROMPTS, PARAMS
+from sfgrpo.prompts import read_prompts
+from sfgrpo.runtime.environment import Environment
+from sfgrpo.training.fingerprint import evaluation_scope
+from sfgrpo.training.run import INPUTS
+
+
+def evaluate_snapshot(folder: Path, update: int, environment: Environment) -> None:
+    """Puts the evaluation of a run's snapshot into the store, unless it is there or another process is at it.
+
+    Raises:
+        SfgrpoError: the run has no snapshot of that update.
+        ConfigError: here the evaluation would be another one: other code, models or kind of device.
+    """
+    snapshot = _snapshot_of(folder, update)
+    store = folder.parent / EVALUATIONS
+    with claimed_evaluation(store, snapshot.key) as is_free:
+        if not is_free:
+            print(f"update {update} is being evaluated by another process")
+        elif read_metrics(store, snapshot.key) is not None:
+            print(f"update {update} is evaluated")
+        else:
+            _judge(folder, snapshot, store, environment)
+
+
+def _snapshot_of(folder: Path, update: int) -> Snapshot:
+    snapshots = {snapshot.update: snapshot for snapshot in list_snapshots(folder)}
+    if update not in snapshots:
+        there_are = f"those of updates {', '.join(map(str, snapshots))}" if snapshots else "none at all"
+        raise SfgrpoError(f"{folder} has no snapshot of update {update}, but {there_are}; name one that there is")
+    return snapshots[update]
+
+
+def _judge(folder: Path, snapshot: Snapshot, store: Path, environment: Environment) -> None:
+    config = load_config("train", folder / INPUTS / PARAMS)
+    prompts = read_prompts(folder / INPUTS / EVALUATION_PROMPTS.name)
+    adapter = read_snapshot(folder, snapshot.update)
+    kind = device_of(environment).partition(":")[0]
+    if evaluation_key(evaluation_scope(config, prompts, kind), adapter) != snapshot.key:
+        raise ConfigError(
+            f"snapshot {snapshot.update} of {folder.name} was published by other code or models, or for another "
+            f"kind of device than {kind}; evaluate it with the commit and on the kind of device of the training"
+        )
+    reward = make_reward(config.reward)
+    check_pretrained(config.policy)
+    use_threads(environment)
+    policy = make_policy(config.policy, config.seed, environment)
+    from sfgrpo.evaluation.evaluator import Court
+    from sfgrpo.policies.base import wearing
+    from sfgrpo.rewards import build_reward
+
+    court = Court.of(config, prompts, build_reward("geneval_strict"), reward, make_held_out())
+    with wearing(policy, adapter):
+        court.judge(policy, store, snapshot.key)
+    print(f"update {snapshot.update} is evaluated")

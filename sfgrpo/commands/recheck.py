@@ -1,0 +1,103 @@
+"""Evaluate the champion again and report drift."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfgrpo.config.schema import RewardConfig
+from sfgrpo.errors import IntegrityError
+from sfgrpo.factory import use_threads
+from sfgrpo.paths import RECHECK
+from sfgrpo.promotion.aliases import champion_of, settle
+from sfgrpo.promotion.compare import Rules, evaluate, load_package, make_rewards
+from sfgrpo.promotion.decision import PROMPTS, Record, read_file, read_record
+from sfgrpo.promotion.history import experiment_of
+from sfgrpo.prompts import prompts_digest, read_prompts
+from sfgrpo.registry.register import connect_globally
+from sfgrpo.registry.versions import Version, _require_model, download_version, find_version
+from sfgrpo.runtime.environment import Environment
+from sfgrpo.runtime.files import atomic_write, temporary_directory
+from sfgrpo.runtime.shutdown import sigterm_as_exit
+from sfgrpo.tracking.base import ending
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from sfgrpo.types import Prompt
+
+
+def recheck(environment: Environment, model: str) -> None:
+    """Has the champion draw once more as when it was promoted, and writes and records whether its figures moved.
+
+    A model without a champion has not drifted.
+
+    Raises:
+        RegistryError: there is no such model, or the champion is not what was registered or was never judged.
+        IntegrityError: the recorded prompts are not those that it was judged on.
+    """
+    client, uri = connect_globally(environment.tracking_uri), environment.tracking_uri
+    _require_model(client, model)
+    number = champion_of(client, settle(client, uri, model))
+    if number is None:
+        reason = f"{model} has no champion, so there is nothing to check"
+        _write_recheck({"drifted": False, "reasons": [reason], "table": "", "metrics": {}})
+        print(reason)
+        return
+    champion = find_version(client, f"models:/{model}/{number}")
+    outcome = _rechecked(client, environment, champion, read_record(champion.address, champion.tags))
+    _write_recheck(outcome)
+    print(f"version {number} of {model} {_drift(outcome)}\n\n{outcome['table']}")
+
+
+def _rechecked(client: MlflowClient, environment: Environment, champion: Version, record: Record) -> dict[str, Any]:
+    """Evaluates by a record, compares, and records the outcome as an MLflow run."""
+    from sfgrpo.evaluation.evaluate import Protocol
+    from sfgrpo.promotion.drift import drift
+    from sfgrpo.tracking.mlflow_tracker import MlflowTracker
+
+    use_threads(environment)
+    tracker = MlflowTracker(
+        uri=environment.tracking_uri,
+        experiment=experiment_of(champion.model),
+        run_name=f"recheck of version {champion.number}",
+    )
+    with sigterm_as_exit(), ending(tracker):
+        tracker.open()
+        with temporary_directory(environment.scratch_dir, "recheck") as folder:
+            prompts = _recorded_prompts(client, record, folder)
+            training, held_out = (RewardConfig(**reward) for reward in record.rewards)
+            rules = Rules(
+                prompts=prompts, protocol=Protocol(**record.protocol), rewards=make_rewards(training, held_out)
+            )
+            (folder / "version").mkdir()
+            package = download_version(champion, folder / "version")
+            policy = load_package(package, environment)
+            policy.load_adapter(package.adapter)
+            metrics = evaluate(policy, rules).to_dict()
+        per_prompt = rules.protocol.images_per_prompt
+        num_images = {tag: per_prompt * count for tag, count in Counter(prompt.tag for prompt in prompts).items()}
+        reasons, table = drift(record.metrics, metrics, num_images)
+        tracker.log_params({"model": champion.model, "version": champion.number, "recorded_run": record.run_id})
+        tracker.log_metrics({**metrics, "recheck/drifted": float(bool(reasons))}, 0)
+        tracker.log_text(table, "recheck.md")
+    return {"drifted": bool(reasons), "reasons": reasons, "table": table, "metrics": metrics}
+
+
+def _recorded_prompts(client: MlflowClient, record: Record, folder: Path) -> list[Prompt]:
+    path = folder / PROMPTS
+    path.write_text(read_file(client, record.run_id, PROMPTS), encoding="utf-8")
+    prompts = read_prompts(path)
+    if (found := prompts_digest(prompts)) != record.prompts_sha256:
+        raise IntegrityError(path, f"sha256 {record.prompts_sha256}", f"sha256 {found}")
+    return prompts
+
+
+def _write_recheck(outcome: dict[str, Any]) -> None:
+    atomic_write(RECHECK, json.dumps(outcome, indent=2) + "\n")
+
+
+def _drift(outcome: dict[str, Any]) -> str:
+    return f"has drifted: {'; '.join(outcome['reasons'])}" if outcome["drifted"] else "has not drifted"

@@ -1,0 +1,125 @@
+"""Checking of outside values against a pydantic schema, worded for the person who has to correct them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import pydantic
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from sfgrpo.errors import ConfigError
+
+Schema = TypeVar("Schema")
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Reads a YAML 1.2 file, as DVC does, into a dict; raises `ConfigError` when it holds anything else."""
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read ({reason}); give the parameter file with --params") from error
+    except YAMLError as error:
+        raise ConfigError(f"{path}: {_yaml_problem(error)}; correct the YAML") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds {type(content).__name__} instead of a mapping; write `section: {{...}}`")
+    return content
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Reads a parameter file; one that `extends` another is that other with the values changed that it holds itself.
+
+    `extends: ../params.yaml` names a file from where the extending one lies, and that file may extend a third. Sections
+    merge, every other value replaces. Raises `ConfigError`, also where files extend one another in a circle.
+    """
+    files, layers = [path.resolve()], [read_mapping(path)]
+    while "extends" in layers[-1]:
+        name = layers[-1].pop("extends")
+        if not isinstance(name, str):
+            raise ConfigError(f"{files[-1]}: extends: {name!r} is no file name; write the path of a parameter file")
+        parent = (files[-1].parent / name).resolve()
+        if parent in files:
+            raise ConfigError(f"{files[-1]}: extends: {name} extends this file in turn; take one of the two lines out")
+        files.append(parent)
+        layers.append(read_mapping(parent))
+    merged: dict[str, Any] = {}
+    for layer in reversed(layers):
+        merged = _merged(merged, layer)
+    return merged
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], changes[key]) for key in changes if _mappings(base.get(key), changes[key])}
+    return {**base, **changes, **both}
+
+
+def _mappings(*values: object) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def unknown_key(key: str, allowed: Collection[str]) -> str:
+    """Words the complaint about a key that no schema knows, with the nearest known one."""
+    nearest = difflib.get_close_matches(key, allowed, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"unknown key; allowed are {', '.join(allowed)}{hint}"
+
+
+def validated(schema: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
+    """Builds the dataclass `schema` from plain YAML values; raises `ConfigError` with one line for each problem.
+
+    Nothing is coerced: "10" and true are no integers. A `ValueError` from a check of several fields may hold
+    several lines, each opening with the dotted path that it blames. `source` opens every line.
+    """
+    # JSON is the one input for which pydantic's strict mode takes mappings for dataclasses and lists for tuples.
+    document = json.dumps(values, default=str)
+    try:
+        return pydantic.TypeAdapter(schema).validate_json(document)
+    except pydantic.ValidationError as error:
+        lines = [line for details in error.errors() for line in _problems(details, schema)]
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from error
+
+
+def _yaml_problem(error: YAMLError) -> str:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return str(error)
+
+
+def _problems(details: ErrorDetails, schema: type) -> Iterator[str]:
+    location = [part for part in details["loc"] if part != "[key]"]
+    path = ".".join(map(str, location))
+    if details["type"] == "unexpected_keyword_argument":
+        yield f"{path}: {unknown_key(str(location[-1]), _keys_at(schema, location[:-1]))}"
+    elif details["type"] == "missing":
+        yield f"{path}: missing; it has no default"
+    elif details["type"] == "value_error":
+        prefix = f"{path}: " if path else ""
+        yield from (prefix + line for line in str(details["ctx"]["error"]).splitlines())
+    elif details["msg"].startswith("Input should be "):
+        allowed = details["msg"].removeprefix("Input should be ").replace("an object", "a mapping")
+        yield f"{path}: {details['input']!r} is not {allowed}"
+    else:
+        yield f"{path}: {details['input']!r} is not allowed: {details['msg']}"
+
+
+def _keys_at(schema: type, location: list[int | str]) -> list[str]:
+    for part in location:
+        schema = get_type_hints(schema)[str(part)]
+    return [field.name for field in dataclasses.fields(schema)]
+
+
+@contextlib.contextmanager
+def blaming(parameter: str) -> Iterator[None]:
+    """Words a `ValueError` of the block as the wrong value of a parameter that it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{parameter}: {error}") from error

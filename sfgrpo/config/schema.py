@@ -1,0 +1,266 @@
+"""The sections of `params.yaml`: every parameter with its type, unit and range."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+
+import pydantic
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from sfgrpo.types import TAGS, Tag
+
+Section = TypeVar("Section")
+Sampler = Literal["flow_sde", "ddim_sde", "cps", "ode"]
+Credit = Literal["joint", "per_step", "step_mean", "terminal"]
+
+UnitInterval = Annotated[float, Ge(0), Le(1)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+GuidanceScale = Annotated[float, Ge(1)]
+Name = Annotated[str, MinLen(1)]
+
+
+def _every_task(numbers: dict[Tag, Any]) -> dict[Tag, Any]:
+    """Refuses numbers per task that leave a task out, or that are all zero."""
+    if absent := [tag for tag in TAGS if tag not in numbers]:
+        raise ValueError(f"{', '.join(absent)} missing; give every task a number, 0 to leave it out")
+    if not sum(numbers.values()):
+        raise ValueError("every task has 0; give at least one of them more")
+    return numbers
+
+
+TaskWeights = Annotated[dict[Tag, NonNegativeFloat], AfterValidator(_every_task)]
+TaskCounts = Annotated[dict[Tag, NonNegativeInt], AfterValidator(_every_task)]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+def section(cls: type[Section]) -> type[Section]:
+    """Turns a class into a frozen, slotted, keyword-only dataclass that checks its values and coerces nothing."""
+    rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    decorate = pydantic.dataclasses.dataclass(frozen=True, slots=True, kw_only=True, config=rules)
+    return cast("type[Section]", decorate(cls))
+
+
+@section
+class PromptsConfig:
+    """Which prompts are trained on and which are kept for evaluation."""
+
+    source: Literal["shapes", "geneval"]
+    """World that the prompts describe."""
+    num_train: PositiveInt
+    """Training prompts."""
+    task_weights: TaskWeights
+    """Relative frequency of each GenEval task among the training prompts."""
+    num_evaluation: TaskCounts
+    """Evaluation prompts of each task; none of them is trained on."""
+    edition: NonNegativeInt = 0
+    """Which drawing of the training prompts; evaluation prompts are the same in every edition."""
+
+
+@section
+class PolicyConfig:
+    """The pretrained flow-matching pipeline and the adapter that is trained on it."""
+
+    pretrained: Name
+    """Folder or hub name of a diffusers pipeline."""
+    revision: Name | None = None
+    """Hub commit; null for a folder."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Dtype of the frozen weights; adapter, latents and scheduler maths are always float32.
+
+    Under `float16`, whose range is small, the loss is scaled before the backward pass.
+    """
+    resolution: PositiveInt
+    """Height and width of an image in pixels."""
+    max_sequence_length: NonNegativeInt
+    """Tokens of the T5 encoder; 0 leaves the encoder out."""
+    lora_rank: PositiveInt
+    """Rank r of the adapter."""
+    lora_alpha: PositiveInt
+    """Scale of the adapter: its output is multiplied by lora_alpha / lora_rank."""
+    lora_targets: Annotated[tuple[Name, ...], MinLen(1)]
+    """Endings of the names of the layers that are adapted."""
+
+
+@section
+class SamplingConfig:
+    """How the policy samples while it is trained."""
+
+    sampler: Sampler
+    """Rule of one step; `ode` is deterministic."""
+    num_steps: Annotated[int, Ge(2)]
+    """Denoising steps K of a rollout."""
+    noise_level: NonNegativeFloat
+    """Noise eta of a stochastic step; 0 makes every sampler the ODE."""
+    guidance_scale: GuidanceScale = 1.0
+    """Classifier-free guidance weight; 1 disables it."""
+
+
+@section
+class RolloutConfig:
+    """How many images are sampled between two updates of the policy."""
+
+    prompts_per_update: PositiveInt
+    """Prompts P of one rollout."""
+    group_size: Annotated[int, Ge(2)]
+    """Images G of each prompt, which share their start noise and are compared with one another."""
+    micro_batch_size: PositiveInt
+    """Images that are denoised together."""
+
+    @property
+    def num_images(self) -> int:
+        """Images N = P * G of one rollout."""
+        return self.prompts_per_update * self.group_size
+
+
+@section
+class EstimatesConfig:
+    """How the clean image is estimated from an intermediate state; of no effect with terminal credit."""
+
+    num_substeps: PositiveInt
+    """Euler substeps T' from a state to its clean estimate, capped by the steps that remain; 1 is Tweedie's formula."""
+    states: Annotated[tuple[NonNegativeInt, ...], MinLen(2)] | None = None
+    """States that are scored, ascending from 0 to K; steps between two of them share a gain; null is every state."""
+
+
+@section
+class RewardConfig:
+    """What makes an image good."""
+
+    name: Name
+    """Name in the table of rewards."""
+    pretrained: Name | None = None
+    """Folder or hub name of the model behind the reward; null for rewards that have none."""
+    revision: Name | None = None
+    """Hub commit; null for a folder."""
+
+
+@section
+class AdvantageConfig:
+    """How rewards become advantages of steps."""
+
+    credit: Credit
+    """`joint`, `per_step`, `step_mean`: gains, by what normalises them; `terminal`: the final reward (Flow-GRPO)."""
+    std: Literal["group", "global"]
+    """Whether the standard deviation is that of the group or of the whole rollout."""
+    clip: PositiveFloat
+    """Largest absolute advantage."""
+    gae_lambda: UnitInterval = 0.0
+    """Share of the later gains in a step's own; 0 is the paper's method, 1 the final reward less the state's own."""
+
+
+@section
+class UpdateConfig:
+    """How a rollout changes the policy."""
+
+    num_updates: PositiveInt
+    """Updates of a run; each is one rollout and its optimiser steps."""
+    steps_per_update: PositiveInt
+    """Optimiser steps per rollout; each takes its own share of the prompts."""
+    learning_rate: PositiveFloat
+    """Of AdamW; constant."""
+    betas: tuple[Fraction, Fraction]
+    """Decay of AdamW's first and second moment."""
+    weight_decay: NonNegativeFloat
+    """Of AdamW."""
+    max_grad_norm: PositiveFloat
+    """L2 norm to which the gradient is clipped."""
+    clip_range: Annotated[float, Gt(0), Lt(1)]
+    """Largest |ratio - 1| that is still rewarded; the log-prob is a mean over latent elements, so it is small."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the KL divergence from the start policy; 0 saves the reference pass."""
+    kl_form: Literal["exact", "flow_grpo"]
+    """Variance in the KL: that of the step, or Flow-GRPO's, which leaves out dt."""
+    trained_steps: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None = None
+    """Denoising steps in the objective, ascending; null is all but the last, which is never trained."""
+    micro_batch_size: PositiveInt
+    """Images per forward and backward pass."""
+    ratio_tolerance: PositiveFloat
+    """Largest |ratio - 1| before the first optimiser step of an update; more stops the run."""
+    max_broken_updates: NonNegativeInt
+    """Updates of a run in which a reward, loss or gradient may be NaN or infinite; one more stops the run."""
+
+
+@section
+class EmaConfig:
+    """The moving average of the adapter, which is what gets evaluated and published."""
+
+    decay: Fraction
+    """Weight of the old average per update, once warm; 0 follows the adapter."""
+
+
+@section
+class CheckpointConfig:
+    """When the state of a run is saved."""
+
+    every_num_updates: PositiveInt
+    """Updates between two checkpoints."""
+    keep: PositiveInt
+    """Newest checkpoints that are kept."""
+
+
+@section
+class EvaluationConfig:
+    """How a policy is judged: fixed prompts and noise, deterministic sampler."""
+
+    num_steps: PositiveInt
+    """Denoising steps of the ODE."""
+    guidance_scale: GuidanceScale = 1.0
+    """Classifier-free guidance weight; 1 disables it."""
+    images_per_prompt: PositiveInt
+    """Images of each evaluation prompt."""
+    seed: NonNegativeInt
+    """Of the start noise; the same for every policy that is compared."""
+    micro_batch_size: PositiveInt
+    """Images that are denoised together."""
+    every_num_updates: PositiveInt
+    """Updates between two evaluations of a training run."""
+    training_sampler: bool = False
+    """Whether a training run also measures the mean rewards of the noisy sampler that it trains with."""
+
+
+@section
+class RegistryConfig:
+    """Where a trained policy is registered."""
+
+    model_name: Name
+    """Registered model in MLflow."""
+    alias: Name
+    """Alias that the new version gets."""
+
+
+@section
+class PromotionConfig:
+    """When a candidate replaces the champion, both drawn by the section `evaluation` but from another noise."""
+
+    held_out: RewardConfig
+    """Reward that training does not see, and that must not fall."""
+    seed: NonNegativeInt
+    """Of the noise, and of the bootstrap; the noise of `evaluation.seed` is what the candidate was selected on."""
+    min_gain: UnitInterval
+    """What the overall score must gain, beyond its error; 0 asks for any gain."""
+    min_diversity_ratio: UnitInterval
+    """Share of the champion's diversity that must be left, beyond its error."""
+    error_rate: Annotated[float, Gt(0), Lt(0.5)]
+    """Chance that a candidate no better than the champion passes for better."""
+    num_resamples: PositiveInt
+    """Resamples of the bootstrap."""
+
+
+@section
+class LaunchConfig:
+    """How many processes a training is spread over; but for rounding, no result depends on it."""
+
+    num_processes: PositiveInt = 1
+    """Processes of each node, one for each of its GPUs; the default is one process that starts no other."""
+    num_nodes: PositiveInt = 1
+    """Nodes, on each of which `python -m sfgrpo train` is started."""
+    max_restarts: NonNegativeInt = 0
+    """Times that all processes start again, from the last checkpoint, after one of them failed."""
+    sharding: Literal["none", "full"] = "none"
+    """Whether every process holds all frozen weights, or each a part (FSDP2)."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of all nodes."""
+        return self.num_processes * self.num_nodes

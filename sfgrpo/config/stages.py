@@ -1,0 +1,315 @@
+"""The stages of the pipeline: which sections shape the result of each, how they fit together, how they are read.
+
+A stage is a dataclass whose field names are the top-level keys of `params.yaml` that the stage reads, and also the
+`params` of the stage in `dvc.yaml`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, overload
+
+from pydantic import NonNegativeInt
+
+from sfgrpo.config.loading import read_parameters, unknown_key, validated
+from sfgrpo.config.pretrain_schema import PretrainConfig, PretrainRewardConfig
+from sfgrpo.config.schema import (
+    AdvantageConfig,
+    CheckpointConfig,
+    EmaConfig,
+    EstimatesConfig,
+    EvaluationConfig,
+    LaunchConfig,
+    PolicyConfig,
+    PromotionConfig,
+    PromptsConfig,
+    RegistryConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplingConfig,
+    UpdateConfig,
+    section,
+)
+from sfgrpo.errors import ConfigError
+from sfgrpo.types import TAGS
+
+
+@section
+class PretrainStage:
+    """Parameters of `pretrain`, which makes the base model."""
+
+    seed: NonNegativeInt
+    pretrain: PretrainConfig
+
+
+@section
+class PretrainRewardStage:
+    """Parameters of `pretrain_reward`, which makes the model behind the reward `clip`."""
+
+    seed: NonNegativeInt
+    pretrain_reward: PretrainRewardConfig
+
+
+@section
+class PromptsStage:
+    """Parameters of `prompts`, which writes the prompt sets."""
+
+    seed: NonNegativeInt
+    prompts: PromptsConfig
+
+
+@section
+class TrainStage:
+    """Parameters of `train`, which trains the adapter."""
+
+    seed: NonNegativeInt
+    policy: PolicyConfig
+    sampling: SamplingConfig
+    rollout: RolloutConfig
+    estimates: EstimatesConfig
+    reward: RewardConfig
+    advantage: AdvantageConfig
+    update: UpdateConfig
+    ema: EmaConfig
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+
+    def __post_init__(self) -> None:
+        if conflicts := [*_sampling_conflicts(self), *_batch_conflicts(self), *_schedule_conflicts(self)]:
+            raise ValueError("\n".join(conflicts))
+
+    @property
+    def trained_steps(self) -> tuple[int, ...]:
+        """Denoising steps in the objective: those listed, or all but the last."""
+        return self.update.trained_steps or tuple(range(self.sampling.num_steps - 1))
+
+    @property
+    def scored_states(self) -> tuple[int, ...]:
+        """States whose reward the credit needs: those listed, or all; under terminal credit the image alone."""
+        last = self.sampling.num_steps
+        return (last,) if self.advantage.credit == "terminal" else self.estimates.states or tuple(range(last + 1))
+
+
+@section
+class EvaluateStage:
+    """Parameters of `evaluate`, which compares the trained policy with the base model."""
+
+    seed: NonNegativeInt
+    policy: PolicyConfig
+    evaluation: EvaluationConfig
+    reward: RewardConfig
+
+
+@section
+class RegisterStage:
+    """Parameters of `register`, which records the trained policy as a model version."""
+
+    policy: PolicyConfig
+    registry: RegistryConfig
+    evaluation: EvaluationConfig
+
+
+@section
+class PromoteStage:
+    """Parameters of `promote`, which decides whether a registered version becomes champion."""
+
+    evaluation: EvaluationConfig
+    reward: RewardConfig
+    registry: RegistryConfig
+    promotion: PromotionConfig
+
+    def __post_init__(self) -> None:
+        if conflicts := list(_promotion_conflicts(self)):
+            raise ValueError("\n".join(conflicts))
+
+
+@section
+class RegistryStage:
+    """Parameters of `rollback` and `recheck`, which concern the champion alone."""
+
+    registry: RegistryConfig
+
+
+@section
+class LaunchStage:
+    """Parameters of the launch of `train`: no stage of its own, and none of `train`, whose result it does not shape."""
+
+    launch: LaunchConfig = LaunchConfig()
+
+
+Stage: TypeAlias = (
+    PretrainStage
+    | PretrainRewardStage
+    | PromptsStage
+    | TrainStage
+    | EvaluateStage
+    | RegisterStage
+    | PromoteStage
+    | RegistryStage
+    | LaunchStage
+)
+STAGES: Mapping[str, type[Stage]] = {
+    "pretrain": PretrainStage,
+    "pretrain_reward": PretrainRewardStage,
+    "prompts": PromptsStage,
+    "train": TrainStage,
+    "evaluate": EvaluateStage,
+    "register": RegisterStage,
+    "promote": PromoteStage,
+    "rollback": RegistryStage,
+    "recheck": RegistryStage,
+    "launch": LaunchStage,
+}
+
+
+@overload
+def load_config(stage: Literal["pretrain"], path: Path) -> PretrainStage: ...
+@overload
+def load_config(stage: Literal["pretrain_reward"], path: Path) -> PretrainRewardStage: ...
+@overload
+def load_config(stage: Literal["prompts"], path: Path) -> PromptsStage: ...
+@overload
+def load_config(stage: Literal["train"], path: Path) -> TrainStage: ...
+@overload
+def load_config(stage: Literal["evaluate"], path: Path) -> EvaluateStage: ...
+@overload
+def load_config(stage: Literal["register"], path: Path) -> RegisterStage: ...
+@overload
+def load_config(stage: Literal["promote"], path: Path) -> PromoteStage: ...
+@overload
+def load_config(stage: Literal["rollback", "recheck"], path: Path) -> RegistryStage: ...
+@overload
+def load_config(stage: Literal["launch"], path: Path) -> LaunchStage: ...
+@overload
+def load_config(stage: str, path: Path) -> Stage: ...
+def load_config(stage: str, path: Path) -> Stage:
+    """Reads what `stage` needs from the parameter file, and from the files that it extends.
+
+    Raises `ConfigError` with one line for each problem, opening with the file and the dotted path of the parameter.
+    The sections of other stages are not checked, but a section that no stage knows is an error.
+    """
+    if stage not in STAGES:
+        raise ConfigError(f"{stage!r} is no stage; allowed are {', '.join(STAGES)}")
+    values = read_parameters(path)
+    names = {stage: [field.name for field in dataclasses.fields(schema)] for stage, schema in STAGES.items()}
+    known = list(dict.fromkeys(name for fields in names.values() for name in fields))
+    if unknown := [str(key) for key in values if key not in known]:
+        raise ConfigError("\n".join(f"{path}: {key}: {unknown_key(key, known)}" for key in unknown))
+    return validated(STAGES[stage], {key: values[key] for key in names[stage] if key in values}, str(path))
+
+
+def to_flat_dict(config: Stage) -> dict[str, Any]:
+    """Spells a configuration as dotted keys and JSON values: `{"sampling.num_steps": 10, ...}`."""
+    return dict(_flattened(dataclasses.asdict(config)))
+
+
+def config_digest(config: Stage) -> str:
+    """Gives the SHA-256 of every value of a configuration, as 64 hex digits."""
+    canonical = json.dumps(to_flat_dict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def _sampling_conflicts(config: TrainStage) -> Iterator[str]:
+    """Names what would leave a trained step without a density, or without a sense."""
+    sampling, last = config.sampling, config.sampling.num_steps - 1
+    if sampling.sampler == "ode":
+        yield "sampling.sampler: 'ode' is deterministic: no step has a density to train; use flow_sde, ddim_sde or cps"
+    if sampling.noise_level == 0:
+        yield "sampling.noise_level: 0 is deterministic: no step has a density to train; use 0.7, say"
+    if sampling.sampler in ("ddim_sde", "cps") and sampling.noise_level > 1:
+        yield (
+            f"sampling.noise_level: {sampling.noise_level} asks sampler {sampling.sampler} for more noise than a state "
+            "holds; use a value in 0..1, or sampler flow_sde"
+        )
+    steps = config.trained_steps
+    if list(steps) != sorted(set(steps)) or steps[-1] >= last:
+        yield (
+            f"update.trained_steps: {list(steps)} is not an ascending list of steps in 0..sampling.num_steps - 2 = "
+            f"0..{last - 1}; the last step, {last}, has no density under every sampler and is never trained"
+        )
+    states = config.estimates.states
+    if states is not None and (
+        list(states) != sorted(set(states)) or (states[0], states[-1]) != (0, sampling.num_steps)
+    ):
+        yield (
+            f"estimates.states: {list(states)} is not an ascending list from 0 to sampling.num_steps = "
+            f"{sampling.num_steps}; the first is the shared start state, the last the image, use null for all"
+        )
+    if config.advantage.std == "global" and config.advantage.credit != "terminal":
+        yield (
+            f"advantage.std: 'global' is a choice of Flow-GRPO only, and advantage.credit is "
+            f"{config.advantage.credit!r}; use std group, or credit terminal"
+        )
+
+
+def _batch_conflicts(config: TrainStage) -> Iterator[str]:
+    """Names every batch that does not divide, with its equation and the nearest values that do."""
+    rollout, update = config.rollout, config.update
+    if rollout.prompts_per_update % update.steps_per_update:
+        total = rollout.prompts_per_update
+        yield _indivisible("update.steps_per_update", update.steps_per_update, "rollout.prompts_per_update", total)
+        return
+    images_per_step = rollout.num_images // update.steps_per_update
+    quotient = (
+        f"rollout.prompts_per_update * rollout.group_size / update.steps_per_update = {rollout.prompts_per_update} * "
+        f"{rollout.group_size} / {update.steps_per_update}"
+    )
+    for path, micro_batch in (("rollout", rollout.micro_batch_size), ("update", update.micro_batch_size)):
+        if micro_batch < images_per_step and images_per_step % micro_batch:
+            yield _indivisible(f"{path}.micro_batch_size", micro_batch, quotient, images_per_step)
+
+
+def _schedule_conflicts(config: TrainStage) -> Iterator[str]:
+    """Names an evaluation that would judge an adapter of which there is no checkpoint."""
+    evaluate, save = config.evaluation.every_num_updates, config.checkpoint.every_num_updates
+    if evaluate % save:
+        yield (
+            f"evaluation.every_num_updates: {evaluate} is not a multiple of checkpoint.every_num_updates = {save}, so "
+            f"an evaluated adapter would have no checkpoint; use {save * max(1, round(evaluate / save))}"
+        )
+
+
+def _promotion_conflicts(config: PromoteStage) -> Iterator[str]:
+    """Names what would make the comparison of candidate and champion unfair, or impossible."""
+    promotion, evaluation = config.promotion, config.evaluation
+    if promotion.seed == evaluation.seed:
+        yield (
+            f"promotion.seed: {promotion.seed} is evaluation.seed, on whose noise the candidate was selected and looks "
+            f"better than it is; use another, {promotion.seed + 1}, say"
+        )
+    if promotion.held_out.name == config.reward.name:
+        yield (
+            f"promotion.held_out: {promotion.held_out.name} is the reward that is trained on, reward.name; use one "
+            "that training does not see"
+        )
+    if evaluation.images_per_prompt < 2:
+        yield (
+            f"evaluation.images_per_prompt: {evaluation.images_per_prompt} image of a prompt shows no diversity; use 2 "
+            "or more"
+        )
+    needed = math.ceil(len(TAGS) / promotion.error_rate)
+    if promotion.num_resamples < needed:
+        yield (
+            f"promotion.num_resamples: {promotion.num_resamples} leave no resample beyond the bound of a task, which "
+            f"has a {len(TAGS)}th of promotion.error_rate = {promotion.error_rate:g}; use {needed} or more"
+        )
+
+
+def _indivisible(path: str, value: int, equation: str, total: int) -> str:
+    divisors = [divisor for divisor in range(1, total + 1) if total % divisor == 0]
+    below = max(divisor for divisor in divisors if divisor <= value)
+    nearest = {below, *(divisor for divisor in divisors if divisor > value and divisor <= 2 * value)}
+    return f"{path}: {value} does not divide {equation} = {total}; use {' or '.join(map(str, sorted(nearest)[:2]))}"

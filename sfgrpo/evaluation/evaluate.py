@@ -1,0 +1,230 @@
+"""Judges a policy on fixed prompts and fixed noise, by the deterministic sampler that people use and by any other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sfgrpo.geneval.table import GenEvalTable, summarise
+from sfgrpo.grpo.distributed import summed
+from sfgrpo.grpo.noise import gaussian_noise
+from sfgrpo.grpo.rollout import roll_out, row_slices
+from sfgrpo.policies.base import Policy
+from sfgrpo.rewards.base import Reward, checked_rewards
+from sfgrpo.types import Conditioning, Prompt
+
+if TYPE_CHECKING:
+    from sfgrpo.config.schema import EvaluationConfig
+
+
+THUMBNAIL_SIZE = 32
+"""Height and width of a thumbnail at most, in pixels."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """How images are drawn for judging; of two policies under the same one, image by image, the noise is the same."""
+
+    images_per_prompt: int
+    num_steps: int
+    """Denoising steps."""
+    guidance_scale: float
+    """Classifier-free guidance weight; 1 disables it."""
+    seed: int
+    """Of all noise."""
+    micro_batch_size: int
+    """Images that are denoised together; it changes nothing but rounding."""
+    sampler: str = "ode"
+    noise_level: float = 0.0
+    """Of a stochastic sampler."""
+
+
+def protocol_of(config: EvaluationConfig) -> Protocol:
+    """Gives the protocol that a configuration asks for: the deterministic sampler."""
+    return Protocol(
+        images_per_prompt=config.images_per_prompt,
+        num_steps=config.num_steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+        micro_batch_size=config.micro_batch_size,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What a policy drew for the evaluation prompts, and how good it is."""
+
+    images: NDArray[np.uint8]
+    """Of the prompts that are shown, [shown * G, H, W, 3], the images of a prompt next to each other."""
+    thumbnails_PGHWC: NDArray[np.uint8]
+    """All images, made smaller where they are larger than a thumbnail."""
+    correct: NDArray[np.bool_]  # [P, G]
+    table: GenEvalTable
+    rewards_PG: Mapping[str, NDArray[np.floating[Any]]]
+    """Scores of every image, by the name of the reward."""
+
+    @property
+    def rewards(self) -> Mapping[str, float]:
+        """Mean of each reward."""
+        return {name: _mean(values_PG) for name, values_PG in self.rewards_PG.items()}
+
+    def to_dict(self) -> dict[str, float]:
+        """Flattens the table and the mean rewards to metrics."""
+        return self.table.to_dict() | {f"evaluation/{name}": value for name, value in self.rewards.items()}
+
+
+@torch.no_grad()
+def draw_images(
+    policy: Policy, conditioning: Conditioning, protocol: Protocol, rows: slice = slice(None)
+) -> NDArray[np.uint8]:
+    """Draws one image for each of `rows` of `conditioning`; row i takes noise i of the seed's streams."""
+    sigmas, shape = policy.sigmas(protocol.num_steps).to(policy.device), policy.latent_shape
+    first, end, _ = rows.indices(len(conditioning))
+    images = []
+    # With no row at all there is still one batch, an empty one: a sharded model needs every process in every pass.
+    for part in row_slices(end - first, protocol.micro_batch_size) or [slice(0, 0)]:
+        indices = range(first + part.start, first + part.stop)
+        start = gaussian_noise(protocol.seed, "evaluation", 0, indices, shape)
+        step_shape = (protocol.num_steps, *shape)
+        if protocol.sampler == "ode":
+            step_noise = torch.zeros(()).expand(len(indices), *step_shape)
+        else:
+            step_noise = gaussian_noise(protocol.seed, "evaluation_steps", 0, indices, step_shape)
+        trajectory = roll_out(
+            policy,
+            conditioning[slice(indices.start, indices.stop)],
+            start.to(policy.device),
+            step_noise.to(policy.device),
+            sigmas,
+            sampler=protocol.sampler,
+            noise_level=protocol.noise_level,
+            guidance_scale=protocol.guidance_scale,
+            micro_batch_size=protocol.micro_batch_size,
+        )
+        images.append(policy.decode(trajectory.latents_NSCHW[:, -1]))
+    return np.concatenate(images)
+
+
+def evaluate_policy(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    verdict: Reward,
+    rewards: Sequence[Reward],
+    protocol: Protocol,
+    *,
+    shown: Sequence[int] = (),
+    accelerator: Accelerator | None = None,
+    between: Callable[[], None] = lambda: None,
+    drawn: Callable[[int, NDArray[np.uint8]], None] = lambda first, images: None,
+) -> Evaluation:
+    """Draws the protocol's images for every prompt and judges each by GenEval's verdict and by other rewards.
+
+    `verdict` gives 1 for a correct image and 0 for any other. The noise depends on seed, prompt position and image
+    alone, so that two policies are compared on the same noise. `shown` are the positions of the prompts whose images
+    are kept. The processes of `accelerator` share the work, and all have the result; each calls `between` after each
+    batch, all of them equally often. `drawn` gets the images of every batch, [n, H, W, 3], with the number of the first
+    of them: image g of prompt p has the number p * G + g, and those of a process come in ascending order.
+    """
+    judged = _judge(policy, prompts, (verdict, *rewards), protocol, shown, accelerator, between, drawn)
+    shape = len(prompts), protocol.images_per_prompt
+    scores_JPG = [scores_N.reshape(shape) for scores_N in judged.scores_NJ.numpy().T]
+    correct, small_NHWC = scores_JPG[0] == 1.0, judged.thumbnails_NHWC.numpy()
+    return Evaluation(
+        images=judged.shown.numpy(),
+        thumbnails_PGHWC=small_NHWC.reshape(*shape, *small_NHWC.shape[1:]),
+        correct=correct,
+        table=summarise([prompt.tag for prompt in prompts], correct),
+        rewards_PG={reward.name: scores_PG for reward, scores_PG in zip(rewards, scores_JPG[1:], strict=True)},
+    )
+
+
+def mean_rewards(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    protocol: Protocol,
+    *,
+    accelerator: Accelerator | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Gives the mean of every reward over the images that the protocol's sampler draws, by the reward's name.
+
+    With the sampler of the training it tells what training improves; the prompts, unlike those of an update, are
+    the same every time, and so is the noise. Processes share the work as in `evaluate_policy`.
+    """
+    scores_NJ = _judge(policy, prompts, rewards, protocol, (), accelerator, between).scores_NJ
+    return {reward.name: _mean(scores_N) for reward, scores_N in zip(rewards, scores_NJ.numpy().T, strict=True)}
+
+
+def thumbnails(images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Makes images smaller by averaging areas, until both sides are within `THUMBNAIL_SIZE`; smaller ones stay."""
+    sides = images_NHWC.shape[1:3]
+    if max(sides) <= THUMBNAIL_SIZE:
+        return images_NHWC
+    size = [max(1, round(side * THUMBNAIL_SIZE / max(sides))) for side in sides]
+    pixels_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).float()
+    averaged_NCHW = F.interpolate(pixels_NCHW, size, mode="area")
+    return averaged_NCHW.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Judged:
+    scores_NJ: Tensor
+    """Score of every image by every judge."""
+    shown: Tensor
+    """Images of the prompts that are shown."""
+    thumbnails_NHWC: Tensor
+
+
+def _judge(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    judges: Sequence[Reward],
+    protocol: Protocol,
+    shown: Sequence[int],
+    accelerator: Accelerator | None,
+    between: Callable[[], None],
+    drawn: Callable[[int, NDArray[np.uint8]], None] = lambda first, images: None,
+) -> _Judged:
+    """Draws and judges the images of all prompts, [P * G] of them, each process its part."""
+    process, num_processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    conditioning, num_images = policy.encode([prompt.text for prompt in prompts]), protocol.images_per_prompt
+    repeated = torch.arange(len(prompts)).repeat_interleave(num_images)
+    asked = [prompts[position] for position in repeated.tolist()]
+    shown_rows = [position * num_images + index for position in shown for index in range(num_images)]
+    batches = row_slices(len(asked), protocol.micro_batch_size)
+    # Batches are dealt out one by one; a process that runs short takes part with empty ones.
+    batches += [slice(len(asked), len(asked))] * (-len(batches) % num_processes)
+    scores_NJ = torch.zeros(len(asked), len(judges))
+    kept = small_NHWC = torch.empty(0, dtype=torch.uint8)
+    for rows in batches[process::num_processes]:
+        images = draw_images(policy, conditioning[repeated], protocol, rows)
+        small = thumbnails(images)
+        if not len(small_NHWC):
+            kept = torch.zeros(len(shown_rows), *images.shape[1:], dtype=torch.uint8)
+            small_NHWC = torch.zeros(len(asked), *small.shape[1:], dtype=torch.uint8)
+        if len(images):
+            scores = [checked_rewards(judge, images, asked[rows]) for judge in judges]
+            scores_NJ[rows] = torch.stack(scores, dim=1)
+            small_NHWC[rows] = torch.from_numpy(small)
+            drawn(rows.start, images)
+        for place, row in enumerate(shown_rows):
+            if rows.start <= row < rows.stop:
+                kept[place] = torch.from_numpy(images[row - rows.start])
+        between()
+    if accelerator is not None:
+        scores_NJ, kept = summed(scores_NJ, accelerator), summed(kept, accelerator)
+        small_NHWC = summed(small_NHWC, accelerator)
+    return _Judged(scores_NJ=scores_NJ, shown=kept, thumbnails_NHWC=small_NHWC)
+
+
+def _mean(values: NDArray[np.floating[Any]]) -> float:
+    return float(torch.from_numpy(values).flatten().mean())

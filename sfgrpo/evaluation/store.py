@@ -1,0 +1,64 @@
+"""Evaluations kept by their content, so that the same adapter is never judged twice, whoever asks and wherever."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfgrpo.errors import IntegrityError
+from sfgrpo.runtime.files import atomic_directory
+from sfgrpo.runtime.locks import only_user
+from sfgrpo.runtime.manifest import verify_manifest, write_manifest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sfgrpo.evaluation.evaluate import Evaluation
+
+
+logger = logging.getLogger(__name__)
+
+EVALUATIONS = "evaluations"
+"""Folder of the store, below the scratch folder."""
+METRICS, SCORES, SAMPLES = "metrics.json", "scores.json", "samples.png"
+
+
+def keep_evaluation(
+    store: Path, key: str, evaluation: Evaluation, metrics: Mapping[str, float], samples: Image
+) -> None:
+    """Writes what came of an evaluation: metrics, the scores of every image, a grid of samples; whole or not at all."""
+    scores = {"correct": evaluation.correct.tolist()}
+    scores |= {name: values_PG.tolist() for name, values_PG in evaluation.rewards_PG.items()}
+    with atomic_directory(store / key) as partial:
+        (partial / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        (partial / SCORES).write_text(json.dumps(scores) + "\n", encoding="utf-8")
+        samples.save(partial / SAMPLES)
+        write_manifest(partial)
+
+
+def is_evaluated(store: Path, key: str) -> bool:
+    """Tells whether the store has an evaluation, without looking whether it is intact."""
+    return (store / key).exists()
+
+
+def read_metrics(store: Path, key: str) -> dict[str, float] | None:
+    """Reads the metrics of an evaluation; None where there is none, or, with a warning, one that is damaged."""
+    path = store / key
+    if not path.exists():
+        return None
+    try:
+        verify_manifest(path)
+    except IntegrityError as error:
+        logger.warning("the evaluation is done again: %s", error)
+        return None
+    metrics: dict[str, float] = json.loads((path / METRICS).read_text(encoding="utf-8"))
+    return metrics
+
+
+def claimed_evaluation(store: Path, key: str) -> AbstractContextManager[bool]:
+    """Claims the making of an evaluation for a block, and tells whether no living process is at it."""
+    return only_user(store / f".{key}.claim")

@@ -1,0 +1,116 @@
+"""Builds what a stage works with from its configuration: prompts, policy, rewards, trainer."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sfgrpo.config.batching import BatchArithmetic
+from sfgrpo.config.loading import blaming
+from sfgrpo.config.schema import PolicyConfig, RewardConfig
+from sfgrpo.config.stages import TrainStage
+from sfgrpo.errors import ConfigError
+from sfgrpo.runtime.environment import Environment
+from sfgrpo.runtime.manifest import verify_manifest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from sfgrpo.policies.sd3 import SD3Policy
+    from sfgrpo.rewards import Reward
+
+
+def make_accelerator(config: TrainStage, environment: Environment) -> Accelerator:
+    """Joins the processes of the run, before anything expensive; refuses work that does not divide among them."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    accelerator = Accelerator(
+        cpu=device_of(environment) == "cpu",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=environment.timeout_s))],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        # Each would train by itself, and all would write the same files.
+        raise ConfigError(
+            f"{launched} processes were launched (WORLD_SIZE), but accelerate sees {accelerator.num_processes}; set "
+            "SFGRPO_DEVICE to cuda or cpu, as the processes are to compute on, and unset the ACCELERATE_ variables"
+        )
+    BatchArithmetic(config=config, num_processes=accelerator.num_processes)
+    return accelerator
+
+
+def make_reward(config: RewardConfig) -> Reward:
+    """Makes the training reward."""
+    from sfgrpo.rewards import build_reward
+
+    with blaming("reward"):
+        return build_reward(config.name, pretrained=config.pretrained, revision=config.revision)
+
+
+def make_held_out() -> tuple[Reward, ...]:
+    """Makes the rewards that are measured in evaluation only."""
+    from sfgrpo.rewards import build_reward
+
+    return build_reward("geneval"), build_reward("likeness")
+
+
+def make_policy(
+    config: PolicyConfig, seed: int, environment: Environment, sharding: Literal["none", "full"] = "none"
+) -> SD3Policy:
+    """Loads the pipeline onto the device, with a fresh adapter of the seed; `full` sharding needs other processes."""
+    from diffusers.utils.logging import disable_progress_bar
+
+    from sfgrpo.policies.sd3 import SD3Policy
+
+    disable_progress_bar()
+    with blaming("policy"):
+        policy = SD3Policy.from_pretrained(
+            config.pretrained,
+            revision=config.revision,
+            dtype=config.dtype,
+            resolution=config.resolution,
+            max_sequence_length=config.max_sequence_length,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_targets=config.lora_targets,
+            seed=seed,
+        )
+    if sharding == "full":
+        # First, so that no device ever holds more than its part and one block.
+        policy.shard()
+    policy.pipeline.to(device_of(environment))
+    return policy
+
+
+def device_of(environment: Environment) -> str:
+    """Chooses the device: where nothing else is asked for, each process of a node has a GPU of its own."""
+    import torch
+
+    if environment.device not in ("auto", "cuda"):
+        return environment.device
+    if environment.device == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def check_pretrained(config: PolicyConfig) -> None:
+    """Refuses a base model folder that is absent or damaged; a hub name, which has a revision, is diffusers' matter."""
+    folder = Path(config.pretrained)
+    if (folder / "manifest.json").exists():
+        verify_manifest(folder)
+    elif config.revision is None and not (folder / "model_index.json").exists():
+        raise ConfigError(
+            f"policy.pretrained: {config.pretrained} is no folder with a model_index.json; `git checkout` restores the "
+            "shipped one, and a model of the hub needs its policy.revision"
+        )
+
+
+def use_threads(environment: Environment) -> None:
+    """Sets torch's CPU threads, where the environment asks for a number."""
+    if environment.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(environment.num_threads)

@@ -1,0 +1,279 @@
+"""One update of the policy: recompute the log-probs of a rollout, clipped surrogate, backward, optimiser steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sfgrpo.errors import CanaryError
+from sfgrpo.grpo.distributed import even_slices, gathered, total, total_gradients
+from sfgrpo.grpo.losses import clipped_surrogate
+from sfgrpo.grpo.sde import SAMPLERS, StepDistribution, gaussian_kl, gaussian_log_prob
+from sfgrpo.policies.base import Policy
+from sfgrpo.types import RolloutBatch
+
+COLUMNS = ("loss", "ratio", "deviation", "clipped", "approx_kl", "kl_reference")
+"""What is noted of every trained (image, step)."""
+LOWEST_SCALE = 1.0
+"""Below it a loss scale would only lose digits: a gradient that overflows even here is broken."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What an update maximises: everything about it that is not in the rollout."""
+
+    sigmas_S: Tensor
+    sampler: str
+    noise_level: float
+    guidance_scale: float
+    trained_steps: tuple[int, ...]
+    clip_range: float
+    kl_coef: float
+    kl_form: Literal["exact", "flow_grpo"]
+    max_grad_norm: float
+    steps_per_update: int
+    micro_batch_size: int
+    ratio_tolerance: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateOutcome:
+    """What an update did. Metrics and `trained` are of all processes together, and the same on each."""
+
+    metrics: dict[str, float]
+    """Always finite: means and sums are over what is finite."""
+    trained: bool
+    """Whether an optimiser step was due that had an advantage to follow, and no number stood in its way."""
+    broken_loss_N: Tensor
+    """True for the images of this process whose loss, or log-prob, is NaN or infinite; on the CPU."""
+    broken_gradient_N: Tensor
+    """True for the images of this process behind a gradient that is so although every loss is finite; on the CPU."""
+
+
+def make_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
+    """Makes what scales the loss of a policy in float16, and does nothing for any other."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+
+
+def update_policy(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: RolloutBatch,
+    objective: Objective,
+    accelerator: Accelerator,
+    scaler: torch.amp.GradScaler,
+) -> UpdateOutcome:
+    """Takes `steps_per_update` optimiser steps, each on its own consecutive share of the rollout's images.
+
+    The batch holds the images of this process; share s of all processes together is what optimiser step s learns
+    from. The loss is the mean over all images and trained steps of a share; images of constant groups count as the
+    zeros that they are and cost nothing. The first step is on-policy, so its ratio must be 1.
+
+    A step whose loss or gradient is not finite somewhere is left out on all processes. One whose gradient overflows
+    at a scale of `scaler` that can still fall is left out too, but is nobody's fault.
+
+    Gradients are added up once a step, by `total_gradients`, and not by the hooks of DDP: since constant groups cost
+    nothing, processes differ in their number of images, and so would in their number of backward passes.
+
+    Raises:
+        CanaryError: the ratio of the first step is off 1 by more than `ratio_tolerance` on some process, which all
+            learn; or no trainable parameter takes part in the loss.
+    """
+    shares = torch.arange(len(batch.constant_N)).chunk(objective.steps_per_update)
+    constant_N = batch.constant_N.cpu()
+    broken_loss_N, broken_gradient_N = torch.zeros(2, len(constant_N), dtype=torch.bool).unbind()
+    passes: list[_Passes] = []
+    steps: list[_Step] = []
+    for share in shares:
+        rows = share[~constant_N[share]]
+        num_terms = len(share) * len(objective.trained_steps) * accelerator.num_processes
+        done = _accumulate_gradients(policy, batch, rows, num_terms, objective, accelerator, scaler)
+        if not passes:
+            _check_first_ratio(done.deviations, objective.ratio_tolerance)
+        passes.append(done)
+        if done.sums["broken"]:
+            broken_loss_N[done.broken_rows] = True
+        elif done.num_passes:
+            parameters = list(policy.adapter_parameters().values())
+            steps.append(_take_step(parameters, optimizer, objective.max_grad_norm, accelerator, scaler))
+            broken_gradient_N[rows] = steps[-1].kind == "broken"
+        optimizer.zero_grad()
+    num_broken = sum(bool(done.sums["broken"]) for done in passes) + sum(step.kind == "broken" for step in steps)
+    num_overflows = sum(step.kind == "overflow" for step in steps)
+    # A share without images to learn from is a step with a gradient of 0.
+    num_norms = len(shares) - num_broken - num_overflows
+    metrics = {
+        **_means(passes),
+        "policy/ratio_deviation": max(max(done.deviations) for done in passes),
+        "policy/ratio_deviation_first_pass": max(passes[0].deviations),
+        "optim/grad_norm": sum(step.grad_norm for step in steps if step.kind == "finite") / max(num_norms, 1),
+        "guards/skipped_steps": float(num_broken),
+    }
+    if scaler.is_enabled():
+        metrics |= {"optim/overflow_steps": float(num_overflows), "optim/loss_scale": scaler.get_scale()}
+    return UpdateOutcome(
+        metrics=metrics,
+        trained=not num_broken + num_overflows and any(done.sums["with_advantage"] for done in passes),
+        broken_loss_N=broken_loss_N,
+        broken_gradient_N=broken_gradient_N,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Passes:
+    """What the forward and backward passes of a share gave."""
+
+    num_passes: int
+    sums: Mapping[str, float]
+    """Over the (image, step) terms of all processes: `COLUMNS` of the finite ones, and how many there are of which."""
+    deviations: list[float]
+    """Largest |ratio - 1| of each process."""
+    broken_rows: Tensor
+    """Images of this process with a term that is not finite."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What became of an optimiser step."""
+
+    kind: Literal["finite", "overflow", "broken"]
+    grad_norm: float
+
+
+def _accumulate_gradients(
+    policy: Policy,
+    batch: RolloutBatch,
+    rows: Tensor,
+    num_terms: int,
+    objective: Objective,
+    accelerator: Accelerator,
+    scaler: torch.amp.GradScaler,
+) -> _Passes:
+    """Adds the gradient of a share's loss into the parameters, one micro-batch of one step at a time."""
+    parts = [rows[part] for part in even_slices(len(rows), objective.micro_batch_size, accelerator)]
+    collected = [torch.empty(0, len(COLUMNS), device=policy.device)]
+    for step in objective.trained_steps:
+        for part in parts:
+            if len(part):
+                loss, columns = _step_loss(policy, batch, part.to(policy.device), step, objective)
+                collected.append(columns)
+            else:
+                loss = _loss_of_nothing(policy, batch, step, objective)
+            if not loss.requires_grad:
+                raise CanaryError("no trainable parameter takes part in the loss: the adapter is not attached")
+            # Not by accelerator.backward, which would scale a second time if it was launched with mixed precision.
+            scaler.scale(loss / num_terms).backward()
+    columns_MJ = torch.cat(collected).cpu().double()
+    finite_M = columns_MJ.isfinite().all(dim=1)
+    finite_MJ = columns_MJ[finite_M]
+    advantages = batch.advantages_NK.cpu()[rows][:, list(objective.trained_steps)]
+    counts = {
+        "all": float(num_terms / accelerator.num_processes),
+        "finite": float(finite_M.sum()),
+        "broken": float((~finite_M).sum()),
+        "with_advantage": float(advantages.count_nonzero()),
+    }
+    local = counts | dict(zip(COLUMNS, finite_MJ.sum(dim=0).tolist(), strict=True))
+    deviation = finite_MJ[:, COLUMNS.index("deviation")]
+    return _Passes(
+        num_passes=len(parts) * len(objective.trained_steps),
+        sums=dict(zip(local, total(list(local.values()), accelerator), strict=True)),
+        deviations=gathered(torch.cat([deviation, torch.zeros(1)]).amax().float().view(1), accelerator).tolist(),
+        broken_rows=rows.repeat(len(objective.trained_steps))[~finite_M],
+    )
+
+
+def _means(passes: Sequence[_Passes]) -> dict[str, float]:
+    """Averages over the terms of all shares: the loss over all, what is known of trained images only over these."""
+    sums = {name: sum(done.sums[name] for done in passes) for name in passes[0].sums}
+    finite, counted = sums["finite"], sums["all"] - sums["broken"]
+    return {
+        "policy/loss": sums["loss"] / counted if counted else 0.0,
+        "policy/ratio_mean": sums["ratio"] / finite if finite else 1.0,
+        "policy/clip_fraction": sums["clipped"] / finite if finite else 0.0,
+        "policy/approx_kl": sums["approx_kl"] / finite if finite else 0.0,
+        "policy/kl_reference": sums["kl_reference"] / finite if finite else 0.0,
+    }
+
+
+def _take_step(
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    accelerator: Accelerator,
+    scaler: torch.amp.GradScaler,
+) -> _Step:
+    """Takes one optimiser step with the gradients of all processes, unless they are all 0 or one is not finite."""
+    total_gradients(parameters, accelerator)
+    scaler.unscale_(optimizer)
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    if math.isfinite(grad_norm) and grad_norm > 0:
+        scaler.step(optimizer)
+    scale = scaler.get_scale()
+    scaler.update()
+    if math.isfinite(grad_norm):
+        return _Step(kind="finite", grad_norm=grad_norm)
+    if LOWEST_SCALE <= scaler.get_scale() < scale:
+        return _Step(kind="overflow", grad_norm=grad_norm)
+    if scaler.is_enabled():
+        scaler.update(max(scaler.get_scale(), LOWEST_SCALE))
+    return _Step(kind="broken", grad_norm=grad_norm)
+
+
+def _step_loss(
+    policy: Policy, batch: RolloutBatch, rows: Tensor, step: int, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """Gives the loss of one step of the images `rows`, summed, and its `COLUMNS`, [len(rows), J] without gradient.
+
+    The KL to the start policy is 0 where its weight is.
+    """
+    latents = batch.trajectory.latents_NSCHW
+    x, taken = latents[rows, step], latents[rows, step + 1]
+    conditioning = batch.conditioning[rows]
+    sigma, sigma_next = (objective.sigmas_S[state].expand(len(rows)) for state in (step, step + 1))
+
+    def distribution(velocity: Tensor) -> StepDistribution:
+        sigma_max = float(objective.sigmas_S[1])
+        return SAMPLERS[objective.sampler](x, velocity, sigma, sigma_next, sigma_max, objective.noise_level)
+
+    now = distribution(policy.velocity(x, sigma, conditioning, objective.guidance_scale))
+    surrogate = clipped_surrogate(
+        gaussian_log_prob(taken, now.mean, now.std),
+        batch.trajectory.log_probs_NK[rows, step],
+        batch.advantages_NK[rows, step],
+        objective.clip_range,
+    )
+    kl = torch.zeros_like(surrogate.ratio)
+    if objective.kl_coef > 0:
+        start = distribution(policy.reference_velocity(x, sigma, conditioning, objective.guidance_scale))
+        kl = gaussian_kl(now.mean, start.mean, now.std, objective.kl_form, sigma - sigma_next)
+    noted = (surrogate.loss, surrogate.ratio, surrogate.deviation, surrogate.clipped, surrogate.approx_kl, kl)
+    return (surrogate.loss + objective.kl_coef * kl).sum(), torch.stack(noted, dim=1).detach()
+
+
+def _loss_of_nothing(policy: Policy, batch: RolloutBatch, step: int, objective: Objective) -> Tensor:
+    """Gives the loss of no image, 0, by the very passes that an image takes.
+
+    They are those of one blank latent: not every attention kernel takes a batch of 0.
+    """
+    blank = torch.zeros_like(batch.trajectory.latents_NSCHW[:1, step])
+    arguments = (blank, objective.sigmas_S[step].expand(1), batch.conditioning[:1], objective.guidance_scale)
+    if objective.kl_coef > 0:
+        policy.reference_velocity(*arguments)
+    return 0 * policy.velocity(*arguments).sum()
+
+
+def _check_first_ratio(deviations: Sequence[float], tolerance: float) -> None:
+    """Takes the largest |ratio - 1| of every process, so that all of them fail together."""
+    if off := [rank for rank, deviation in enumerate(deviations) if deviation > tolerance]:
+        where = f" on rank {', '.join(map(str, off))} of {len(deviations)}" if len(deviations) > 1 else ""
+        raise CanaryError(
+            f"before the first optimiser step the ratio is off 1 by {max(deviations):.3g}{where}, more than "
+            f"update.ratio_tolerance {tolerance:.3g}: rollout and update disagree on dtype, batch, schedule or adapter"
+        )

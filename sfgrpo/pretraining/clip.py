@@ -1,0 +1,298 @@
+"""A small CLIP of the shapes world: captions and pictures in one space, trained by contrast and by nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+from sfgrpo.geneval.prompt_sets import twin_key
+from sfgrpo.pretraining.autoencoder import to_pixels
+from sfgrpo.pretraining.dataset import Pictures
+from sfgrpo.pretraining.pipeline import MAX_TEXT_TOKENS, TEXT_WIDTH
+from sfgrpo.shapes.world import CLASSES, COLORS, IMAGE_SIZE
+from sfgrpo.types import TAGS, Prompt, Relation, Tag
+
+LOGIT_SCALE = 26.0
+"""Inverse temperature of the contrast, not trained: PickScore's formula, scale * cosine / 26, then gives the cosine."""
+POSITION_SCALE = 0.05
+"""Amplitude of the waves with which the position embeddings start: about that of a patch."""
+CORNER = 3
+"""Classes and colours of a corner of the world: captions that share them differ in how they are put together."""
+STRANGERS = 0.5
+"""Pictures of other tasks in a batch, as a share of its own: negatives of every caption that asks for other objects."""
+SHIFT = 2
+"""Most pixels by which a picture is moved."""
+MAX_NOISE = 0.15
+"""Standard deviation of the strongest noise, in pixels of -1..1."""
+WARMUP = 0.05
+"""Share of the steps over which the learning rates rise; then they fall along a cosine."""
+
+SIMPLE: tuple[Tag, ...] = ("single_object", "colors")
+"""Tasks that show one object."""
+MIRRORED: dict[Relation, Relation] = {
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ClipRecipe:
+    """How the CLIP is trained; every number shapes the result."""
+
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    """AdamW: embeddings, norms, biases, projections."""
+    muon_learning_rate: float
+    """Muon: the matrices of the layers; RMS-matched to AdamW."""
+    task_weights: dict[Tag, float]
+    """Relative frequency of each task's batches."""
+    simple_fraction: float
+    """Share of the steps, at the start, that show one object only: classes and colours come before arrangements."""
+
+
+def build_clip(tokenizer: CLIPTokenizer, *, width: int, num_layers: int, patch_size: int) -> CLIPModel:
+    """Makes the untrained CLIP: a vision transformer of `num_layers`, a text transformer of two.
+
+    Weights follow torch's global generator: seed it first.
+    """
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TEXT_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_act="gelu",
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=max(1, width // 16),
+        image_size=IMAGE_SIZE,
+        patch_size=patch_size,
+        hidden_act="gelu",
+    )
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=text.to_dict(),
+            vision_config=vision.to_dict(),
+            projection_dim=TEXT_WIDTH,
+            logit_scale_init_value=math.log(LOGIT_SCALE),
+        )
+    )
+    model.logit_scale.requires_grad_(False)
+    _place_patches(model)
+    return model
+
+
+@torch.no_grad()
+def _place_patches(model: CLIPModel) -> None:
+    """Starts the position embeddings as waves: one half tells a patch's row, the other its column."""
+    table = model.vision_model.embeddings.position_embedding.weight
+    side = math.isqrt(len(table) - 1)
+    frequencies = math.pi * torch.linspace(1 / side, 1.0, table.shape[1] // 4)
+    angles = torch.arange(side)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    down, right = waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)
+    table[1:] = POSITION_SCALE * torch.cat([down, right], dim=2).flatten(0, 1)
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[Prompt]) -> Tensor:
+    """Tokenises prompts to ids [num_prompts, L], padded to the longest prompt of the world."""
+    texts = [prompt.text for prompt in prompts]
+    return tokenizer(
+        texts, padding="max_length", max_length=MAX_TEXT_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
+    """Embeds pixels [N, 3, 32, 32] in -1..1 on the unit sphere: [N, D]."""
+    return nn.functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+
+
+def embed_texts(model: CLIPModel, token_ids: Tensor) -> Tensor:
+    """Embeds token ids [N, L] on the unit sphere: [N, D]."""
+    return nn.functional.normalize(model.get_text_features(input_ids=token_ids).pooler_output, dim=-1)
+
+
+def meaning(prompt: Prompt) -> Hashable:
+    """Names what a prompt asks for: "a A left of a B" and "a B right of a A" share it, and so do `twin_key`'s twins."""
+    if prompt.tag == "position":
+        target, placed = prompt.include
+        assert placed.position is not None, "the second clause of a position prompt is placed"
+        relation = placed.position[0]
+        first = (placed.class_name, relation, target.class_name)
+        second = (target.class_name, MIRRORED[relation], placed.class_name)
+        return prompt.tag, min(first, second)
+    return twin_key(prompt)
+
+
+def contents(prompt: Prompt) -> Hashable:
+    """Names the objects that a prompt asks for, whatever their colours and places."""
+    counts: Counter[str] = Counter()
+    for clause in prompt.include:
+        counts[clause.class_name] += clause.count
+    return frozenset(counts.items())
+
+
+def contrastive_loss(texts: Tensor, images: Tensor, excused: Tensor) -> Tensor:
+    """Symmetric InfoNCE (CLIP, arXiv:2103.00020): the mean of -log softmax over pictures, and over captions.
+
+    Row i of `texts` [N, D] belongs to row i of `images` [M, D]; pictures from N on belong to no caption here and count
+    only as negatives. `excused` [N, M] marks the pairs that are no negatives; pairs that belong together never count
+    as excused.
+    """
+    num_pairs = len(texts)
+    excused = excused & ~torch.eye(*excused.shape, dtype=torch.bool)
+    logits = (LOGIT_SCALE * texts @ images.T).masked_fill(excused, -math.inf)
+    target = torch.arange(num_pairs)
+    by_text = nn.functional.cross_entropy(logits, target)
+    by_image = nn.functional.cross_entropy(logits[:, :num_pairs].T, target)
+    return (by_text + by_image) / 2
+
+
+def degrade(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Shifts, blurs, fades and dirties pixels [N, 3, H, W], each picture to its own degree, as a draft may be.
+
+    All are shifted alike. `strength` in 0..1 scales everything but the shift.
+    """
+    count = len(pixels)
+
+    def drawn() -> Tensor:
+        return strength * torch.rand(count, 1, 1, 1, generator=generator)
+
+    padded = nn.functional.pad(pixels, (SHIFT,) * 4, mode="replicate")
+    shift = torch.randint(2 * SHIFT + 1, (2,), generator=generator).tolist()
+    moved = padded[:, :, shift[0] : shift[0] + pixels.shape[2], shift[1] : shift[1] + pixels.shape[3]]
+    soft = moved
+    for _ in range(2):
+        soft = nn.functional.avg_pool2d(nn.functional.pad(soft, (1,) * 4, mode="replicate"), 3, stride=1)
+    blurred = torch.lerp(moved, soft, drawn().square())
+    ground = blurred.flatten(2).median(dim=2).values[..., None, None]
+    faded = torch.lerp(blurred, ground, 0.5 * drawn().square()) + 0.1 * (drawn() - 0.5 * strength)
+    noise = torch.randn(pixels.shape, generator=generator)
+    return (faded + MAX_NOISE * drawn().square() * noise).clamp(-1.0, 1.0)
+
+
+class _Batches:
+    """Draws the rows of each step: pictures of one task, and strangers from all of them."""
+
+    def __init__(self, pictures: Pictures, recipe: ClipRecipe) -> None:
+        self._recipe = recipe
+        tags = np.array([TAGS.index(prompt.tag) for prompt in pictures.prompts])[pictures.prompt_index]
+        self._rows = {tag: np.flatnonzero(tags == index) for index, tag in enumerate(TAGS)}
+        self._index = pictures.prompt_index
+        used = np.zeros((len(pictures.prompts), len(CLASSES) + len(COLORS)), dtype=bool)
+        for row, prompt in enumerate(pictures.prompts):
+            for clause in prompt.include:
+                used[row, CLASSES.index(clause.class_name)] = True
+                if clause.color is not None:
+                    used[row, len(CLASSES) + COLORS.index(clause.color)] = True
+        self._used = used
+
+    def draw(self, step: int, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Gives the rows of a batch, of the whole task or of a corner of it as a coin falls, and of its strangers."""
+        simple = step < self._recipe.simple_fraction * self._recipe.num_steps
+        weights = np.array([self._recipe.task_weights[tag] if tag in SIMPLE or not simple else 0.0 for tag in TAGS])
+        rows = self._rows[TAGS[generator.choice(len(TAGS), p=weights / weights.sum())]]
+        if generator.random() < 0.5:
+            rows = self._corner(rows, generator)
+        size = self._recipe.batch_size
+        return generator.choice(rows, size=size), generator.integers(len(self._index), size=round(STRANGERS * size))
+
+    def _corner(self, rows: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+        kept = np.zeros(len(CLASSES) + len(COLORS), dtype=bool)
+        kept[generator.choice(len(CLASSES), size=CORNER, replace=False)] = True
+        kept[len(CLASSES) + generator.choice(len(COLORS), size=CORNER, replace=False)] = True
+        inside = np.asarray(~(self._used & ~kept).any(axis=1))
+        chosen = rows[inside[self._index[rows]]]
+        return chosen if len(chosen) else rows
+
+
+def train_clip(
+    model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, recipe: ClipRecipe, seed: int
+) -> Iterator[tuple[int, float]]:
+    """Trains in place; yields (steps done, loss) after every step, whose randomness is the seed's and its index's."""
+    token_ids = tokenize(tokenizer, pictures.prompts)
+    meanings, objects = (_numbered(key(prompt) for prompt in pictures.prompts) for key in (meaning, contents))
+    batches = _Batches(pictures, recipe)
+    optimizers = _optimizers(model, recipe)
+    for step in range(recipe.num_steps):
+        rows, strangers = batches.draw(step, np.random.default_rng((seed, step)))
+        asked, shown = pictures.prompt_index[rows], pictures.prompt_index[strangers]
+        same = meanings[asked][:, None] == meanings[asked]
+        alike = objects[asked][:, None] == objects[shown]
+        excused = torch.from_numpy(np.concatenate([same, alike], axis=1))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        clean = to_pixels(pictures.images[np.concatenate([rows, strangers])])
+        pixels = degrade(clean, step / recipe.num_steps, generator)
+        unique, inverse = np.unique(asked, return_inverse=True)
+        texts = embed_texts(model, token_ids[torch.from_numpy(unique)])[torch.from_numpy(inverse)]
+        loss = contrastive_loss(texts, embed_images(model, pixels), excused)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, rate in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * _learning_rate_factor(step, recipe.num_steps)
+            optimizer.step()
+            optimizer.zero_grad()
+        yield step + 1, loss.item()
+
+
+@torch.no_grad()
+def retrieval_accuracy(
+    model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, *, num_choices: int = 16, seed: int = 0
+) -> dict[Tag, float]:
+    """Gives, task by task, how often a picture is closest to its own caption among `num_choices` of its task.
+
+    The others are drawn without replacement from the captions that mean something else, or are all there are.
+    """
+    generator = np.random.default_rng(seed)
+    texts = embed_texts(model, tokenize(tokenizer, pictures.prompts))
+    batches = to_pixels(pictures.images).split(256)
+    cosines = (torch.cat([embed_images(model, batch) for batch in batches]) @ texts.T).numpy()
+    meanings = _numbered(meaning(prompt) for prompt in pictures.prompts)
+    tags = np.array([prompt.tag for prompt in pictures.prompts])
+    hits: dict[Tag, list[bool]] = {tag: [] for tag in TAGS}
+    for row, own in zip(cosines, pictures.prompt_index, strict=True):
+        others = np.flatnonzero((tags == tags[own]) & (meanings != meanings[own]))
+        drawn = generator.choice(others, size=min(num_choices - 1, len(others)), replace=False)
+        hits[pictures.prompts[own].tag].append(bool(row[own] > row[drawn].max()))
+    return {tag: float(np.mean(found)) for tag, found in hits.items() if found}
+
+
+def _optimizers(model: CLIPModel, recipe: ClipRecipe) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the matrices of the layers, AdamW for everything else, each with its peak learning rate."""
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    matrices = [value for name, value in trained.items() if ".layers." in name and value.ndim == 2]
+    chosen = {id(value) for value in matrices}
+    others = [value for value in trained.values() if id(value) not in chosen]
+    adamw = torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    muon = torch.optim.Muon(matrices, lr=recipe.muon_learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [(adamw, recipe.learning_rate), (muon, recipe.muon_learning_rate)]
+
+
+def _learning_rate_factor(step: int, num_steps: int) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    done = (step + 1) / num_steps
+    return min(done / WARMUP, 0.5 * (1.0 + math.cos(math.pi * max(0.0, done - WARMUP) / (1.0 - WARMUP))))
+
+
+def _numbered(keys: Iterator[Hashable]) -> NDArray[np.int64]:
+    """Replaces keys by numbers, equal ones by the same."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])

@@ -1,0 +1,25 @@
+"""Has an MLflow server tell somebody that an alias was set."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sfgrpo.tracking.mlflow_client import connect
+
+EVENT: Literal["model_version_alias.created"] = "model_version_alias.created"
+
+
+def register_webhook(uri: str, name: str, url: str, secret: str) -> str:
+    """Makes or mends the webhook of a name, so that there is one and it calls `url`; returns its id.
+
+    MLflow signs what it sends with `secret`, which it keeps encrypted.
+    """
+    client = connect(uri)
+    known = [webhook for webhook in client.list_webhooks(max_results=1000) if webhook.name == name]
+    if not known:
+        return str(client.create_webhook(name, url, [EVENT], secret=secret).webhook_id)
+    first, *others = known
+    for other in others:
+        client.delete_webhook(other.webhook_id)
+    client.update_webhook(first.webhook_id, url=url, events=[EVENT], secret=secret, status="ACTIVE")
+    return str(first.webhook_id)

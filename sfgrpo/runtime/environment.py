@@ -1,0 +1,71 @@
+"""Where a run happens, from environment variables: nothing here changes a result."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pydantic
+import pydantic_core
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from sfgrpo.config.loading import unknown_key
+from sfgrpo.errors import ConfigError
+
+PREFIX = "SFGRPO_"
+
+
+class Environment(BaseSettings):
+    """Settings of this machine; an empty variable counts as absent."""
+
+    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
+
+    tracking_uri: str = Field(default="sqlite:///mlflow.db", validation_alias="MLFLOW_TRACKING_URI")
+    """MLflow server or database; the default is a file in the working directory."""
+    run_id: str | None = Field(default=None, validation_alias="MLFLOW_RUN_ID")
+    """MLflow run to write to, given by whoever started this process; None starts or finds one."""
+    scratch_dir: Path = Field(default=Path(".scratch"), validation_alias="SFGRPO_SCRATCH")
+    """Folder of the resumable state of runs."""
+    device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)(:[0-9]+)?$", validation_alias="SFGRPO_DEVICE")
+    """torch device of the policy; `auto` takes a GPU when there is one."""
+    evaluation_device: str | None = Field(
+        default=None, pattern="^(cpu|cuda|mps)(:[0-9]+)?$", validation_alias="SFGRPO_EVALUATION_DEVICE"
+    )
+    """torch device on which a flow evaluates a training while that goes on; None lets the training do it itself."""
+    num_threads: PositiveInt | None = Field(default=None, validation_alias="SFGRPO_NUM_THREADS")
+    """CPU threads of torch; None leaves the choice to it."""
+    timeout_s: PositiveFloat = Field(default=600, validation_alias="SFGRPO_TIMEOUT_S")
+    """Seconds after which a process of a training gives up waiting for the others."""
+    grace_s: PositiveFloat = Field(default=20, validation_alias="SFGRPO_GRACE_S")
+    """Seconds that a training has to save its state and leave once it is told to stop; Prefect gives 30 in all."""
+    mirror: str | None = Field(default=None, pattern="^s3://[^/]+", validation_alias="SFGRPO_MIRROR")
+    """Bucket and prefix, s3://BUCKET/PREFIX, that keep a copy of the resumable state of trainings."""
+    s3_encryption: str | None = Field(
+        default=None, pattern="^(AES256|aws:kms(:[^:].*)?)$", validation_alias="SFGRPO_S3_ENCRYPTION"
+    )
+    """How S3 encrypts mirror and DVC remote: AES256, aws:kms or aws:kms:KEY; None leaves that to the bucket."""
+    dvc_remote: str | None = Field(default=None, pattern="^(s3://[^/]+|/)", validation_alias="SFGRPO_DVC_REMOTE")
+    """Bucket and prefix, s3://BUCKET/PREFIX, or folder, that scheduled runs push what DVC keeps to."""
+    flow_run_id: str | None = Field(default=None, validation_alias="SFGRPO_FLOW_RUN_ID")
+    """Prefect's id of the flow run that started this process."""
+    flow_run_url: str | None = Field(default=None, validation_alias="SFGRPO_FLOW_RUN_URL")
+    """Prefect's page of that flow run."""
+    branch: str | None = Field(default=None, validation_alias="SFGRPO_BRANCH")
+    """Git branch that keeps parameters and `dvc.lock` of that flow run."""
+
+
+def read_environment() -> Environment:
+    """Reads the settings; raises `ConfigError` for a bad value or a `SFGRPO_` variable that does not exist."""
+    variables = [str(field.validation_alias) for field in Environment.model_fields.values()]
+    ours = [name for name in variables if name.startswith(PREFIX)]
+    if unknown := sorted(name for name in os.environ if name.startswith(PREFIX) and name not in ours):
+        raise ConfigError("\n".join(f"environment: {name}: {unknown_key(name, ours)}" for name in unknown))
+    try:
+        return Environment()
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_worded(problem) for problem in error.errors())) from error
+
+
+def _worded(problem: pydantic_core.ErrorDetails) -> str:
+    return f"environment: {problem['loc'][0]}: {problem['input']!r}: {problem['msg']}; correct or unset the variable"

@@ -1,0 +1,108 @@
+"""Files that appear whole or not at all, and manifests that tell whether they are still what was written."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sfgrpo.runtime.locks import _locked
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Gives an empty directory to fill, which becomes `path` when the block ends and vanishes when it raises.
+
+    All content is on the disk before the name appears. A directory already at `path` is replaced: a crash exactly
+    between the two renames leaves none. What dead writers left beside `path` is removed first.
+    """
+    with _partial_beside(path, Path.mkdir) as partial:
+        yield partial
+        for file in (*partial.rglob("*"), partial):
+            _synchronise(file)
+        if path.exists():
+            remove_directory(path)
+        partial.rename(path)
+    _synchronise(path.parent)
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Writes a file, text as UTF-8, that is seen either as it was before or complete."""
+    with _partial_beside(path, Path.touch) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        _synchronise(partial)
+        partial.replace(path)
+    _synchronise(path.parent)
+
+
+@contextlib.contextmanager
+def temporary_directory(parent: Path, name: str) -> Iterator[Path]:
+    """Gives an empty directory below `parent` which vanishes with the block; those of dead processes vanish first."""
+    with _partial_beside(parent / name, Path.mkdir) as partial:
+        try:
+            yield partial
+        finally:
+            _remove(partial)
+
+
+def remove_directory(path: Path) -> None:
+    """Removes a directory, whose name is gone before its content: it is never seen half removed."""
+    partial = _partial_name(path)
+    path.rename(partial)
+    _remove(partial)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Removes what writers in `parent` left behind when they were killed; those at work are left alone.
+
+    Where the file system has no such locks, nothing is removed.
+    """
+    with _locked(parent, fcntl.LOCK_EX) as no_writer_is_starting:
+        for partial in parent.glob(f".*{PARTIAL_SUFFIX}") if no_writer_is_starting else ():
+            with contextlib.suppress(FileNotFoundError), _locked(partial, fcntl.LOCK_EX) as writer_is_dead:
+                if writer_is_dead:
+                    _remove(partial)
+
+
+def _partial_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+
+
+@contextlib.contextmanager
+def _partial_beside(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """Creates and locks a partial file or directory, which is removed when the block raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    partial = _partial_name(path)
+    with contextlib.ExitStack() as lock:
+        # Until it is locked it looks like a leftover, so nobody may clean up in between.
+        with _locked(path.parent, fcntl.LOCK_SH, wait=True):
+            create(partial)
+            lock.enter_context(_locked(partial, fcntl.LOCK_EX))
+        try:
+            yield partial
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+def _remove(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        partial.unlink(missing_ok=True)
+
+
+def _synchronise(path: Path) -> None:
+    """Waits until a file's content, or a directory's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,57 @@
+"""What a process owes its launcher when it is a rank: to die with it, and to leave a note of what went wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from sfgrpo.errors import ExitStatus, Preempted
+from sfgrpo.runtime.redaction import without_secrets
+
+LAUNCHER = "STAGE_LAUNCHER"
+"""Environment variable with the process id of the launcher, for its ranks."""
+PR_SET_PDEATHSIG = 1
+
+
+def is_rank() -> bool:
+    """Tells whether torch's elastic launcher, ours or torchrun, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_first_rank() -> bool:
+    """Tells whether this process is rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def die_with_launcher() -> None:
+    """Has Linux kill this rank when its launcher dies: it is in a session of its own, so nothing else would."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+        # It died before the call above.
+        os._exit(ExitStatus.RESUMABLE)
+
+
+@contextlib.contextmanager
+def noting_errors() -> Iterator[None]:
+    """Leaves the error that ends the block where the launcher looks for it, in torch's format."""
+    try:
+        yield
+    except Preempted:
+        raise
+    except Exception as error:
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            details = {"py_callstack": without_secrets(traceback.format_exc()), "timestamp": str(int(time.time()))}
+            message = {"message": without_secrets(f"{type(error).__name__}: {error}"), "extraInfo": details}
+            with contextlib.suppress(OSError):
+                Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
+        raise

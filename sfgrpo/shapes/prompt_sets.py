@@ -1,0 +1,70 @@
+"""Every prompt of the shapes world, in GenEval's grammar, and the fixed split into training and evaluation prompts."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from sfgrpo.geneval.grammar import color_attr, colors, counting, position, single_object, two_object
+from sfgrpo.geneval.prompt_sets import endless_draws, largest_remainder, twin_key
+from sfgrpo.shapes.world import CLASSES, COLORS
+from sfgrpo.types import RELATIONS, TAGS, Prompt, Tag
+
+COUNTS = (2, 3, 4)
+
+
+def all_prompts() -> dict[Tag, list[Prompt]]:
+    """Lists the whole prompt space of every task: 6, 30, 18, 48, 120 and 1680 prompts."""
+    pairs = list(itertools.permutations(CLASSES, 2))
+    color_pairs = list(itertools.permutations(COLORS, 2))
+    return {
+        "single_object": [single_object(name) for name in CLASSES],
+        "two_object": [two_object(*pair) for pair in pairs],
+        "counting": [counting(name, count) for name in CLASSES for count in COUNTS],
+        "colors": [colors(name, color) for name in CLASSES for color in COLORS],
+        "position": [position(*pair, relation) for pair in pairs for relation in RELATIONS],
+        "color_attr": [color_attr(*pair, *hues) for pair in pairs for hues in color_pairs],
+    }
+
+
+def split_prompts(num_evaluation: dict[Tag, int], seed: int) -> tuple[dict[Tag, list[Prompt]], dict[Tag, list[Prompt]]]:
+    """Splits the prompt space into (training, evaluation) prompts of every task.
+
+    Evaluation prompts are drawn without replacement; a training prompt is never an evaluation prompt nor the
+    order-swapped twin of one. `single_object` may be used up entirely: training never asks for it.
+
+    Raises:
+        ValueError: a task is asked for more evaluation prompts than it has.
+    """
+    generator = np.random.default_rng(seed)
+    training: dict[Tag, list[Prompt]] = {}
+    evaluation: dict[Tag, list[Prompt]] = {}
+    for tag, prompts in all_prompts().items():
+        if num_evaluation[tag] > len(prompts):
+            raise ValueError(
+                f"{num_evaluation[tag]} evaluation prompts asked of task {tag}, which has {len(prompts)}; lower it"
+            )
+        chosen = sorted(generator.choice(len(prompts), size=num_evaluation[tag], replace=False))
+        evaluation[tag] = [prompts[index] for index in chosen]
+        held_out = set(map(twin_key, evaluation[tag]))
+        training[tag] = [prompt for prompt in prompts if twin_key(prompt) not in held_out]
+    return training, evaluation
+
+
+def sample_training_prompts(
+    training: dict[Tag, list[Prompt]], weights: dict[Tag, float], num_prompts: int, seed: int | tuple[int, int]
+) -> list[Prompt]:
+    """Draws a training set of `num_prompts` prompts whose tasks are in the ratio of `weights`.
+
+    Each task's share is rounded by largest remainder; within a task prompts are drawn without replacement as long as
+    they last, then the task's pool is shuffled anew. The whole list is shuffled at the end.
+    """
+    generator = np.random.default_rng(seed)
+    shares = largest_remainder(weights, num_prompts)
+    drawn: list[Prompt] = []
+    for tag in TAGS:
+        if shares[tag] and not training[tag]:
+            raise ValueError(f"task {tag} has weight {weights[tag]} but no training prompts are left; set it to 0")
+        drawn += itertools.islice(endless_draws(lambda prompt: prompt, training[tag], (), generator), shares[tag])
+    return [drawn[index] for index in generator.permutation(len(drawn))]

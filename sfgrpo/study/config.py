@@ -1,0 +1,100 @@
+"""What a study compares: rows (one parameter file each), seeds, and the questions that pairs and groups answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import MinLen
+from pydantic import NonNegativeInt, PositiveInt
+
+from sfgrpo.config.loading import read_mapping, unknown_key, validated
+from sfgrpo.config.schema import Name, section
+from sfgrpo.config.stages import PromptsStage, TrainStage, load_config
+from sfgrpo.errors import ConfigError
+
+EXPERIMENTS = Path("experiments")
+PLANS = EXPERIMENTS / "study.yaml"
+ROWS = EXPERIMENTS / "shapes"
+
+
+@section
+class Pair:
+    """Two rows that differ in the credit switch alone."""
+
+    title: Name
+    """What both have in common."""
+    flow_grpo: Name
+    """Row of the baseline."""
+    stepwise: Name
+    """Row of the method."""
+    paper: tuple[Name, Name] | None = None
+    """The same two in the paper's table."""
+
+
+@section
+class Ablation:
+    """Rows that differ in one lever."""
+
+    title: Name
+    """The lever."""
+    question: Name
+    """What is asked of it, in one sentence."""
+    rows: Annotated[tuple[Name, ...], MinLen(2)]
+    """The rows, the default first."""
+
+
+@section
+class Plan:
+    """One form of the study."""
+
+    form: Name
+    """Name of the form."""
+    seeds: Annotated[tuple[NonNegativeInt, ...], MinLen(1)]
+    """Seeds of every row."""
+    num_updates: PositiveInt
+    """Updates of every run."""
+    evaluate_every_num_updates: PositiveInt
+    """Updates between two evaluations, and between two checkpoints."""
+    rows: Annotated[dict[Name, Name], MinLen(1)]
+    """Parameter files in `ROWS`, without their ending, with what people call them; in the order in which they run."""
+    pairs: tuple[Pair, ...]
+    """Comparisons of the two methods."""
+    ablations: tuple[Ablation, ...]
+    """Comparisons of levers."""
+
+    def __post_init__(self) -> None:
+        asked = [row for pair in self.pairs for row in (pair.flow_grpo, pair.stepwise)]
+        asked += [row for ablation in self.ablations for row in ablation.rows]
+        if stray := sorted(set(asked) ^ set(self.rows)):
+            raise ValueError(
+                f"rows: {', '.join(stray)} must be listed under rows and in a pair or an ablation, or nowhere"
+            )
+
+
+def load_plan(form: str, path: Path = PLANS) -> Plan:
+    """Reads one form of the study; raises `ConfigError` for a form that is not there or does not fit together."""
+    forms = read_mapping(path)
+    if form not in forms:
+        raise ConfigError(f"{path}: {form}: {unknown_key(form, list(forms))}")
+    return validated(Plan, {"form": form, **forms[form]}, f"{path}: {form}")
+
+
+def cell_stages(plan: Plan, row: str, seed: int) -> tuple[PromptsStage, TrainStage]:
+    """Reads a row's parameters and gives them a seed and the length of the form."""
+    if row not in plan.rows or seed not in plan.seeds:
+        raise ConfigError(
+            f"{PLANS}: {plan.form} has no row {row} with seed {seed}; rows are {', '.join(plan.rows)}, "
+            f"seeds {', '.join(map(str, plan.seeds))}"
+        )
+    path = ROWS / f"{row}.yaml"
+    prompts, train = load_config("prompts", path), load_config("train", path)
+    every = plan.evaluate_every_num_updates
+    return dataclasses.replace(prompts, seed=seed), dataclasses.replace(
+        train,
+        seed=seed,
+        update=dataclasses.replace(train.update, num_updates=plan.num_updates),
+        evaluation=dataclasses.replace(train.evaluation, every_num_updates=every),
+        checkpoint=dataclasses.replace(train.checkpoint, every_num_updates=every),
+    )

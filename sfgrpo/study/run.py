@@ -1,0 +1,150 @@
+"""One cell of a study: a row trained with a seed, from its prompts to the files that the report reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfgrpo.checkpoint.state import CHECKPOINTS, latest_checkpoint
+from sfgrpo.config.stages import TrainStage, to_flat_dict
+from sfgrpo.evaluation.evaluate import draw_images, protocol_of
+from sfgrpo.factory import check_pretrained, make_accelerator, make_policy, make_reward, use_threads
+from sfgrpo.policies.base import Policy
+from sfgrpo.prompts import make_prompts
+from sfgrpo.rewards import build_reward, checked_rewards
+from sfgrpo.runtime.environment import Environment
+from sfgrpo.runtime.files import atomic_directory
+from sfgrpo.runtime.manifest import sha256_of_file
+from sfgrpo.runtime.shutdown import StopNotice
+from sfgrpo.study.config import EXPERIMENTS, Plan, cell_stages
+from sfgrpo.tracking.base import ending
+from sfgrpo.tracking.mlflow_tracker import MlflowTracker
+from sfgrpo.tracking.sample_grid import pick_rows
+from sfgrpo.training.fingerprint import run_key
+from sfgrpo.training.run import make_trainer
+from sfgrpo.types import Prompt
+
+EXPERIMENT = "sfgrpo-study"
+STUDY = Path("study")
+SAMPLE_PROMPTS_PER_TASK = 2
+SAMPLES_PER_PROMPT = 4
+
+
+def run_cell(plan: Plan, row: str, seed: int, environment: Environment) -> None:
+    """Trains one cell and writes its results to `STUDY`; a killed one goes on from its last checkpoint."""
+    prompts_stage, config = cell_stages(plan, row, seed)
+    accelerator, reward = make_accelerator(config, environment), make_reward(config.reward)
+    check_pretrained(config.policy)
+    use_threads(environment)
+    prompts, asked = make_prompts(prompts_stage)
+    key = run_key(config, prompts, asked)
+    folder = environment.scratch_dir / f"study-{key[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tracker = MlflowTracker(
+        uri=environment.tracking_uri,
+        experiment=EXPERIMENT,
+        run_name=f"{row} seed {seed}",
+        key=f"study-{key}",
+        parent_run_id=study_run(plan, environment).run_id,
+    )
+    with StopNotice(environment.grace_s) as notice, ending(tracker):
+        if latest_checkpoint(folder / CHECKPOINTS) is None:
+            tracker.open()
+        tracker.log_params(to_flat_dict(config))
+        tracker.set_tags({"study.form": plan.form, "study.row": row, "study.seed": str(seed)})
+        policy = make_policy(config.policy, config.seed, environment)
+        before = _samples(policy, asked, config)
+        trainer = make_trainer(config, accelerator, policy, reward, prompts, asked, folder, tracker, notice)
+        with notice.deferred():
+            trainer.run()
+        with trainer.averaged():
+            after = _samples(policy, asked, config)
+        texts = np.array([asked[index].text for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK)])
+        evaluations = [{"update": each["update"], **each["metrics"]} for each in trainer.evaluations]
+        with atomic_directory(STUDY / plan.form / row / str(seed)) as partial:
+            _write_json(partial / "cell.json", _description(config, row, plan.rows[row], tracker.run_id))
+            _write_json(partial / "history.json", trainer.history)
+            _write_json(partial / "evaluations.json", evaluations)
+            np.savez_compressed(
+                partial / "samples.npz",
+                texts=texts,
+                before=before.images,
+                after=after.images,
+                correct_before=before.correct,
+                correct_after=after.correct,
+            )
+
+
+def study_run(plan: Plan, environment: Environment) -> MlflowTracker:
+    """Opens the MLflow run that is the parent of all cells of a study; cells that start together share it."""
+    files = sorted(path for path in EXPERIMENTS.rglob("*.yaml") if path.name != "dvc.yaml")
+    digest = hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()
+    tracker = MlflowTracker(
+        uri=environment.tracking_uri,
+        experiment=EXPERIMENT,
+        run_name=f"study {plan.form}",
+        key=f"study-{plan.form}-{digest}",
+    )
+    environment.scratch_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(environment.scratch_dir / "study.lock"):
+        # Cells look for the run before they make it, so it has to be there before the next one may look.
+        tracker.open()
+    tracker.set_tags({"study.form": plan.form})
+    return tracker
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Images [P * G, H, W, 3] of a few prompts, and GenEval's verdict on each, [P, G]."""
+
+    images: NDArray[np.uint8]
+    correct: NDArray[np.bool_]
+
+
+def _samples(policy: Policy, asked: Sequence[Prompt], config: TrainStage) -> Samples:
+    prompts = [asked[index] for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK) for _ in range(SAMPLES_PER_PROMPT)]
+    protocol = dataclasses.replace(protocol_of(config.evaluation), images_per_prompt=SAMPLES_PER_PROMPT)
+    images = draw_images(policy, policy.encode([prompt.text for prompt in prompts]), protocol)
+    verdicts = checked_rewards(build_reward("geneval_strict"), images, prompts).numpy()
+    return Samples(images=images, correct=verdicts.reshape(-1, SAMPLES_PER_PROMPT) == 1.0)
+
+
+def _description(config: TrainStage, row: str, label: str, run_id: str | None) -> dict[str, Any]:
+    return {
+        "row": row,
+        "seed": config.seed,
+        "method": "flow_grpo" if config.advantage.credit == "terminal" else "stepwise",
+        "label": label,
+        "guidance_scale": config.sampling.guidance_scale,
+        "reward": config.reward.name,
+        "sampler": config.sampling.sampler,
+        "credit": config.advantage.credit,
+        "num_substeps": config.estimates.num_substeps,
+        "num_steps": config.sampling.num_steps,
+        "num_updates": config.update.num_updates,
+        "images_per_update": config.rollout.num_images,
+        "mlflow_run_id": run_id,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
+        "params": to_flat_dict(config),
+    }
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,51 @@
+"""Says which code and which data something was made from."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from sfgrpo.runtime.environment import Environment
+from sfgrpo.runtime.manifest import sha256_of_file
+
+BRANCH_TAG = "run_branch"
+COMMIT_TAG = "run_commit"
+
+
+def provenance_tags(root: Path, prompts: Path) -> dict[str, str]:
+    """Names what a run was made from: commit, whether tracked files differ from it, prompt file, `dvc.lock`.
+
+    `dvc.lock` does not count as a difference, since the pipeline itself rewrites it; it has a digest of its own.
+    """
+    commit = _git(root, "rev-parse", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
+    tags = {
+        "git_commit": commit or "unknown",
+        "git_dirty": "unknown" if changes is None else str(bool(changes)).lower(),
+        "prompts_sha256": sha256_of_file(prompts),
+    }
+    lock = root / "dvc.lock"
+    return tags | {"dvc_lock_sha256": sha256_of_file(lock)} if lock.exists() else tags
+
+
+def flow_tags(environment: Environment, root: Path) -> dict[str, str]:
+    """Names the Prefect flow run on whose behalf this process works, and the branch that keeps what it leaves in git.
+
+    Each only where there is one.
+    """
+    commit = None if environment.branch is None else _git(root, "rev-parse", "--verify", "--quiet", environment.branch)
+    named = {
+        "prefect.flow_run_id": environment.flow_run_id,
+        "prefect.flow_run_url": environment.flow_run_url,
+        BRANCH_TAG: environment.branch,
+        COMMIT_TAG: commit,
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()

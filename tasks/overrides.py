@@ -1,0 +1,67 @@
+"""Parameters that a person or a schedule gives a run: set by dotted name, and checked as the stages will check them."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from sfgrpo.config.batching import BatchArithmetic
+from sfgrpo.config.stages import STAGES, load_config, to_flat_dict
+from sfgrpo.errors import ConfigError
+from sfgrpo.paths import PARAMS
+
+_ABSENT = object()
+
+
+def changed_parameters(text: str, changes: Mapping[str, Any]) -> str:
+    """Sets values in the text of a parameter file, by dotted name such as `update.num_updates`; comments stay.
+
+    A value that is there already, if only by default, changes nothing.
+
+    Raises:
+        ConfigError: a name leads through a value that is no section, or the file would be refused by a stage.
+    """
+    present = _checked(text)
+    news = {name: value for name, value in changes.items() if present.get(name, _ABSENT) != value}
+    if not news:
+        return text
+    yaml = YAML()
+    yaml.width = 4096
+    parameters = yaml.load(text)
+    for name, value in news.items():
+        _set(parameters, name, value)
+    stream = io.StringIO()
+    yaml.dump(parameters, stream)
+    _checked(stream.getvalue())
+    return stream.getvalue()
+
+
+def _set(parameters: Any, name: str, value: Any) -> None:
+    *sections, last = name.split(".")
+    place = parameters
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise ConfigError(
+                f"{PARAMS}: {name}: {section} is a value and no section; `python -m sfgrpo show` lists all"
+            )
+    place[last] = value
+
+
+def _checked(text: str) -> dict[str, Any]:
+    """Reads the parameters of every stage, and divides the work among the processes; returns them by dotted name."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, PARAMS)
+        path.write_text(text, encoding="utf-8")
+        try:
+            flat = {name: value for stage in STAGES for name, value in to_flat_dict(load_config(stage, path)).items()}
+            launch = load_config("launch", path).launch
+            BatchArithmetic(config=load_config("train", path), num_processes=launch.world_size)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(path), PARAMS)) from error
+    return flat

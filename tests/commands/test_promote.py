@@ -1,0 +1,649 @@
+"""Promotion, rollback, recheck and sampling by command, on real versions in a real registry."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from sfgrpo.cli import main
+from sfgrpo.commands import promote as command
+from sfgrpo.evaluation.evaluate import Evaluation
+from sfgrpo.geneval.table import summarise
+from sfgrpo.promotion import aliases, compare
+from sfgrpo.promotion.aliases import CHAMPION, PREVIOUS
+from sfgrpo.promotion.compare import Rules
+from sfgrpo.promotion.decision import RECORD_TAG
+from sfgrpo.promotion.history import Entry, append, experiment_of, read_ledger
+from sfgrpo.registry.register import MANIFEST_TAG, PNG_SIGNATURE, ServingDefaults, draw, register_version
+from sfgrpo.registry.versions import number_of_alias
+from sfgrpo.tracking.mlflow_client import connect
+from sfgrpo.types import TAGS
+from tests.support.stores import free_port, wait_for_answer
+from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline
+from tests.support.tiny_run import TINY, write_params
+from tests.test_readme import documented
+
+# Not ours to mend: SQLAlchemy's, MLflow's and diffusers' own deprecations and advice.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*Any type hint is inferred:UserWarning"
+)
+
+PER_TASK = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shop:
+    """A project with a registry, which the module's tests share; each has a model of its own."""
+
+    folder: Path
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    @property
+    def client(self) -> MlflowClient:
+        return connect(self.uri)
+
+    def register(self, model: str, adapter: int = 0) -> int:
+        version = register_version(
+            uri=self.uri,
+            experiment="tests",
+            model_name=model,
+            alias="challenger",
+            adapter=self.folder / f"{adapter}/adapter",
+            serving=ServingDefaults(
+                pretrained=str(self.folder / "pipeline"),
+                revision=None,
+                dtype="float32",
+                resolution=32,
+                max_sequence_length=0,
+                num_inference_steps=2,
+                guidance_scale=1.0,
+            ),
+            metrics={"geneval/overall": 0.5},
+            provenance={"git_commit": "c0ffee"},
+            run_id=None,
+        )
+        return version.version
+
+    def aliases(self, model: str) -> tuple[int | None, int | None]:
+        return number_of_alias(self.client, model, CHAMPION), number_of_alias(self.client, model, PREVIOUS)
+
+    def tags(self, model: str, number: int) -> dict[str, str]:
+        return dict(self.client.get_model_version(model, str(number)).tags)
+
+    def files(self, model: str, number: int) -> Path:
+        """Gives the folder in the artifact store that holds a version."""
+        source = self.client.get_model_version(model, str(number)).source
+        return self.folder / "mlartifacts" / "models" / source.removeprefix("models:/") / "artifacts"
+
+    def decision(self) -> dict[str, Any]:
+        return json.loads((self.folder / "reports/promotion/decision.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    folder = tmp_path_factory.mktemp("promoting")
+    pipeline = build_tiny_pipeline(folder / "pipeline", blobs=True)
+    for seed in (0, 1, 2):
+        build_tiny_adapter(pipeline, folder / f"{seed}/adapter", seed)
+    shop = Shop(folder=folder)
+    write_params(
+        folder,
+        {
+            **TINY,
+            "reward.name": "geneval",
+            "prompts.num_evaluation": dict.fromkeys(TAGS, PER_TASK),
+            "promotion.num_resamples": 200,
+        },
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["prompts"]) == 0
+    return shop
+
+
+@pytest.fixture
+def shop(project: Shop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    monkeypatch.chdir(project.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", project.uri)
+    monkeypatch.setenv("SFGRPO_DEVICE", "cpu")
+    yield project
+    shutil.rmtree(project.folder / "reports", ignore_errors=True)
+    assert not list((project.folder / ".scratch").glob("*")), "nothing is left behind"
+
+
+def evaluation(
+    rules: Rules, *, correct: bool, likeness: float = 0.5, varied: bool = True, failing: str | None = None
+) -> Evaluation:
+    """Makes up what judges may say of a model."""
+    tags, num_images = [prompt.tag for prompt in rules.prompts], rules.protocol.images_per_prompt
+    shape = (len(tags), num_images)
+    verdicts = np.full(shape, correct)
+    verdicts[[tag == failing for tag in tags]] = not correct
+    thumbnails = np.zeros((*shape, 4, 4, 3), dtype=np.uint8)
+    if varied:
+        thumbnails += np.arange(num_images, dtype=np.uint8).reshape(-1, 1, 1, 1) * 100
+    return Evaluation(
+        images=np.zeros((len(rules.shown) * num_images, 4, 4, 3), dtype=np.uint8),
+        thumbnails_PGHWC=thumbnails,
+        correct=verdicts,
+        table=summarise(tags, verdicts),
+        rewards_PG={"geneval": verdicts.astype(np.float32), "likeness": np.full(shape, likeness, np.float32)},
+    )
+
+
+@pytest.fixture
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What judges say of the models that draw, opponent first; instead of drawing."""
+    coming: list[dict[str, Any]] = []
+    monkeypatch.setattr(compare, "evaluate", lambda policy, rules: evaluation(rules, **coming.pop(0)))
+    monkeypatch.setattr(command, "evaluate", lambda policy, rules: evaluation(rules, **coming.pop(0)))
+    return coming
+
+
+WORSE, BETTER = {"correct": False}, {"correct": True}
+
+
+def promote(verdicts: list[dict[str, Any]], model: str, *options: str, opponent=WORSE, candidate=BETTER) -> int:
+    verdicts[:] = [opponent, candidate]
+    return main(["promote", "--model", model, *options])
+
+
+def test_candidate_draws_against_its_base_model_and_the_decision_is_kept_everywhere(shop, capsys):
+    number = shop.register("drawn")
+    assert main(["promote", "--model", "drawn"]) == 0
+    decision, tags = shop.decision(), shop.tags("drawn", number)
+    run = shop.client.get_run(decision["run_id"])
+    assert (decision["opponent"], decision["opponent_version"], decision["version"]) == ("base model", None, number)
+    assert decision["promoted"] == (tags["promotion/decision"] == "promoted") == (not decision["failed"])
+    assert {key: float(tags[key]) for key in decision["metrics"] if key.startswith("promotion/")} == {
+        key: value for key, value in decision["metrics"].items() if key.startswith("promotion/")
+    }
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == pytest.approx(decision["metrics"])
+    assert run.data.params["promotion.seed"] == "4321"
+    assert tags["promotion/run_id"] == run.info.run_id
+    names = {file.path for file in shop.client.list_artifacts(run.info.run_id)}
+    assert names >= {"decision.json", "report.md", "evaluation_prompts.jsonl", "images"}
+    report = (shop.folder / "reports/promotion/report.md").read_text()
+    assert "on other noise: here seed 4321, there 1234" in report
+    with Image.open(shop.folder / "reports/promotion/samples.png") as grid:
+        assert grid.size[0] > 300
+    assert capsys.readouterr().out.startswith(decision["sentence"])
+
+
+def test_better_candidate_becomes_champion_and_the_former_one_previous(shop, verdicts, capsys):
+    first, second = shop.register("better"), shop.register("better", 1)
+    assert promote(verdicts, "better", "--version", "1") == 0
+    assert shop.aliases("better") == (first, None)
+    assert "It is the first champion" in shop.decision()["sentence"]
+    assert promote(verdicts, "better") == 0
+    assert shop.aliases("better") == (second, first)
+    assert shop.decision()["opponent_version"] == first
+    assert shop.tags("better", second)["promotion/smoke_test"] == "passed"
+    assert capsys.readouterr().out.endswith(f"version {second} of better is champion\n")
+
+
+@pytest.mark.parametrize(
+    ("gate", "opponent", "candidate"),
+    [
+        ("overall", BETTER, BETTER),
+        ("tasks", {**WORSE, "failing": "colors"}, {**BETTER, "failing": "colors"}),
+        ("held_out", {**WORSE, "likeness": 0.6}, BETTER),
+        ("diversity", WORSE, {**BETTER, "varied": False}),
+    ],
+)
+def test_candidate_that_fails_a_gate_moves_nothing(shop, verdicts, gate, opponent, candidate):
+    model = f"refused_{gate}"
+    shop.register(model)
+    assert promote(verdicts, model, opponent=opponent, candidate=candidate) == 0
+    decision = shop.decision()
+    assert (decision["promoted"], decision["failed"]) == (False, [gate])
+    assert shop.tags(model, 1)["promotion/failed"] == gate
+    assert shop.aliases(model) == (None, None)
+
+
+def test_champion_is_not_compared_with_itself(shop, verdicts, capsys):
+    shop.register("itself")
+    promote(verdicts, "itself")
+    assert main(["promote", "--model", "itself"]) == 0
+    assert (shop.decision()["promoted"], shop.decision()["run_id"]) == (False, None)
+    assert "Version 1 of itself is champion already." in capsys.readouterr().out
+
+
+def test_decision_moves_nothing_until_it_is_applied(shop, verdicts, capsys):
+    shop.register("approved")
+    assert promote(verdicts, "approved", "--judge-only") == 0
+    run_id = shop.decision()["run_id"]
+    assert shop.aliases("approved") == (None, None)
+    assert f"promote --apply {run_id}` makes it champion" in capsys.readouterr().out
+    assert main(["promote", "--apply", run_id]) == 0
+    assert shop.aliases("approved") == (1, None)
+    assert main(["promote", "--apply", run_id]) == 0
+    assert len(read_ledger(shop.client, shop.uri, "approved").entries) == 1
+    assert "is champion already, by this decision" in capsys.readouterr().out
+
+
+def test_decision_against_another_champion_is_not_applied(shop, verdicts, capsys):
+    shop.register("outdated")
+    shop.register("outdated", 1)
+    promote(verdicts, "outdated", "--judge-only")
+    late = shop.decision()["run_id"]
+    promote(verdicts, "outdated", "--version", "1")
+    assert main(["promote", "--apply", late]) == 1
+    assert "against a champion of outdated that has changed since; judge again by" in capsys.readouterr().err
+    assert shop.aliases("outdated") == (1, None)
+
+
+def test_refusal_is_not_applied(shop, verdicts, capsys):
+    shop.register("unwanted")
+    promote(verdicts, "unwanted", candidate=WORSE)
+    assert main(["promote", "--apply", shop.decision()["run_id"]]) == 1
+    assert "decided not to promote version 1" in capsys.readouterr().err
+
+
+def test_run_without_a_decision_is_not_applied(shop, capsys):
+    assert main(["promote", "--apply", "f" * 32]) == 1
+    assert f"MLflow run {'f' * 32} holds no decision.json of a promotion" in capsys.readouterr().err
+
+
+def test_decision_is_about_one_version(capsys):
+    assert main(["promote", "--apply", "r", "--version", "2"]) == 2
+    assert "--apply RUN is about the version that was judged; leave --model and --version" in capsys.readouterr().err
+
+
+def test_every_figure_of_a_promotion_has_a_line_on_the_page_of_metrics(shop, verdicts):
+    shop.register("documented")
+    promote(verdicts, "documented", candidate=WORSE)
+    keys = documented()
+    lines = {key: key.removesuffix("_lower").removesuffix("_upper") for key in shop.decision()["metrics"]}
+    placed = {key: re.sub(r"/gate/\w+$", "/gate/<gate>", line) for key, line in lines.items()}
+    placed = {key: re.sub(rf"promotion/({'|'.join(TAGS)})$", "promotion/<task>", line) for key, line in placed.items()}
+    placed = {key: re.sub(r"time/promotion_\w+_s", "time/promotion_<part>_s", line) for key, line in placed.items()}
+    assert {key: line for key, line in placed.items() if line not in keys} == {}
+
+
+def test_promotion_that_another_overtakes_says_so(shop, verdicts, monkeypatch, capsys):
+    shop.register("overtaken")
+    shop.register("overtaken", 1)
+
+    def overtaken(*arguments: Any) -> Any:
+        ledger = read_ledger(shop.client, shop.uri, "overtaken")
+        append(shop.client, ledger, Entry(action="promotion", version=1, over=None, run_id=None))
+        return judge(*arguments)
+
+    judge = command.judge
+    monkeypatch.setattr(command, "judge", overtaken)
+    assert promote(verdicts, "overtaken") == 1
+    assert "another promotion or rollback of overtaken was decided meanwhile; run it again" in capsys.readouterr().err
+    assert [entry.version for entry in read_ledger(shop.client, shop.uri, "overtaken").entries] == [1]
+
+
+def test_new_champion_that_cannot_draw_is_taken_back(shop, verdicts, monkeypatch, capsys):
+    shop.register("broken")
+    shop.register("broken", 1)
+    promote(verdicts, "broken", "--version", "1")
+    smoke_test = aliases.smoke_test
+
+    def after_a_disaster(*arguments: str) -> None:
+        shutil.rmtree(shop.files("broken", 2) / "artifacts")
+        smoke_test(*arguments)
+
+    monkeypatch.setattr(aliases, "smoke_test", after_a_disaster)
+    assert promote(verdicts, "broken") == 1
+    assert "models:/broken@champion is registered but cannot draw" in (error := capsys.readouterr().err)
+    assert error.rstrip().endswith("version 1 is champion again")
+    assert shop.aliases("broken") == (1, None)
+    assert shop.tags("broken", 2)["promotion/smoke_test"] == "failed"
+
+
+def test_first_champion_that_cannot_draw_leaves_none(shop, verdicts, monkeypatch, capsys):
+    shop.register("stillborn")
+    smoke_test = aliases.smoke_test
+
+    def after_a_disaster(*arguments: str) -> None:
+        shutil.rmtree(shop.files("stillborn", 1) / "artifacts")
+        smoke_test(*arguments)
+
+    monkeypatch.setattr(aliases, "smoke_test", after_a_disaster)
+    assert promote(verdicts, "stillborn") == 1
+    assert "there is no champion again" in capsys.readouterr().err
+    assert shop.aliases("stillborn") == (None, None)
+
+
+def test_promoter_that_died_before_the_aliases_moved_is_finished_by_the_next_call(shop, verdicts, monkeypatch):
+    shop.register("crashed")
+    with monkeypatch.context() as patch:
+        patch.setattr(aliases, "settle", lambda *arguments: (_ for _ in ()).throw(SystemExit(137)))
+        with pytest.raises(SystemExit):
+            promote(verdicts, "crashed")
+    assert shop.aliases("crashed") == (None, None)
+    assert main(["promote", "--apply", shop.decision()["run_id"]]) == 0
+    assert shop.aliases("crashed") == (1, None)
+    assert shop.tags("crashed", 1)["promotion/smoke_test"] == "passed"
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+
+
+def replace_with_its_manifest(files: Path) -> None:
+    weights = files / "artifacts/adapter/pytorch_lora_weights.safetensors"
+    manifest = json.loads((files / "manifest.json").read_text())
+    damage(weights)
+    from sfgrpo.runtime.manifest import sha256_of_file
+
+    manifest["files"]["artifacts/adapter/pytorch_lora_weights.safetensors"]["sha256"] = sha256_of_file(weights)
+    (files / "manifest.json").write_text(json.dumps(manifest))
+
+
+TAMPERING = {
+    "adapter": (
+        lambda files: damage(files / "artifacts/adapter/pytorch_lora_weights.safetensors"),
+        r"artifacts/adapter/pytorch_lora_weights.safetensors: expected sha256 \w+ of \d+ bytes, found sha256",
+    ),
+    "base pipeline": (
+        lambda files: damage(files / "artifacts/pipeline/transformer/diffusion_pytorch_model.safetensors"),
+        "artifacts/pipeline/transformer/diffusion_pytorch_model.safetensors: expected",
+    ),
+    "serving code": (
+        lambda files: (files / "serving.py").write_text("import os\n"),
+        "serving.py: expected sha256",
+    ),
+    "missing file": (
+        lambda files: (files / "artifacts/pipeline/model_index.json").unlink(),
+        "model_index.json: expected sha256 .*, found no file",
+    ),
+    "file too many": (
+        lambda files: (files / "artifacts/adapter/more.json").write_text("{}"),
+        "artifacts/adapter/more.json: expected no file",
+    ),
+    "manifest": (replace_with_its_manifest, "manifest.json: expected sha256"),
+    "no manifest": (lambda files: (files / "manifest.json").unlink(), "manifest.json: expected .*, found no file"),
+    "pickle": (
+        lambda files: (files / "artifacts/adapter/pytorch_lora_weights.bin").write_bytes(b"\x80\x04N."),
+        "holds artifacts/adapter/pytorch_lora_weights.bin; a version may hold safetensors, text, JSON and PNG files",
+    ),
+    "no files": (lambda files: shutil.rmtree(files), "manifest.json: expected .*, found no file"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERING)
+def test_version_that_is_not_what_was_registered_is_refused(shop, capsys, case):
+    model = f"tampered_{case.replace(' ', '_')}"
+    shop.register(model)
+    tamper, complaint = TAMPERING[case]
+    tamper(shop.files(model, 1))
+    assert main(["promote", "--model", model]) == 1
+    assert re.search(complaint, capsys.readouterr().err)
+    assert shop.aliases(model) == (None, None)
+    experiment = shop.client.get_experiment_by_name(experiment_of(model))
+    assert [run.info.status for run in shop.client.search_runs([experiment.experiment_id])] == ["FAILED"]
+
+
+def test_version_without_the_digest_of_its_manifest_is_refused(shop, capsys):
+    shop.register("old")
+    shop.client.delete_model_version_tag("old", "1", MANIFEST_TAG)
+    assert main(["promote", "--model", "old"]) == 1
+    assert "models:/old/1 was registered without a manifest" in capsys.readouterr().err
+
+
+def test_rollback_makes_the_former_champion_champion_again(shop, verdicts, capsys):
+    for adapter in (0, 1):
+        shop.register("back", adapter)
+        promote(verdicts, "back")
+    assert main(["rollback", "--model", "back"]) == 0
+    assert shop.aliases("back") == (1, None)
+    assert capsys.readouterr().out.endswith("version 2 of back is rolled back; version 1 is champion again\n")
+    assert main(["rollback", "--model", "back"]) == 1
+    assert "version 1 of back is its first champion; there is none before it" in capsys.readouterr().err
+
+
+def test_rollback_passes_over_versions_that_were_deleted(shop, verdicts):
+    for adapter in (0, 1, 2):
+        shop.register("gaps", adapter)
+        promote(verdicts, "gaps")
+    shop.client.delete_model_version("gaps", "2")
+    assert main(["rollback", "--model", "gaps"]) == 0
+    assert shop.aliases("gaps") == (1, None)
+
+
+def test_rollback_without_a_champion_says_so(shop, capsys):
+    shop.register("none")
+    assert main(["rollback", "--model", "none"]) == 1
+    assert "none has no champion by promotion, so there is nothing to roll back" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["rollback"], ["recheck"]])
+def test_unknown_model_is_told_with_the_known_ones(shop, capsys, command):
+    shop.register("known")
+    assert main([*command, "--model", "unknown"]) == 1
+    assert re.search("no model 'unknown' is registered; registered models are .*known", capsys.readouterr().err)
+
+
+def recheck(shop: Shop, model: str) -> dict[str, Any]:
+    assert main(["recheck", "--model", model]) == 0
+    return json.loads((shop.folder / "reports/recheck.json").read_text())
+
+
+def test_champion_that_draws_as_before_has_not_drifted(shop, monkeypatch):
+    shop.register("steady")
+    decide = compare.decide
+    monkeypatch.setattr(compare, "decide", lambda *pair, **settings: decide(*pair, **{**settings, "min_gain": -1.0}))
+    monkeypatch.setattr(command, "_crown", lambda *arguments: None)
+    main(["promote", "--model", "steady"])
+    monkeypatch.undo()
+    monkeypatch.chdir(shop.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shop.uri)
+    ledger = read_ledger(shop.client, shop.uri, "steady")
+    append(shop.client, ledger, Entry(action="promotion", version=1, over=None, run_id=None))
+    found = recheck(shop, "steady")
+    recorded = json.loads(shop.tags("steady", 1)[RECORD_TAG])
+    assert (found["drifted"], found["reasons"]) == (False, [])
+    assert found["metrics"] == recorded["metrics"]
+    assert found["table"].startswith("| Figure | Recorded | Today |")
+
+
+def test_champion_that_draws_otherwise_has_drifted(shop, verdicts, capsys):
+    shop.register("drifting")
+    promote(verdicts, "drifting")
+    verdicts[:] = [{**BETTER, "failing": "colors", "likeness": 0.4}]
+    found = recheck(shop, "drifting")
+    assert found["drifted"]
+    assert [reason.split(" was ")[0] for reason in found["reasons"]] == [
+        "Overall",
+        "Colors",
+        "Reward geneval",
+        "Reward likeness",
+    ]
+    assert "version 1 of drifting has drifted: Overall was 1.000 and is 0.833" in capsys.readouterr().out
+    experiment = shop.client.get_experiment_by_name(experiment_of("drifting"))
+    runs = shop.client.search_runs([experiment.experiment_id], "metrics.`recheck/drifted` = 1")
+    assert [run.data.params["version"] for run in runs] == ["1"]
+
+
+def test_recheck_is_on_the_prompts_of_the_promotion_whatever_the_folder_holds(shop, verdicts, monkeypatch):
+    shop.register("prompts")
+    promote(verdicts, "prompts")
+    seen = []
+    monkeypatch.setattr(
+        command, "evaluate", lambda policy, rules: seen.append(rules.prompts) or evaluation(rules, **BETTER)
+    )
+    kept = shop.folder / "data/prompts/evaluation.jsonl"
+    text = kept.read_text()
+    kept.unlink()
+    try:
+        assert not recheck(shop, "prompts")["drifted"]
+    finally:
+        kept.write_text(text)
+    assert len(seen[0]) == PER_TASK * len(TAGS)
+
+
+def test_prompts_that_are_not_the_recorded_ones_are_told(shop, verdicts, capsys):
+    shop.register("swapped")
+    promote(verdicts, "swapped")
+    run = shop.client.get_run(shop.decision()["run_id"])
+    path = Path(run.info.artifact_uri.removeprefix("file://"), "evaluation_prompts.jsonl")
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    assert main(["recheck", "--model", "swapped"]) == 1
+    assert "evaluation_prompts.jsonl is damaged: expected sha256" in capsys.readouterr().err
+
+
+def test_model_without_a_champion_has_not_drifted(shop, capsys):
+    shop.register("kingless")
+    assert recheck(shop, "kingless") == {
+        "drifted": False,
+        "reasons": ["kingless has no champion, so there is nothing to check"],
+        "table": "",
+        "metrics": {},
+    }
+
+
+def test_champion_that_nobody_judged_cannot_be_checked(shop, capsys):
+    shop.register("crowned")
+    shop.client.set_registered_model_alias("crowned", CHAMPION, "1")
+    assert main(["recheck", "--model", "crowned"]) == 1
+    assert "models:/crowned/1 was never judged by `python -m sfgrpo promote`" in capsys.readouterr().err
+
+
+def test_missing_prompts_are_told(shop, tmp_path, monkeypatch, capsys):
+    shop.register("promptless")
+    shutil.copy(shop.folder / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["promote", "--model", "promptless"]) == 1
+    assert "data/prompts/evaluation.jsonl does not exist; write it by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"promotion.seed": 1234}, "promotion.seed: 1234 is evaluation.seed, .* use another, 1235, say"),
+        ({"promotion.held_out.name": "geneval"}, "promotion.held_out: geneval is the reward that is trained on"),
+        ({"promotion.held_out.name": "beauty"}, "promotion.held_out: reward 'beauty' is unknown; allowed are"),
+        ({"evaluation.images_per_prompt": 1}, "evaluation.images_per_prompt: 1 image of a prompt shows no diversity"),
+        ({"promotion.num_resamples": 119}, "promotion.num_resamples: 119 leave no resample .* use 120 or more"),
+        ({"promotion.error_rate": 0.5}, "promotion.error_rate: 0.5 is not less than 0.5"),
+        ({"promotion.min_again": 0.1}, "promotion.min_again: unknown key; .*did you mean min_gain"),
+    ],
+)
+def test_wrong_parameters_are_told(shop, tmp_path, monkeypatch, capsys, changes, complaint):
+    shop.register("wrong")
+    write_params(tmp_path, {**TINY, "reward.name": "geneval", **changes})
+    shutil.copytree(shop.folder / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert main(["promote", "--model", "wrong"]) == 2
+    assert re.search(complaint, capsys.readouterr().err)
+
+
+def test_sample_is_a_picture_by_the_version_that_the_alias_means(shop, capsys):
+    shop.register("painter")
+    command = [
+        "sample",
+        "--model",
+        "models:/painter@challenger",
+        "a photo of a ring",
+        "--seed",
+        "3",
+        "--out",
+        "a/b.png",
+    ]
+    assert main(command) == 0
+    assert capsys.readouterr().out == "a/b.png by version 1 of painter\n"
+    content = (shop.folder / "a/b.png").read_bytes()
+    assert content.startswith(PNG_SIGNATURE)
+    assert content == draw(shop.uri, "models:/painter/1", ["a photo of a ring"], seed=3)[0]
+    assert main([*command, "--steps", "1", "--guidance", "3"]) == 0
+    assert (shop.folder / "a/b.png").read_bytes() != content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "complaint"),
+    [
+        (
+            ["--model", "models:/sketcher@champion", "a ring"],
+            1,
+            r"models:/sketcher@champion does not exist; sketcher has the aliases @challenger \(version 1\) and the "
+            "versions 1",
+        ),
+        (["--model", "models:/sketcher/7", "a ring"], 1, "models:/sketcher/7 does not exist; sketcher has"),
+        (["--model", "models:/scribbler@x", "a ring"], 1, "models:/scribbler@x does not exist; registered models are"),
+        (["--model", "sketcher", "a ring"], 2, "'sketcher' is no model; give models:/NAME@ALIAS or models:/NAME/NUM"),
+        (["--model", "models:/sketcher/1", " "], 2, "the prompt is empty"),
+        (["--model", "models:/sketcher/1", "a ring", "--out", "a.jpg"], 2, "--out a.jpg is no PNG file"),
+    ],
+)
+def test_sample_that_cannot_be_drawn_is_told(shop, capsys, arguments, status, complaint):
+    if not shop.client.search_registered_models("name = 'sketcher'"):
+        shop.register("sketcher")
+    assert main(["sample", *arguments]) == status
+    assert re.search(complaint, capsys.readouterr().err)
+    assert not (shop.folder / "sample.png").exists()
+
+
+def test_version_draws_the_same_in_plain_diffusers(shop):
+    import mlflow
+    import torch
+    from diffusers import DiffusionPipeline
+
+    shop.register("plain", 1)
+    mlflow.artifacts.download_artifacts("models:/plain/1", dst_path="downloaded", tracking_uri=shop.uri)
+    pipeline = DiffusionPipeline.from_pretrained("downloaded/artifacts/pipeline", text_encoder_3=None, tokenizer_3=None)
+    pipeline.load_lora_weights("downloaded/artifacts/adapter")
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32, "max_sequence_length": 0}
+    image = pipeline("a photo of a ring", generator=torch.Generator().manual_seed(5), **options).images[0]
+    (served,) = draw(shop.uri, "models:/plain/1", ["a photo of a ring"], seed=5)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(served))))
+
+
+@pytest.mark.slow
+def test_served_version_answers_with_png_bytes(shop):
+    shop.register("served")
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/served@challenger", "-p", str(port)]
+    with (shop.folder / "serve.log").open("wb") as log:
+        server = subprocess.Popen(
+            [*command, "--env-manager", "local"],
+            # It starts uvicorn by name.
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_for_answer(f"http://127.0.0.1:{port}/ping", server)
+        question = {"inputs": ["a photo of a ring"], "params": {"seed": 4}}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", json.dumps(question).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            (row,) = json.load(answer)["predictions"]
+        assert base64.b64decode(row["png"]) == draw(shop.uri, "models:/served/1", ["a photo of a ring"], seed=4)[0]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def test_shape_of_the_adapter_is_the_versions_and_not_that_of_the_parameters(shop, tmp_path):
+    shop.register("shape")
+    write_params(tmp_path, {**TINY, "reward.name": "geneval", "policy.lora_rank": 7})
+    assert main(["promote", "--model", "shape", "--judge-only", "--params", str(tmp_path / "params.yaml")]) == 0
+    assert shop.decision()["version"] == 1

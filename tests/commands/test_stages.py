@@ -1,0 +1,428 @@
+"""The stages on a tiny pipeline: what they write, what they refuse, and how a training survives what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from sfgrpo.checkpoint.state import latest_checkpoint
+from sfgrpo.cli import main
+from sfgrpo.errors import MirrorError
+from sfgrpo.geneval.prompt_sets import twin_key
+from sfgrpo.paths import run_lock
+from sfgrpo.prompts import read_prompts
+from sfgrpo.runtime.locks import only_user
+from sfgrpo.runtime.manifest import verify_manifest
+from sfgrpo.tracking.base import RecordingTracker
+from sfgrpo.tracking.mlflow_client import connect
+from sfgrpo.training import run as training_run
+from sfgrpo.types import TAGS, Prompt
+from tests.support.tiny import Light
+from tests.support.tiny_run import (
+    RECORD,
+    ROOT,
+    TINY,
+    build_tiny_project,
+    inside,
+    numbers_of,
+    read_history,
+    write_params,
+)
+
+# Not ours to mend: deprecations of diffusers and of what it imports.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+GENEVAL_COUNTS = {
+    "single_object": 80,
+    "two_object": 99,
+    "counting": 80,
+    "colors": 94,
+    "position": 100,
+    "color_attr": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    build_tiny_project(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture
+def tracker(folder: Path) -> Iterator[RecordingTracker]:
+    with inside(folder) as tracker:
+        yield tracker
+
+
+def checkpoints(folder: Path) -> Path:
+    (found,) = (folder / ".scratch").glob("train-*/checkpoints")
+    return found
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def assert_error(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
+    """Checks that what was printed ends with one error, and with which."""
+    printed = capsys.readouterr().err
+    assert re.search(f"error: .*{complaint}", printed.splitlines()[-1]), printed
+
+
+def prompt_sets(folder: Path) -> tuple[list[Prompt], list[Prompt]]:
+    """Reads the training and the evaluation prompts."""
+    return read_prompts(folder / "data/prompts/train.jsonl"), read_prompts(folder / "data/prompts/evaluation.jsonl")
+
+
+def failing(kind: str) -> type[Light]:
+    """Makes a reward that fails in its own way as soon as there is a checkpoint to keep."""
+
+    class Failing(Light):
+        def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
+            rewards = super().__call__(images, prompts)
+            if not list(Path(".scratch").glob("train-*/checkpoints/update-*")):
+                return rewards
+            if kind == "raise":
+                raise RuntimeError("the lamp is broken")
+            if kind == "nan":
+                rewards[-1] = float("nan")
+            return rewards[:-1] if kind == "count" else rewards
+
+    return Failing
+
+
+def test_prompts_are_written_as_asked(folder, tracker):
+    training, evaluation = prompt_sets(folder)
+    assert len(training) == TINY["prompts.num_train"]
+    assert [prompt.tag for prompt in evaluation] == list(TAGS)
+    assert sorted(path.name for path in Path("data/prompts").iterdir()) == ["evaluation.jsonl", "train.jsonl"]
+
+
+def test_shipped_parameters_train_on_no_evaluation_prompt_nor_its_twin(tmp_path, capsys):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    with inside(tmp_path):
+        assert main(["prompts"]) == 0
+    training, evaluation = prompt_sets(tmp_path)
+    assert set(map(twin_key, training)).isdisjoint(map(twin_key, evaluation))
+    assert f"{len(training)} training prompts" in capsys.readouterr().out
+
+
+EDITIONS = {
+    "shapes": {},
+    "geneval": {"prompts.source": "geneval", "prompts.num_train": 300, "prompts.num_evaluation": GENEVAL_COUNTS},
+}
+
+
+@pytest.mark.parametrize("source", EDITIONS)
+def test_every_edition_has_other_training_prompts_and_the_same_evaluation_prompts(tmp_path, source):
+    shutil.copytree(ROOT / "data/geneval", tmp_path / "data/geneval")
+    sets = {}
+    for edition in (None, 0, 1, 2):
+        changes = {} if edition is None else {"prompts.edition": edition}
+        write_params(tmp_path, {**EDITIONS[source], **changes})
+        with inside(tmp_path):
+            assert main(["prompts"]) == 0
+        sets[edition] = prompt_sets(tmp_path)
+    training = {edition: tuple(prompt.text for prompt in sets[edition][0]) for edition in sets}
+    assert training[None] == training[0]
+    assert len({training[0], training[1], training[2]}) == 3
+    assert len({len(prompts) for prompts in training.values()}) == 1
+    assert all(evaluation == sets[0][1] for _, evaluation in sets.values())
+    for prompts, evaluation in sets.values():
+        assert set(map(twin_key, prompts)).isdisjoint(map(twin_key, evaluation))
+
+
+@pytest.fixture
+def geneval(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "data/geneval", tmp_path / "data/geneval")
+    changes = {"prompts.source": "geneval", "prompts.num_train": 300, "prompts.num_evaluation": GENEVAL_COUNTS}
+    write_params(tmp_path, changes)
+    return tmp_path
+
+
+def test_geneval_prompts_are_the_published_ones_and_not_trained_on(geneval):
+    with inside(geneval):
+        assert main(["prompts"]) == 0
+    training, evaluation = prompt_sets(geneval)
+    assert evaluation == read_prompts(geneval / "data/geneval/evaluation_metadata.jsonl")
+    assert len(training) == 300
+    assert set(map(twin_key, training)).isdisjoint(map(twin_key, evaluation))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"prompts.num_evaluation.colors": 10}, "prompts.num_evaluation: .*with prompts.source geneval it must be"),
+        ({"prompts.source": "shapes", "prompts.num_evaluation.colors": 94}, "prompts.num_evaluation: 80 .* asked of"),
+        ({"prompts.task_weights.single_object": 1}, "prompts.task_weights: all 80 prompts .* are held out"),
+    ],
+)
+def test_impossible_prompt_counts_are_wrong_parameters(geneval, capsys, changes, complaint):
+    params = {"prompts.source": "geneval", "prompts.num_evaluation": dict(GENEVAL_COUNTS)}
+    write_params(geneval, params | changes)
+    with inside(geneval):
+        assert main(["prompts"]) == 2
+    assert_error(capsys, complaint)
+
+
+def test_training_publishes_the_best_adapter_with_its_reports(folder, tracker):
+    assert main(["train"]) == 0
+    record = json.loads(Path("models/policy/training.json").read_text())
+    assert Path("models/policy/adapter/pytorch_lora_weights.safetensors").exists()
+    assert (record["num_updates"], record["images"], record["mlflow_run_id"]) == (3, 18, "recorded")
+    evaluations = json.loads(Path("reports/train/evaluations.json").read_text())
+    assert [evaluation["update"] for evaluation in evaluations] == [0, 2, 3]
+    assert json.loads(Path("reports/train/summary.json").read_text())["best_update"] == record["update"]
+    assert [path.name for path in sorted(Path("reports/train").glob("*.png"))] == [
+        f"samples_{update:06d}.png" for update in (0, 2, 3)
+    ]
+
+
+def test_training_is_tracked(folder, tracker):
+    assert main(["train"]) == 0
+    assert tracker.status == "FINISHED"
+    assert [step for step, _ in tracker.metrics["reward/mean"]] == [1, 2, 3]
+    assert [step for step, _ in tracker.metrics["geneval/overall"]] == [0, 2, 3]
+    assert tracker.params["sampling.num_steps"] == "3"
+    assert {"git_commit", "prompts_sha256", "best_update"} <= tracker.tags.keys()
+    assert [(name, context) for name, context, _ in tracker.prompts] == [
+        ("training-prompts", "training"),
+        ("evaluation-prompts", "evaluation"),
+    ]
+
+
+def test_tiny_training_gives_the_recorded_numbers(folder, tracker):
+    assert main(["train"]) == 0
+    recorded = json.loads(RECORD.read_text())
+    assert len(recorded) == TINY["update.num_updates"]
+    for found, expected in zip(numbers_of(folder), recorded, strict=True):
+        # Another processor adds up in another order.
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), "CONTRIBUTING.md says how to record anew"
+
+
+def test_finished_training_is_not_repeated(folder, tracker):
+    assert main(["train"]) == 0
+    shutil.rmtree("models/policy")
+    with inside(folder, failing("raise")):
+        assert main(["train"]) == 0
+    assert Path("models/policy/adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        ("nan", r"reward light gave nan for image \d+ \('a photo of .*'\)"),
+        ("count", r"reward light gave \[\d+\] torch.float32 for \d+ images from \['a photo of .*'\] on"),
+        ("raise", r"reward light failed on image 0 \('a photo of .*'\): the lamp is broken"),
+    ],
+)
+def test_failing_reward_stops_the_training_and_costs_no_checkpoint(folder, capsys, caplog, kind, complaint):
+    caplog.set_level("INFO")
+    with inside(folder, failing(kind)) as tracker:
+        assert main(["train"]) == 1
+    assert_error(capsys, complaint)
+    assert tracker.status == "FAILED"
+    verify_manifest(checkpoints(folder) / "update-000001")
+    with inside(folder):
+        assert main(["train"]) == 0
+    assert "resuming after update 1" in caplog.text
+    assert [metrics["update"] for metrics in read_history(folder)] == [1, 2, 3]
+
+
+def test_damaged_newest_checkpoint_gives_way_to_the_one_before(folder, tracker, caplog):
+    caplog.set_level("INFO")
+    assert main(["train"]) == 0
+    expected = read_history(folder)
+    flip_a_byte(checkpoints(folder) / "update-000003/state.safetensors")
+    assert main(["train"]) == 0
+    assert "checkpoint update-000003 is skipped" in caplog.text
+    assert "resuming after update 2" in caplog.text
+    assert read_history(folder) == expected
+    assert latest_checkpoint(checkpoints(folder)).name == "update-000003"
+
+
+def test_run_goes_on_by_its_name_with_its_own_parameters_and_prompts(folder, tracker, capsys):
+    with inside(folder, failing("raise")):
+        assert main(["train"]) == 1
+    (run,) = Path(".scratch").glob("train-*")
+    shutil.rmtree("data/prompts")
+    write_params(folder, {**TINY, "seed": 5, "update.num_updates": 9})
+    assert main(["train", "--resume", run.name]) == 0
+    record = json.loads(Path("models/policy/training.json").read_text())
+    assert record["num_updates"] == TINY["update.num_updates"]
+    assert f"train-{record['run_key'][:16]}" == run.name
+    assert [path.name for path in Path(".scratch").glob("train-*")] == [run.name]
+
+
+def test_run_goes_on_with_smaller_micro_batches(folder, tracker, caplog):
+    caplog.set_level("INFO")
+    with inside(folder, failing("raise")):
+        assert main(["train"]) == 1
+    write_params(folder, {**TINY, "rollout.micro_batch_size": 1, "update.micro_batch_size": 1})
+    assert main(["train"]) == 0
+    assert "resuming after update 1" in caplog.text
+    assert len(list(Path(".scratch").glob("train-*"))) == 1
+
+
+class Away:
+    """A mirror whose bucket is out of reach; it remembers how often it was asked to catch up."""
+
+    num_syncs = 0
+
+    def __init__(self, uri: str, folder: Path, encryption: str | None) -> None:
+        self.uri = uri
+
+    def restore(self) -> bool:
+        raise MirrorError(f"{self.uri} is out of reach")
+
+    def sync(self) -> None:
+        Away.num_syncs += 1
+
+    def close(self, timeout_s: float) -> None:
+        pass
+
+
+def test_run_needs_its_mirror_only_where_nothing_else_has_it(folder, tracker, monkeypatch, capsys, caplog):
+    monkeypatch.setenv("SFGRPO_MIRROR", "s3://runs/test")
+    monkeypatch.setattr("sfgrpo.storage.mirror.Mirror", Away)
+    assert main(["train"]) == 1
+    assert_error(capsys, "s3://runs/test is out of reach")
+    monkeypatch.delenv("SFGRPO_MIRROR")
+    with inside(folder, failing("raise")):
+        assert main(["train"]) == 1
+    with inside(folder):
+        monkeypatch.setenv("SFGRPO_MIRROR", "s3://runs/test")
+        assert main(["train"]) == 0
+    assert "the run goes on from what this machine has of it: s3://runs/test is out of reach" in caplog.text
+    # At the start, since an earlier start may have uploaded less than it saved, and after each of the two checkpoints.
+    assert Away.num_syncs == 3
+
+
+def test_sharding_needs_something_to_shard_over(folder, tracker, capsys):
+    params = json.loads((folder / "params.yaml").read_text()) | {"launch": {"sharding": "full"}}
+    (folder / "params.yaml").write_text(json.dumps(params))
+    assert main(["train"]) == 2
+    assert_error(capsys, "launch.sharding: full spreads the frozen weights over processes, and there is one; use none")
+
+
+def test_unknown_run_is_an_error_with_the_cure(folder, tracker, capsys):
+    assert main(["train", "--resume", "train-0"]) == 1
+    assert_error(capsys, "no run train-0 in .scratch; set SFGRPO_MIRROR to the bucket that has it, or start it anew")
+
+
+def test_run_of_other_code_is_not_taken_up(folder, tracker, capsys):
+    assert main(["train"]) == 0
+    (run,) = Path(".scratch").glob("train-*")
+    run.rename(run.with_name("train-0"))
+    assert main(["train", "--resume", "train-0"]) == 2
+    assert_error(capsys, "run train-0 was started with other code or models, .*; check out commit")
+
+
+def test_evaluation_compares_before_and_after(folder, tracker):
+    assert main(["train"]) == 0
+    assert main(["evaluate"]) == 0
+    metrics = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    gain = metrics["policy"]["geneval/overall"] - metrics["base"]["geneval/overall"]
+    assert metrics["gain"]["geneval/overall"] == gain
+    assert metrics["base"]["geneval/num_images"] == len(TAGS) * TINY["evaluation.images_per_prompt"]
+    table = Path("reports/evaluate/table.md").read_text()
+    assert "| base model |" in table
+    assert "| trained policy |" in table
+    with Image.open("reports/evaluate/samples.png") as grid:
+        assert grid.format == "PNG"
+    with tarfile.open("reports/evaluate/images.tar") as tar:
+        names = tar.getnames()
+    num_images = len(TAGS) * TINY["evaluation.images_per_prompt"]
+    assert names == sorted(names) and len(names) == 2 * num_images
+    assert names[0] == "base/00000-single_object/000.png" and names[-1] == "policy/00005-color_attr/001.png"
+    packed = Path("reports/evaluate/images.tar").read_bytes()
+    assert main(["evaluate"]) == 0
+    assert Path("reports/evaluate/images.tar").read_bytes() == packed
+
+
+def test_evaluation_judges_the_published_adapter(folder, tracker):
+    """The base model with the adapter of update 0, which changes nothing, scores as the base model does."""
+    write_params(folder, {**TINY, "update.num_updates": 1, "evaluation.every_num_updates": 1})
+    assert main(["train"]) == 0
+    assert json.loads(Path("models/policy/training.json").read_text())["update"] == 0
+    assert main(["evaluate"]) == 0
+    metrics = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    assert metrics["policy"] == metrics["base"]
+
+
+def test_registration_before_training_names_the_cure(folder, tracker, capsys):
+    assert main(["register"]) == 1
+    assert_error(capsys, "training.json does not exist; run `dvc repro` first")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_registration_after_an_evaluation_of_few_tasks_has_their_scores(folder, tracker, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    few = {**dict.fromkeys(TAGS, 0), "position": 2}
+    write_params(folder, {**TINY, "prompts.num_evaluation": few, "update.num_updates": 1})
+    for stage in ("prompts", "train", "evaluate", "register"):
+        assert main([stage]) == 0
+    registered = json.loads(Path("reports/registered.json").read_text())
+    version = connect(os.environ["MLFLOW_TRACKING_URI"]).get_model_version(registered["name"], registered["version"])
+    assert {name for name in version.tags if name.startswith("geneval/")} == {"geneval/overall", "geneval/position"}
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_unknown_reward_is_a_wrong_parameter(folder, tracker, capsys, stage):
+    write_params(folder, {**TINY, "reward.name": "beauty"})
+    assert main([stage]) == 2
+    assert_error(capsys, "reward: reward 'beauty' is unknown; allowed are .*geneval")
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+@pytest.mark.parametrize("name", ["models/absent", "models", "absent"])
+def test_absent_base_model_is_a_wrong_parameter(folder, tracker, capsys, stage, name):
+    write_params(folder, {**TINY, "policy.pretrained": name})
+    assert main([stage]) == 2
+    assert_error(capsys, f"policy.pretrained: {name} is no folder with a model_index.json; `git checkout` restores")
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_flipped_byte_of_the_base_model_is_found_before_it_loads(folder, tracker, capsys, stage):
+    weights = Path("models/tiny/transformer/diffusion_pytorch_model.safetensors")
+    listed = json.loads(Path("models/tiny/manifest.json").read_text())["files"]
+    expected = listed["transformer/diffusion_pytorch_model.safetensors"]["sha256"]
+    flip_a_byte(weights)
+    assert main([stage]) == 1
+    assert_error(capsys, f"{weights} is damaged: expected sha256 {expected} of .*, found sha256")
+
+
+def test_training_leaves_the_base_model_alone(folder, tracker):
+    assert main(["train"]) == 0
+    verify_manifest(Path("models/tiny"))
+
+
+def test_a_run_that_another_process_trains_is_not_trained_twice(folder, tracker, monkeypatch, capsys):
+    monkeypatch.setenv("SFGRPO_GRACE_S", "0.1")
+    monkeypatch.setattr(training_run, "LOCK_MARGIN_S", 0.0)
+    assert main(["train"]) == 0
+    run = checkpoints(folder).parent
+    with only_user(run_lock(run)):
+        assert main(["train"]) == 1
+    assert_error(capsys, f"another process trains run {run.name}; wait until it is done")
+    assert main(["train"]) == 0

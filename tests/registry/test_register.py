@@ -1,0 +1,226 @@
+"""Model versions in a real MLflow registry: loadable by alias, drawn from, registered once."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfgrpo.registry import register
+from sfgrpo.registry.register import RegisteredVersion, RegistryError, ServingDefaults, draw, register_version
+from sfgrpo.tracking.mlflow_client import connect
+from sfgrpo.tracking.mlflow_tracker import MlflowTracker
+from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline
+
+# Not ours to mend: SQLAlchemy's, MLflow's and diffusers' own deprecations and advice.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*Any type hint is inferred:UserWarning"
+)
+
+SCORES = {"geneval/overall": 0.5, "geneval/position": 0.25}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shop:
+    """A store, a base pipeline and two adapters, which the module's tests share."""
+
+    folder: Path
+    pipeline: Any
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    def register(self, name: str, adapter: str = "adapter_0", **changes: Any) -> RegisteredVersion:
+        arguments: dict[str, Any] = {
+            "uri": self.uri,
+            "experiment": "tests",
+            "model_name": name,
+            "alias": "challenger",
+            "adapter": self.folder / adapter,
+            "serving": ServingDefaults(
+                pretrained=str(self.folder / "pipeline"),
+                revision=None,
+                dtype="float32",
+                resolution=32,
+                max_sequence_length=0,
+                num_inference_steps=3,
+                guidance_scale=1.0,
+            ),
+            "metrics": SCORES,
+            "provenance": {"git_commit": "c0ffee", "prompts_sha256": "d1ce"},
+            "run_id": None,
+        }
+        return register_version(**(arguments | changes))
+
+    def draw_directly(self, prompt: str, seed: int) -> np.ndarray:
+        image = self.pipeline(
+            prompt,
+            num_inference_steps=3,
+            guidance_scale=1.0,
+            height=32,
+            width=32,
+            max_sequence_length=0,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
+        return np.asarray(image)
+
+    def challenger(self, name: str) -> int:
+        return int(connect(self.uri).get_model_version_by_alias(name, "challenger").version)
+
+    def version(self, name: str, number: int) -> Any:
+        return connect(self.uri).get_model_version(name, str(number))
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    folder = tmp_path_factory.mktemp("registry")
+    pipeline = build_tiny_pipeline(folder / "pipeline")
+    # What a max_sequence_length of 0 means.
+    pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    for seed in (0, 1):
+        build_tiny_adapter(pipeline, folder / f"adapter_{seed}", seed)
+    return Shop(folder=folder, pipeline=pipeline)
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def largest_difference(first: np.ndarray, second: np.ndarray) -> int:
+    """Compares in steps of 1/255; kernels of other batch sizes or memory layouts round differently by one."""
+    return int(np.abs(first.astype(int) - second.astype(int)).max())
+
+
+def test_version_draws_by_name_and_alias(shop):
+    shop.register("drawing")
+    first, second = draw(shop.uri, "models:/drawing@challenger", ["a photo of a ring", "a photo of a heart"], seed=3)
+    assert pixels(first).shape == pixels(second).shape == (32, 32, 3)
+    assert not np.array_equal(pixels(first), pixels(second))
+
+
+def test_served_image_is_that_of_base_pipeline_with_adapter(shop):
+    shop.register("faithful", adapter="adapter_1")
+    (served,) = draw(shop.uri, "models:/faithful@challenger", ["a photo of a ring"], seed=7)
+    without = shop.draw_directly("a photo of a ring", seed=7)
+    shop.pipeline.load_lora_weights(shop.folder / "adapter_1")
+    with_adapter = shop.draw_directly("a photo of a ring", seed=7)
+    shop.pipeline.unload_lora_weights()
+    assert largest_difference(pixels(served), with_adapter) <= 1
+    assert largest_difference(pixels(served), without) > 5
+
+
+def test_callers_parameters_win_over_the_registered_ones(shop):
+    shop.register("parameters")
+    images = [
+        draw(shop.uri, "models:/parameters@challenger", ["a photo of a ring"], **params)[0]
+        for params in ({}, {"num_inference_steps": 3}, {"num_inference_steps": 1}, {"guidance_scale": 4.5}, {"seed": 1})
+    ]
+    assert images[0] == images[1]
+    assert len(set(images[1:])) == 4
+
+
+def test_image_does_not_depend_on_the_prompts_that_come_with_it(shop):
+    shop.register("alone")
+    (alone,) = draw(shop.uri, "models:/alone@challenger", ["a photo of a ring"])
+    together = draw(shop.uri, "models:/alone@challenger", ["a photo of a ring", "a photo of a heart"])
+    assert largest_difference(pixels(alone), pixels(together[0])) <= 1
+
+
+def test_tags_tell_scores_parent_data_and_adapter(shop):
+    parent = MlflowTracker(uri=shop.uri, experiment="tests")
+    parent.open()
+    version = shop.register("tagged", run_id=parent.run_id)
+    tags = shop.version("tagged", version.version).tags
+    assert tags["geneval/overall"] == "0.5000"
+    assert tags["parent_run_id"] == parent.run_id == version.run_id
+    assert (tags["git_commit"], tags["prompts_sha256"], tags["smoke_test"]) == ("c0ffee", "d1ce", "passed")
+    assert len(tags["adapter_sha256"]) == 64
+    assert connect(shop.uri).get_run(parent.run_id).data.metrics["final/geneval/overall"] == 0.5
+
+
+def test_same_adapter_at_same_commit_is_registered_once(shop):
+    first, again = shop.register("once"), shop.register("once")
+    assert (first.version, first.created, again.version, again.created) == (1, True, 1, False)
+
+
+def test_other_adapter_or_other_commit_is_another_version(shop):
+    versions = [
+        shop.register("several").version,
+        shop.register("several", adapter="adapter_1").version,
+        shop.register("several", provenance={"git_commit": "other"}).version,
+    ]
+    assert versions == [1, 2, 3]
+    assert shop.challenger("several") == 3
+
+
+def test_registering_an_older_adapter_again_gives_it_the_alias_back(shop):
+    shop.register("back")
+    shop.register("back", adapter="adapter_1")
+    shop.register("back")
+    assert shop.challenger("back") == 1
+
+
+def test_parent_run_that_the_store_never_had_gets_one_stand_in(shop):
+    first = shop.register("imported", run_id="f" * 32)
+    second = shop.register("imported", adapter="adapter_1", run_id="f" * 32)
+    assert first.run_id == second.run_id != "f" * 32
+    run = connect(shop.uri).get_run(first.run_id)
+    assert (run.info.status, run.data.tags["sfgrpo.imported_run_id"]) == ("FINISHED", "f" * 32)
+    assert shop.version("imported", 1).tags["parent_run_id"] == "f" * 32
+
+
+def test_version_that_cannot_draw_is_refused_and_the_alias_stays(shop, monkeypatch):
+    shop.register("refused")
+
+    def fail(*arguments: Any, **options: Any) -> list[bytes]:
+        raise OSError("no such file")
+
+    monkeypatch.setattr(register, "draw", fail)
+    with pytest.raises(RegistryError, match=r"models:/refused/2 is registered but cannot draw \(no such file\)"):
+        shop.register("refused", adapter="adapter_1")
+    assert shop.challenger("refused") == 1
+    assert "smoke_test" not in shop.version("refused", 2).tags
+
+
+def test_version_that_draws_no_png_is_refused(shop, monkeypatch):
+    monkeypatch.setattr(register, "draw", lambda *arguments, **options: [b"GIF89a.."])
+    with pytest.raises(RegistryError, match=r"returned b'GIF89a\.\.' instead of a PNG file"):
+        shop.register("gif")
+
+
+def test_damaged_adapter_is_not_served(shop):
+    version = shop.register("damaged")
+    model_id = shop.version("damaged", version.version).source.removeprefix("models:/")
+    stored = shop.folder / "mlartifacts" / "models" / model_id
+    (weights,) = stored.rglob("pytorch_lora_weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(RegistryError, match=r"cannot draw \(.*is damaged: expected sha256"):
+        shop.register("damaged")
+
+
+def test_nothing_pickled_is_stored(shop):
+    shop.register("plain")
+    suffixes = {file.suffix for file in (shop.folder / "mlartifacts" / "models").rglob("*") if file.is_file()}
+    assert not suffixes & {".pkl", ".bin", ".pt", ".pth"}
+
+
+def test_record_is_saved_as_json(tmp_path):
+    RegisteredVersion(name="m", version=3, alias="challenger", run_id="r", created=True).write(
+        tmp_path / "a" / "b.json"
+    )
+    assert '"version": 3' in (tmp_path / "a" / "b.json").read_text()
+
+
+def test_branch_of_a_scheduled_run_is_a_tag_of_version_and_run(shop):
+    named = {"git_commit": "c0ffee", "prompts_sha256": "d1ce", "run_branch": "runs/calm-owl", "run_commit": "beef"}
+    version = shop.register("branched", provenance=named)
+    run = connect(shop.uri).get_run(version.run_id)
+    for tags in (shop.version("branched", version.version).tags, run.data.tags):
+        assert (tags["run_branch"], tags["run_commit"]) == ("runs/calm-owl", "beef")

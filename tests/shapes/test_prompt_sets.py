@@ -1,0 +1,66 @@
+"""The prompts of the shapes world and their split."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+
+from sfgrpo.geneval.prompt_sets import twin_key
+from sfgrpo.shapes.prompt_sets import all_prompts, sample_training_prompts, split_prompts
+from sfgrpo.types import TAGS
+
+NUM_EVALUATION = dict(zip(TAGS, (6, 8, 6, 12, 24, 24), strict=True))
+WEIGHTS = dict(zip(TAGS, (0.0, 1.0, 5.0, 1.0, 7.0, 3.0), strict=True))
+
+
+def test_prompt_space_has_the_stated_size_and_no_duplicates():
+    space = all_prompts()
+    assert [len(space[tag]) for tag in TAGS] == [6, 30, 18, 48, 120, 1680]
+    assert len({prompt.text for prompts in space.values() for prompt in prompts}) == 6 + 30 + 18 + 48 + 120 + 1680
+
+
+def test_split_shares_no_prompt_and_no_order_swapped_twin():
+    training, evaluation = split_prompts(NUM_EVALUATION, seed=0)
+    for tag in TAGS:
+        assert not set(map(twin_key, training[tag])) & set(map(twin_key, evaluation[tag]))
+        assert len(evaluation[tag]) == NUM_EVALUATION[tag]
+
+
+def test_split_leaves_out_only_evaluation_prompts_and_their_twins():
+    training, evaluation = split_prompts(NUM_EVALUATION, seed=0)
+    for tag, space in all_prompts().items():
+        held_out = set(map(twin_key, evaluation[tag]))
+        assert [prompt for prompt in space if twin_key(prompt) not in held_out] == training[tag]
+
+
+def test_split_follows_its_seed():
+    assert split_prompts(NUM_EVALUATION, seed=0) == split_prompts(NUM_EVALUATION, seed=0)
+    assert split_prompts(NUM_EVALUATION, seed=0) != split_prompts(NUM_EVALUATION, seed=1)
+
+
+def test_more_evaluation_prompts_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="19 evaluation prompts asked of task counting, which has 18; lower it"):
+        split_prompts(NUM_EVALUATION | {"counting": 19}, seed=0)
+
+
+def test_training_prompts_have_the_weights_ratio_and_use_pools_evenly():
+    training, _ = split_prompts(NUM_EVALUATION, seed=0)
+    drawn = sample_training_prompts(training, WEIGHTS, 1700, seed=0)
+    assert collections.Counter(prompt.tag for prompt in drawn) == {
+        tag: 100 * weight for tag, weight in WEIGHTS.items() if weight
+    }
+    repeats = collections.Counter(prompt.text for prompt in drawn if prompt.tag == "counting")
+    assert max(repeats.values()) - min(repeats.values()) <= 1
+
+
+def test_training_prompts_follow_their_seed():
+    training, _ = split_prompts(NUM_EVALUATION, seed=0)
+    draws = [sample_training_prompts(training, WEIGHTS, 50, seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_weight_without_prompts_left_is_refused():
+    training, _ = split_prompts(NUM_EVALUATION, seed=0)
+    with pytest.raises(ValueError, match=r"task single_object has weight 1\.0 but no training prompts are left"):
+        sample_training_prompts(training, WEIGHTS | {"single_object": 1.0}, 50, seed=0)

@@ -1,0 +1,109 @@
+"""What one rank of a distributed test does: trains the tiny policy and writes down what it saw.
+
+Started by torch's launcher as `rank_program.py FOLDER SHARDING CASE...`; every case is a training of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+import sfgrpo.training.trainer
+from sfgrpo.evaluation.evaluate import evaluate_policy, protocol_of
+from sfgrpo.grpo.advantages import Advantages
+from sfgrpo.grpo.distributed import agree
+from sfgrpo.runtime.shutdown import StopNotice
+from sfgrpo.tracking.base import RecordingTracker, SilentTracker
+from sfgrpo.training.trainer import Materials, Trainer
+from tests.support.tiny import Light, make_tiny_policy, tiny_prompts
+from tests.training.test_trainer import GROUP_SIZE, Half, small_config
+
+NUM_PROMPTS, NUM_UPDATES = 4, 3
+CASES: Mapping[str, Mapping[str, Any]] = {
+    # Four processes have three of the twelve images each: groups of six span two of them.
+    "stepwise": {"estimates": {"num_substeps": 2}},
+    "terminal": {"advantage": {"credit": "terminal"}, "update": {"kl_coef": 0.01}},
+    "guided": {"sampling": {"guidance_scale": 3.0}, "estimates": {"num_substeps": 1}},
+    "start_and_end": {"estimates": {"num_substeps": 3, "states": [0, 3]}},
+}
+
+
+class SometimesFlat(Light):
+    """Light, but blind to some prompts, so that some groups are constant and processes differ in their work."""
+
+    def __call__(self, images, prompts):
+        seen = torch.tensor(["two" not in prompt.text for prompt in prompts])
+        return super().__call__(images, prompts) * seen
+
+
+def train(folder: Path, case: str, sharding: str, accelerator: Accelerator) -> None:
+    """Trains one case; the first rank saves advantages, adapter, metrics and evaluations."""
+    sections = {name: dict(values) for name, values in CASES[case].items()}
+    sections["rollout"] = {"prompts_per_update": NUM_PROMPTS, "group_size": 2 * GROUP_SIZE, "micro_batch_size": 3}
+    sections["update"] = sections.get("update", {}) | {"num_updates": NUM_UPDATES, "micro_batch_size": 3}
+    sections["evaluation"] = {"images_per_prompt": 3, "micro_batch_size": 2, "training_sampler": True}
+    config = small_config(**sections)
+    policy = make_tiny_policy()
+    if sharding == "full":
+        policy.shard()
+    start = {name: value.detach().clone() for name, value in policy.adapter_parameters().items()}
+    seen: list[Advantages] = []
+    computed = sfgrpo.training.trainer.group_advantages
+
+    def watched(*arguments: Any, **options: Any) -> Advantages:
+        seen.append(computed(*arguments, **options))
+        return seen[-1]
+
+    sfgrpo.training.trainer.group_advantages = watched
+    is_first = accelerator.is_main_process
+    protocol = protocol_of(config.evaluation)
+    start_evaluation = evaluate_policy(
+        policy, tiny_prompts(6)[4:], Half(), (Light(),), protocol, accelerator=accelerator
+    )
+    materials = Materials(
+        prompts=tiny_prompts(6)[:4],
+        evaluation_prompts=tiny_prompts(6)[4:],
+        reward=SometimesFlat(),
+        verdict=Half(),
+        held_out=(Light(),),
+        folder=folder / f"{case}-run",
+        evaluations=folder / f"{case}-evaluations",
+        scope=case,
+        # Nobody evaluates aside, so all is left to the end.
+        aside=case == "terminal",
+        tracker=RecordingTracker() if is_first else SilentTracker(),
+        notice=StopNotice(grace_s=60),
+    )
+    trainer = Trainer(config, policy, materials, accelerator)
+    try:
+        trainer.run()
+    finally:
+        sfgrpo.training.trainer.group_advantages = computed
+    if is_first:
+        record = {
+            "advantages": [each.values_NK for each in seen],
+            "constant": [each.constant_N for each in seen],
+            "start": start,
+            "adapter": {name: value.detach() for name, value in policy.adapter_parameters().items()},
+            "history": trainer.history,
+            "evaluations": trainer.evaluations,
+            "thumbnails": torch.from_numpy(start_evaluation.thumbnails_PGHWC),
+            "scores": torch.from_numpy(start_evaluation.rewards_PG["light"]),
+            "grid": sorted((folder / f"{case}-run").glob("samples_*.png"))[-1].read_bytes(),
+        }
+        torch.save(record, folder / f"{case}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert agree("the same", accelerator)
+    assert agree(str(accelerator.process_index), accelerator) == (accelerator.num_processes == 1)
+    for case in sys.argv[3:]:
+        train(Path(sys.argv[1]), case, sys.argv[2], accelerator)
+    accelerator.end_training()

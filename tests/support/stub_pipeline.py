@@ -1,0 +1,140 @@
+"""A copy of the pipeline's definition around a stub of sfgrpo, whose stages take no time and fail on demand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from tests.support.paths import ROOT
+
+DEFINITION = ("dvc.yaml", "params.yaml", "prefect.toml", ".dvcignore", ".gitignore", ".dvc/config")
+
+NEEDED_BY_FLOWS = (
+    "batches",
+    "config",
+    "environment",
+    "errors",
+    "evaluation_store",
+    "files",
+    "mlflow_store",
+    "paths",
+    "sections",
+    "signals",
+    "snapshots",
+    "status",
+    "types",
+    "validation",
+)
+"""Modules of sfgrpo that are what they are."""
+
+STUB = """
+import json, os, pathlib, sys
+
+stage = sys.argv[1]
+with open("calls.txt", "a") as calls:
+    print(stage, file=calls)
+print(f"stub runs {stage}", flush=True)
+failure = pathlib.Path(f"fail_{stage}")
+if failure.exists():
+    print("PolicyError: the stub was told to fail", file=sys.stderr)
+    sys.exit(int(failure.read_text()))
+
+OUTPUTS = {
+    "prompts": {"data/prompts/train.jsonl": "{}\\n", "data/prompts/evaluation.jsonl": "{}\\n"},
+    "train": {
+        "models/policy/training.json": pathlib.Path("params.yaml").read_text(),
+        "reports/train/summary.json": json.dumps({"reward": 0.5}),
+    },
+    "evaluate": {
+        "reports/evaluate/metrics.json": json.dumps({"after": {"overall": 0.5}}),
+        "reports/evaluate/table.md": "| task | before | after |\\n|---|---|---|\\n| overall | 0.10 | 0.50 |\\n",
+        "reports/evaluate/samples.png": "no picture",
+    },
+    "register": {"reports/registered.json": json.dumps({"name": "stub", "version": 7, "alias": "challenger"})},
+    "promote": {"applied": " ".join(sys.argv[2:])} if "--apply" in sys.argv else {
+        "judged": " ".join(sys.argv[2:]),
+        "reports/promotion/report.md": "**Stub.** It was judged.\\n",
+        "reports/promotion/decision.json": json.dumps({
+            "model": "stub", "version": 7, "run_id": "r7", "promoted": not pathlib.Path("worse").exists()
+        }),
+    },
+}
+if stage == "train" and pathlib.Path("crash_once").exists():
+    progress = pathlib.Path(".scratch/progress")
+    progress.parent.mkdir(exist_ok=True)
+    start = int(progress.read_text()) if progress.exists() else 0
+    for update in range(start, 4):
+        print(f"update {update} starting from {start}", flush=True)
+        progress.write_text(str(update + 1))
+        if start == 0 and update == 1:
+            os._exit(137)
+extra = pathlib.Path(f"extra_{stage}.py")
+if extra.exists():
+    exec(extra.read_text())
+preempted = pathlib.Path(f"preempt_{stage}")
+if preempted.exists():
+    left = int(preempted.read_text()) - 1
+    preempted.write_text(str(left)) if left else preempted.unlink()
+    sys.exit(75)
+for name, text in OUTPUTS[stage].items():
+    path = pathlib.Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+"""
+
+
+def read_definition() -> dict[str, Any]:
+    """Reads the project's dvc.yaml."""
+    definition: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
+    return definition
+
+
+def build_stub_pipeline(folder: Path) -> None:
+    """Makes a git and DVC repository with the project's own definition, and an empty file for every code file."""
+    for name in DEFINITION:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    stages = read_definition()["stages"]
+    shipped = {output for stage in stages.values() if stage.get("frozen") for kept in stage["outs"] for output in kept}
+    outputs = {output for name in stages if not stages[name].get("frozen") for output in stages[name]["outs"]}
+    for dependency in {path for stage in stages.values() for path in stage["deps"]} - outputs | shipped:
+        path = folder / dependency
+        path = path if path.suffix else path / "content"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    (folder / "sfgrpo/__init__.py").write_text("")
+    (folder / "sfgrpo/__main__.py").write_text(STUB)
+    for name in NEEDED_BY_FLOWS:
+        shutil.copy(ROOT / f"sfgrpo/{name}.py", folder / f"sfgrpo/{name}.py")
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+
+
+def stub_environment() -> dict[str, str]:
+    """Gives the environment in which `python` is this one, and tasks and flows are the project's."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def calls(folder: Path) -> list[str]:
+    """Lists the stages that the stub ran, in order, and forgets them."""
+    record = folder / "calls.txt"
+    stages = record.read_text().split() if record.exists() else []
+    record.unlink(missing_ok=True)
+    return stages
+
+
+def change_param(folder: Path, section: str, name: str, value: Any) -> None:
+    """Changes one value of params.yaml."""
+    path = folder / "params.yaml"
+    params = YAML(typ="safe").load(path)
+    assert params[section][name] != value, "the test has to change the value"
+    params[section][name] = value
+    # JSON is YAML.
+    path.write_text(json.dumps(params))

@@ -1,0 +1,227 @@
+"""Supervised stages: what they print is seen, what they start is ended, what they fail of is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from prefect.logging import disable_run_logger
+from prefect.states import Failed
+
+from tasks import stages, supervisor
+from tasks.stages import StageError, reproduce, run_command, worth_retrying
+from tasks.supervisor import MARK, end, end_leftovers, run_supervised
+from tests.runtime.test_launcher import LAUNCHER, RANK
+from tests.support.stub_pipeline import ROOT, build_stub_pipeline, calls, stub_environment
+
+# Not ours to mend: Prefect's own deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+SLEEPER = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(120)"]
+FAMILY = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"], start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(120)
+"""
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(120)
+"""
+
+
+def is_gone(pid: int, within_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_output_reaches_the_log_and_the_caller_line_by_line(here):
+    lines: list[str] = []
+    code = "import sys; print('one'); print(); print('two', file=sys.stderr); sys.stdout.write('rest')"
+    status = run_supervised([sys.executable, "-uc", code], here / "logs/stage.log", lines.append, grace_s=10)
+    assert (status, lines) == (0, ["one", "two", "rest"])
+    assert (here / "logs/stage.log").read_text() == "one\n\ntwo\nrest"
+
+
+def test_lines_arrive_while_the_command_runs(here):
+    seen: list[float] = []
+    code = "import time; print('early', flush=True); time.sleep(2); print('late')"
+    run_supervised([sys.executable, "-c", code], here / "log", lambda line: seen.append(time.monotonic()), grace_s=10)
+    assert seen[1] - seen[0] > 1
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 128 + 9)]
+)
+def test_exit_status_is_that_of_the_command(here, code, status):
+    assert run_supervised([sys.executable, "-c", code], here / "log", print, grace_s=10) == status
+
+
+def test_interrupted_caller_ends_the_command_and_its_children_in_other_sessions(here):
+    pids: list[int] = []
+
+    def interrupt(line: str) -> None:
+        pids.append(int(line))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_supervised([sys.executable, "-c", FAMILY], here / "log", interrupt, grace_s=10)
+    assert is_gone(pids[0])
+
+
+def test_killed_caller_leaves_nothing_behind(here):
+    code = f"import pathlib; from tasks.supervisor import run_supervised as run; run({[sys.executable, '-c', FAMILY]}, "
+    code += "pathlib.Path('log'), print, grace_s=10)"
+    caller = subprocess.Popen([sys.executable, "-c", code], env=stub_environment(), stdout=subprocess.DEVNULL)
+    log = here / "log"
+    wait_for(lambda: log.exists() and log.read_text().endswith("\n"))
+    caller.kill()
+    caller.wait()
+    assert is_gone(int(log.read_text()))
+
+
+def test_what_a_killed_supervisor_leaves_is_ended_by_the_next_run(here):
+    orphan = subprocess.Popen(SLEEPER, env={**os.environ, MARK: f"1 0.0 {here}"}, stdout=subprocess.PIPE)
+    orphan.stdout.readline()
+    run_supervised([sys.executable, "-c", ""], here / "log", print, grace_s=10)
+    assert orphan.wait(10) == -signal.SIGTERM
+    orphan.stdout.close()
+
+
+def test_work_of_living_supervisors_and_of_other_folders_is_left_alone(here):
+    me = psutil.Process()
+    marks = (f"{me.pid} {me.create_time()} {here}", f"1 0.0 {here / 'elsewhere'}", "nonsense")
+    others = [subprocess.Popen(SLEEPER, env={**os.environ, MARK: mark}, stdout=subprocess.PIPE) for mark in marks]
+    for other in others:
+        other.stdout.readline()
+    assert end_leftovers(here, 10) == []
+    for other in others:
+        other.kill()
+        other.communicate()
+
+
+def test_process_that_ignores_sigterm_is_killed(monkeypatch):
+    monkeypatch.setattr(supervisor, "GRACE_MARGIN_S", 0.3)
+    process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    end(lambda: [psutil.Process(process.pid)] if process.poll() is None else [], 0.2)
+    assert process.wait(5) == -signal.SIGKILL
+    process.stdout.close()
+
+
+def test_command_runs_with_this_python(here):
+    with disable_run_logger():
+        run_command("which", ["python", "-c", "import sys; print(sys.prefix)"])
+    assert (here / "logs/which.log").read_text().strip() == sys.prefix
+
+
+def test_failure_tells_the_last_lines_of_the_stage(here):
+    code = "import sys; [print('noise', i) for i in range(50)]; sys.exit('RewardError: the detector is missing')"
+    with disable_run_logger(), pytest.raises(StageError, match="RewardError: the detector is missing") as caught:
+        run_command("train", [sys.executable, "-c", code])
+    assert str(caught.value).startswith("stage train failed with exit status 1; its last lines were\n  noise")
+    assert "noise 20\n" not in str(caught.value)
+
+
+def test_exit_status_of_the_stage_is_read_from_what_dvc_says(here):
+    build_stub_pipeline(here)
+    (here / "fail_prompts").write_text("2")
+    with disable_run_logger(), pytest.raises(StageError, match="PolicyError: the stub was told to fail") as caught:
+        reproduce("prompts")
+    assert caught.value.status == 2
+
+
+def test_stage_that_was_told_to_stop_goes_on_by_itself(here, monkeypatch):
+    monkeypatch.setattr(stages, "RETRY_DELAY_S", 0)
+    build_stub_pipeline(here)
+    (here / "preempt_prompts").write_text("2")
+    with disable_run_logger():
+        reproduce("prompts")
+    assert calls(here) == ["prompts"] * 3
+
+
+def test_stage_does_not_go_on_when_the_flow_is_told_to_stop_as_well(here, monkeypatch):
+    monkeypatch.setattr(stages, "is_stopping", lambda within_s=0.0: True)
+    build_stub_pipeline(here)
+    (here / "preempt_prompts").write_text("2")
+    with disable_run_logger(), pytest.raises(StageError, match="stage prompts failed with exit status 75") as caught:
+        reproduce("prompts")
+    assert calls(here) == ["prompts"]
+    assert not worth_retrying(stages.prompts, None, Failed(data=caught.value))
+
+
+def test_wrong_variable_is_a_wrong_configuration_of_the_stage(here, monkeypatch):
+    monkeypatch.setenv("SFGRPO_GRACE_S", "soon")
+    with disable_run_logger(), pytest.raises(StageError, match="SFGRPO_GRACE_S: 'soon'") as caught:
+        run_command("train", [sys.executable, "-c", ""])
+    assert caught.value.status == 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_below_a_stopped_caller_save_their_state_and_are_gone_in_the_time_that_prefect_gives(here):
+    (here / "rank.py").write_text(RANK)
+    command = [sys.executable, "-c", LAUNCHER, '{"num_processes": 2}']
+    code = "import pathlib; from sfgrpo.runtime.shutdown import sigterm_as_exit\n"
+    code += "from tasks.supervisor import run_supervised\n"
+    code += f"with sigterm_as_exit(): run_supervised({command}, pathlib.Path('log'), print, grace_s=20)"
+    caller = subprocess.Popen([sys.executable, "-c", code], env=stub_environment(), stdout=subprocess.DEVNULL)
+    wait_for(lambda: len(list(here.glob("pid_*"))) == 2)
+    below = psutil.Process(caller.pid).children(recursive=True)
+    begin = time.monotonic()
+    caller.terminate()
+    assert caller.wait(30) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in here.glob("saved_*")) == ["saved_0", "saved_1"]
+    assert len(below) == 4 and all(is_gone(process.pid) for process in below)
+    assert time.monotonic() - begin < 10
+
+
+def test_stage_is_reproduced_once(here):
+    build_stub_pipeline(here)
+    with disable_run_logger():
+        reproduce("prompts")
+        reproduce("prompts")
+    assert calls(here) == ["prompts"]
+
+
+@pytest.mark.parametrize(
+    ("error", "again"), [(StageError("train", 1, ()), True), (StageError("train", 2, ()), False), (OSError(), True)]
+)
+def test_everything_but_wrong_parameters_is_worth_retrying(error, again):
+    assert worth_retrying(stages.train, None, Failed(data=error)) is again
+
+
+def test_supervisor_needs_nothing_of_the_project():
+    code = textwrap.dedent("""
+        import runpy, sys
+        runpy.run_path(sys.argv[1], run_name="loaded")
+        sys.exit(bool({"prefect", "torch", "sfgrpo", "tasks"} & set(sys.modules)))
+    """)
+    assert subprocess.run([sys.executable, "-c", code, str(ROOT / "tasks/supervisor.py")]).returncode == 0

@@ -1,0 +1,609 @@
+"""Whole runs of the trainer on a tiny policy: what is recorded, evaluated, kept, and that a crash changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from ruamel.yaml import YAML
+
+import sfgrpo.training.trainer
+from sfgrpo.checkpoint.state import checkpoint_path, latest_checkpoint, load_checkpoint, update_of
+from sfgrpo.config.batching import BatchArithmetic
+from sfgrpo.config.loading import validated
+from sfgrpo.config.stages import TrainStage
+from sfgrpo.errors import CanaryError, NumericsError, Preempted
+from sfgrpo.evaluation.evaluate import draw_images, protocol_of
+from sfgrpo.policies.base import Policy
+from sfgrpo.prompts import write_prompts
+from sfgrpo.rewards.base import Reward
+from sfgrpo.runtime.manifest import write_manifest
+from sfgrpo.runtime.shutdown import StopNotice
+from sfgrpo.shapes.prompt_sets import all_prompts
+from sfgrpo.tracking.base import RecordingTracker
+from sfgrpo.training.trainer import Materials, Trainer
+from sfgrpo.types import Prompt
+from tests.checkpoint.test_state import assert_same
+from tests.support.paths import ROOT
+from tests.support.tiny import LORA_TARGETS, Light, build_tiny_pipeline, counted_passes, make_tiny_policy, tiny_prompts
+
+NUM_UPDATES, NUM_STEPS, GROUP_SIZE, NUM_IMAGES = 5, 3, 3, 6
+NUM_LONG_UPDATES = 30
+SHARES = (0.0, 1.0, 0.5, 1.0)
+"""Of the images that four evaluations find right."""
+TRAINING, EVALUATION = tiny_prompts(6)[:4], tiny_prompts(6)[4:]
+
+SMALL: dict[str, dict[str, Any]] = {
+    "policy": {"dtype": "float32", "lora_rank": 2, "lora_alpha": 4, "lora_targets": list(LORA_TARGETS)},
+    "sampling": {"sampler": "flow_sde", "num_steps": NUM_STEPS, "noise_level": 0.7, "guidance_scale": 1.0},
+    "rollout": {"prompts_per_update": 2, "group_size": GROUP_SIZE, "micro_batch_size": NUM_IMAGES},
+    "estimates": {"num_substeps": 2},
+    "reward": {"name": "geneval"},
+    "advantage": {"credit": "joint", "std": "group"},
+    "update": {
+        "num_updates": NUM_UPDATES,
+        "steps_per_update": 2,
+        "learning_rate": 1e-2,
+        "clip_range": 3e-3,
+        "kl_coef": 0.0,
+        "trained_steps": None,
+        "micro_batch_size": GROUP_SIZE,
+    },
+    "ema": {"decay": 0.5},
+    "checkpoint": {"every_num_updates": 2, "keep": 9},
+    "evaluation": {
+        "num_steps": 2,
+        "guidance_scale": 1.0,
+        "images_per_prompt": 1,
+        "micro_batch_size": 8,
+        "every_num_updates": 2,
+    },
+}
+"""What differs from the shipped parameters, or must not follow them."""
+
+
+def small_params(**changes: dict[str, Any]) -> dict[str, Any]:
+    params = YAML(typ="safe").load(ROOT / "params.yaml")
+    for sections in (SMALL, changes):
+        for name, values in sections.items():
+            params[name] |= values
+    return params
+
+
+def small_config(**changes: dict[str, Any]) -> TrainStage:
+    params = small_params(**changes)
+    return validated(TrainStage, {field.name: params[field.name] for field in dataclasses.fields(TrainStage)}, "test")
+
+
+class Half(Light):
+    """Finds the first half of the images right, by default, and remembers all that it was shown."""
+
+    def __init__(self, *shares: float) -> None:
+        self.shares = list(shares)
+        self.shown: list[Any] = []
+
+    def __call__(self, images, prompts):
+        self.shown.append(images)
+        share = self.shares.pop(0) if self.shares else 0.5
+        return (torch.arange(len(images)) < share * len(images)).float()
+
+
+class Watchful(Light):
+    """Light that remembers every prompt it was asked about."""
+
+    def __init__(self) -> None:
+        self.asked: list[Prompt] = []
+
+    def __call__(self, images, prompts):
+        self.asked += prompts
+        return super().__call__(images, prompts)
+
+
+class Flat(Light):
+    """Likes everything alike."""
+
+    def __call__(self, images, prompts):
+        return torch.full((len(images),), 0.25)
+
+
+class Stopping(RecordingTracker):
+    """Stops the process's work, as Ctrl-C does, when an update is recorded."""
+
+    def __init__(self, update: int) -> None:
+        super().__init__()
+        self.update = update
+
+    def log_metrics(self, metrics, step):
+        if "reward/mean" in metrics and step == self.update:
+            raise KeyboardInterrupt
+        super().log_metrics(metrics, step)
+
+
+def trainer_in(folder: Path, config: TrainStage | None = None, policy: Policy | None = None, **changes: Any) -> Trainer:
+    materials = Materials(
+        prompts=TRAINING,
+        evaluation_prompts=EVALUATION,
+        reward=Light(),
+        verdict=Half(),
+        held_out=(Light(),),
+        folder=folder,
+        evaluations=folder / "evaluations",
+        scope="test",
+        tracker=RecordingTracker(),
+        notice=StopNotice(grace_s=60),
+    )
+    return Trainer(
+        config or small_config(), policy or make_tiny_policy(), dataclasses.replace(materials, **changes), Accelerator()
+    )
+
+
+def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leaves out what the clock and the operating system said."""
+    return [
+        {
+            key: timeless([value])[0] if isinstance(value, dict) else value
+            for key, value in record.items()
+            if not key.startswith(("time/", "memory/"))
+        }
+        for record in records
+    ]
+
+
+def adapter_of(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in policy.adapter_parameters().items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A finished run with its folder, which several tests look at."""
+
+    trainer: Trainer
+    policy: Policy
+    tracker: RecordingTracker
+    verdict: Half
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of 5 updates, evaluated after 0, 2, 4 and 5, of which the evaluation after 2 finds most images right."""
+    folder, policy = tmp_path_factory.mktemp("run"), make_tiny_policy()
+    tracker, verdict = RecordingTracker(), Half(*SHARES)
+    trainer = trainer_in(folder, policy=policy, tracker=tracker, verdict=verdict)
+    trainer.run()
+    return Run(trainer=trainer, policy=policy, tracker=tracker, verdict=verdict, folder=folder)
+
+
+def test_every_update_is_recorded(run):
+    assert [record["update"] for record in run.trainer.history] == [1, 2, 3, 4, 5]
+    for record in run.trainer.history:
+        assert record.keys() >= {
+            "reward/mean",
+            "reward/std",
+            "reward/start",
+            "gain/mean",
+            *(f"gain/step_{step:02d}/abs_mean" for step in range(NUM_STEPS)),
+            "groups/constant_fraction",
+            "policy/loss",
+            "policy/ratio_mean",
+            "policy/ratio_deviation_first_pass",
+            "policy/clip_fraction",
+            "optim/grad_norm",
+            "time/rollout_s",
+            "time/estimates_s",
+            "time/decode_s",
+            "time/reward_s",
+            "time/update_s",
+        }
+        # Not 0, because the batches of rollout and update differ.
+        assert record["policy/ratio_deviation_first_pass"] < 1e-5
+        total = record["reward/start"] + NUM_STEPS * record["gain/mean"]
+        assert record["reward/mean"] == pytest.approx(total, abs=1e-5)
+    assert [step for step, _ in run.tracker.metrics["reward/mean"]] == [1, 2, 3, 4, 5]
+
+
+def test_evaluations_come_first_when_due_and_last(run):
+    assert [record["update"] for record in run.trainer.evaluations] == [0, 2, 4, 5]
+    for record in run.trainer.evaluations:
+        assert record["metrics"].keys() >= {"geneval/overall", "evaluation/light", "time/evaluation_s"}
+    assert [step for step, _ in run.tracker.metrics["geneval/overall"]] == [0, 2, 4, 5]
+    assert [(key, step) for key, step, _ in run.tracker.images] == [("samples", step) for step in (0, 2, 4, 5)]
+    assert all(path.exists() for _, _, path in run.tracker.images)
+
+
+def test_checkpoints_come_when_due_and_last(run):
+    assert [path.name for path in sorted((run.folder / "checkpoints").iterdir())] == [
+        "update-000002",
+        "update-000004",
+        "update-000005",
+    ]
+    state = load_checkpoint(latest_checkpoint(run.folder / "checkpoints"))
+    assert_same(dict(state.adapter), adapter_of(run.policy))
+    assert list(state.history) == run.trainer.history
+    assert state.extra["evaluations"] == run.trainer.evaluations
+
+
+def test_best_evaluation_is_the_earliest_of_the_highest_and_its_adapter_is_kept(run):
+    assert run.trainer.best["update"] == 2
+    kept = make_tiny_policy(seed=3)
+    kept.load_adapter(run.folder / "best")
+    state = load_checkpoint(checkpoint_path(run.folder / "checkpoints", 2))
+    averages = {name.removeprefix("average."): value for name, value in state.ema.items() if name != "num_updates"}
+    assert_same(adapter_of(kept), averages)
+    assert any(not torch.equal(value, state.adapter[name]) for name, value in averages.items())
+
+
+def test_averaged_adapter_is_the_one_that_is_judged(run):
+    kept, options = make_tiny_policy(), small_config().evaluation
+    kept.load_adapter(run.folder / "best")
+    images = draw_images(kept, kept.encode([prompt.text for prompt in EVALUATION]), protocol_of(options))
+    assert (images == run.verdict.shown[1]).all()
+    assert (run.verdict.shown[0] != run.verdict.shown[1]).any()
+
+
+def test_start_noise_belongs_to_the_group_and_step_noise_to_the_image(tmp_path, monkeypatch):
+    rolled_out = []
+
+    def watched(*arguments, **options):
+        rolled_out.append(arguments[2:4])
+        return original(*arguments, **options)
+
+    original = sfgrpo.training.trainer.roll_out
+    monkeypatch.setattr(sfgrpo.training.trainer, "roll_out", watched)
+    trainer_in(tmp_path, small_config(update={"num_updates": 2})).run()
+    updates = [[torch.cat(parts) for parts in zip(*rolled_out[first : first + 2], strict=True)] for first in (0, 2)]
+    for start, noise in updates:
+        groups = start.unflatten(0, (2, GROUP_SIZE))
+        assert torch.equal(groups, groups[:, :1].expand_as(groups))
+        assert not torch.equal(groups[0], groups[1])
+        assert len(torch.unique(noise.flatten(1), dim=0)) == NUM_IMAGES
+    assert not torch.equal(updates[0][0], updates[1][0])
+    assert not torch.equal(updates[0][1], updates[1][1])
+
+
+def without_evaluation(asked: list[Prompt]) -> int:
+    return sum(prompt in TRAINING for prompt in asked)
+
+
+def test_stepwise_credit_scores_every_state_at_the_announced_cost(tmp_path):
+    config, reward, policy = small_config(update={"num_updates": 1}), Watchful(), make_tiny_policy()
+    trainer = trainer_in(tmp_path, config, policy, reward=reward)
+    with counted_passes(policy) as sizes:
+        trainer.run()
+    assert without_evaluation(reward.asked) == 2 + NUM_IMAGES * NUM_STEPS
+    evaluations = 2 * len(EVALUATION) * config.evaluation.num_steps
+    canary, trained = GROUP_SIZE, NUM_STEPS - 1
+    per_image = NUM_STEPS + BatchArithmetic(config=config).estimate_passes + trained
+    assert sum(sizes) == evaluations + canary + round(NUM_IMAGES * per_image)
+
+
+def test_terminal_credit_scores_final_images_only(tmp_path):
+    config = small_config(advantage={"credit": "terminal"}, update={"num_updates": 1})
+    reward, policy = Watchful(), make_tiny_policy()
+    trainer = trainer_in(tmp_path, config, policy, reward=reward)
+    with counted_passes(policy) as sizes:
+        trainer.run()
+    assert without_evaluation(reward.asked) == NUM_IMAGES
+    evaluations, canary = 2 * len(EVALUATION) * config.evaluation.num_steps, GROUP_SIZE
+    assert sum(sizes) == evaluations + canary + NUM_IMAGES * (2 * NUM_STEPS - 1)
+    assert not [key for key in trainer.history[0] if key.startswith("gain/") or key == "reward/start"]
+
+
+@pytest.mark.parametrize("credit", ["joint", "per_step", "step_mean", "terminal"])
+def test_reward_that_never_differs_changes_nothing_and_raises_no_alarm(tmp_path, credit):
+    policy = make_tiny_policy()
+    start = adapter_of(policy)
+    trainer = trainer_in(
+        tmp_path, small_config(advantage={"credit": credit}, update={"num_updates": 2}), policy, reward=Flat()
+    )
+    trainer.run()
+    assert [record["groups/constant_fraction"] for record in trainer.history] == [1.0, 1.0]
+    assert_same(adapter_of(policy), start)
+
+
+def test_adapter_that_does_not_learn_stops_the_run(tmp_path):
+    config = small_config(update={"learning_rate": 1e-30})
+    with pytest.raises(CanaryError, match=r"not attached to the policy, or update\.learning_rate is too small"):
+        trainer_in(tmp_path, config).run()
+
+
+def test_adapter_that_is_cut_off_stops_the_run(tmp_path):
+    policy = make_tiny_policy()
+
+    class CuttingOff(RecordingTracker):
+        def log_metrics(self, metrics, step):
+            policy.pipeline.transformer.disable_adapters()
+
+    with pytest.raises(CanaryError, match="no trainable parameter takes part in the loss"):
+        trainer_in(tmp_path, policy=policy, tracker=CuttingOff()).run()
+
+
+def test_training_raises_what_is_rewarded(tmp_path):
+    config = small_config(
+        rollout={"group_size": 12, "micro_batch_size": 24},
+        update={"num_updates": 16, "learning_rate": 3e-2, "clip_range": 0.2, "micro_batch_size": 12},
+        checkpoint={"every_num_updates": 16},
+        evaluation={"every_num_updates": 16, "images_per_prompt": 8},
+    )
+    trainer = trainer_in(tmp_path, config)
+    trainer.run()
+    before, after = (record["metrics"]["evaluation/light"] for record in trainer.evaluations)
+    assert after > before + 0.004
+
+
+@pytest.mark.parametrize("stopped_at", [1, 3, 4])
+def test_stopped_run_ends_as_if_it_had_never_been_stopped(run, tmp_path, stopped_at, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        trainer_in(tmp_path, tracker=Stopping(stopped_at), verdict=Half(0.0, 1.0)).run()
+    torch.manual_seed(99)
+    trainer = trainer_in(tmp_path, policy=make_tiny_policy(seed=0), verdict=Half(*SHARES[num_evaluated(tmp_path) :]))
+    assert trainer.update_index == (stopped_at - 1) // 2 * 2
+    trainer.run()
+    ours, theirs = (load_checkpoint(latest_checkpoint(folder / "checkpoints")) for folder in (tmp_path, run.folder))
+    for field in ("update_index", "adapter", "ema", "optimizer", "config"):
+        assert_same(getattr(ours, field), getattr(theirs, field))
+    assert timeless(trainer.history) == timeless(run.trainer.history)
+    assert timeless(trainer.evaluations) == timeless(run.trainer.evaluations)
+    ours, theirs = ((folder / "best" / "pytorch_lora_weights.safetensors") for folder in (tmp_path, run.folder))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def num_evaluated(folder: Path) -> int:
+    """Counts the evaluations in the store of a run."""
+    return len(list(folder.glob("evaluations/*/metrics.json")))
+
+
+class Told(StopNotice):
+    """Is told to stop at the first or a later look at a moment of the run."""
+
+    def __init__(self, remaining_s: float = 60.0) -> None:
+        super().__init__(grace_s=60.0)
+        self.is_told = False
+        self.left_s = remaining_s
+
+    @property
+    def given(self) -> bool:
+        return self.is_told
+
+    @property
+    def remaining_s(self) -> float:
+        return self.left_s if self.is_told else math.inf
+
+
+class Telling(RecordingTracker):
+    """Gives the notice when an update is recorded."""
+
+    def __init__(self, notice: Told, update: int) -> None:
+        super().__init__()
+        self.notice, self.update = notice, update
+
+    def log_metrics(self, metrics, step):
+        super().log_metrics(metrics, step)
+        self.notice.is_told |= "reward/mean" in metrics and step == self.update
+
+
+class TellingReward(Light):
+    """Gives the notice when it is asked for the first time after an update, that is, in the middle of a rollout."""
+
+    def __init__(self, notice: Told, tracker: RecordingTracker, update: int) -> None:
+        self.notice, self.tracker, self.update = notice, tracker, update
+
+    def __call__(self, images, prompts):
+        self.notice.is_told |= len(self.tracker.metrics.get("reward/mean", ())) == self.update
+        return super().__call__(images, prompts)
+
+
+def assert_ends_as(run: Run, folder: Path) -> None:
+    trainer = trainer_in(folder, policy=make_tiny_policy(seed=0), verdict=Half(*SHARES[num_evaluated(folder) :]))
+    trainer.run()
+    ours, theirs = (load_checkpoint(latest_checkpoint(place / "checkpoints")) for place in (folder, run.folder))
+    for field in ("update_index", "adapter", "ema", "optimizer", "scaler", "best", "rng"):
+        assert_same(getattr(ours, field), getattr(theirs, field))
+    assert timeless(trainer.history) == timeless(run.trainer.history)
+    assert timeless(trainer.evaluations) == timeless(run.trainer.evaluations)
+
+
+def len_of(folder: Path) -> int:
+    """Counts the evaluations that the newest checkpoint of a run remembers."""
+    return len(load_checkpoint(latest_checkpoint(folder / "checkpoints")).extra["evaluations"])
+
+
+def saved_updates(folder: Path) -> list[int]:
+    return sorted(map(update_of, (folder / "checkpoints").iterdir()))
+
+
+@pytest.mark.parametrize("update", [1, 3, 4])
+def test_run_that_is_told_to_stop_finishes_its_update_and_saves_it(run, tmp_path, update):
+    notice = Told()
+    with pytest.raises(Preempted, match=f"its state after update {update} is saved"):
+        trainer_in(tmp_path, tracker=Telling(notice, update), notice=notice, verdict=Half(0.0, 1.0, 0.5)).run()
+    assert saved_updates(tmp_path)[-1] == update
+    assert_ends_as(run, tmp_path)
+
+
+def test_loss_scale_of_float16_comes_back_with_the_rest(tmp_path):
+    config = small_config(policy={"dtype": "float16"}, update={"ratio_tolerance": 0.1})
+    ends = []
+    for stops in ((), (2, 4)):
+        folder = tmp_path / str(len(ends))
+        for stop in stops:
+            notice = Told()
+            policy = make_tiny_policy(dtype=torch.float16)
+            with pytest.raises(Preempted):
+                trainer_in(folder, config, policy, tracker=Telling(notice, stop), notice=notice).run()
+        trainer_in(folder, config, make_tiny_policy(dtype=torch.float16)).run()
+        ends.append(load_checkpoint(latest_checkpoint(folder / "checkpoints")))
+    assert ends[0].scaler["scale"] != 65536.0 or ends[0].scaler["_growth_tracker"] > 0
+    for field in ("adapter", "ema", "optimizer", "scaler"):
+        assert_same(getattr(ends[1], field), getattr(ends[0], field))
+
+
+def test_evaluation_is_broken_off_and_done_again_after_the_resume(run, tmp_path):
+    notice = Told()
+    with pytest.raises(Preempted, match="after update 2 "):
+        trainer_in(tmp_path, tracker=Telling(notice, 2), notice=notice, verdict=Half(0.0, 1.0)).run()
+    assert saved_updates(tmp_path) == [2]
+    assert len_of(tmp_path) == 1
+    assert_ends_as(run, tmp_path)
+
+
+@pytest.mark.parametrize(("remaining_s", "saved"), [(0.0, 3), (60.0, 4)])
+def test_rollout_is_given_up_when_too_little_time_is_left_for_its_update(run, tmp_path, remaining_s, saved):
+    notice, tracker = Told(remaining_s), RecordingTracker()
+    reward = TellingReward(notice, tracker, update=3)
+    with pytest.raises(Preempted, match=f"after update {saved} "):
+        trainer_in(tmp_path, tracker=tracker, notice=notice, reward=reward, verdict=Half(0.0, 1.0, 0.5)).run()
+    assert saved_updates(tmp_path)[-1] == saved
+    assert_ends_as(run, tmp_path)
+
+
+def test_resumed_run_tells_its_tracker_all_that_it_may_have_missed(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path, dirs_exist_ok=True)
+    tracker = RecordingTracker()
+    trainer_in(tmp_path, tracker=tracker)
+    assert tracker.metrics == run.tracker.metrics
+    assert [(key, step) for key, step, _ in tracker.images] == [("samples", step) for step in (0, 2, 4, 5)]
+
+
+def test_best_adapter_comes_back_with_the_checkpoint(run, tmp_path):
+    shutil.copytree(run.folder / "checkpoints", tmp_path / "checkpoints")
+    trainer_in(tmp_path)
+    (ours,), (theirs,) = ((folder / "best").iterdir() for folder in (tmp_path, run.folder))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+class SometimesBroken(Light):
+    """Light that has no number for one of the training prompts."""
+
+    def __call__(self, images, prompts):
+        rewards = super().__call__(images, prompts)
+        return torch.where(torch.tensor([prompt == TRAINING[0] for prompt in prompts]), torch.nan, rewards)
+
+
+def test_reward_that_is_not_finite_costs_its_group_and_is_written_down(tmp_path):
+    trainer = trainer_in(tmp_path, reward=SometimesBroken())
+    trainer.run()
+    broken = [record["guards/broken"] for record in trainer.history]
+    assert 0 < sum(broken) < len(broken)
+    assert all(math.isfinite(value) for record in trainer.history for value in record.values())
+    for record in trainer.history:
+        assert record["groups/constant_fraction"] >= 0.5 * record["guards/broken"]
+    lines = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert {line["update"] + 1 for line in lines} == {
+        record["update"] for record in trainer.history if record["guards/broken"]
+    }
+    assert {(line["kind"], line["prompt"]) for line in lines} == {("reward", TRAINING[0].text)}
+
+
+def test_too_many_updates_that_are_not_finite_stop_the_run_and_a_resume_remembers_them(tmp_path):
+    config = small_config(update={"max_broken_updates": 2}, checkpoint={"every_num_updates": 1})
+    options = {"config": config, "held_out": ()}
+    with pytest.raises(NumericsError, match=r"3 updates had .* more than update\.max_broken_updates = 2"):
+        trainer_in(tmp_path, reward=TrainingBroken(), **options).run()
+    trainer = trainer_in(tmp_path, reward=TrainingBroken(), **options)
+    assert trainer.update_index == 2
+    with pytest.raises(NumericsError, match="3 updates had"):
+        trainer.run()
+
+
+class TrainingBroken(Light):
+    """Has no number for training prompts."""
+
+    def __call__(self, images, prompts):
+        rewards = super().__call__(images, prompts)
+        return torch.where(torch.tensor([prompt in TRAINING for prompt in prompts]), torch.nan, rewards)
+
+
+def test_finished_run_has_nothing_left_to_do(run):
+    class Untouched(Reward):
+        name = "untouched"
+
+        def __call__(self, images, prompts):
+            raise AssertionError("a finished run was scored again")
+
+    trainer = trainer_in(run.folder, reward=Untouched(), verdict=Untouched(), held_out=(Untouched(),))
+    trainer.run()
+    assert trainer.history == run.trainer.history and trainer.best == run.trainer.best
+
+
+def lay_out(folder: Path) -> Path:
+    """Makes a working directory in which `python -m sfgrpo train` finds a small run, and GenEval something correct."""
+    folder.mkdir()
+    build_tiny_pipeline(folder / "pipeline", blobs=True)
+    write_manifest(folder / "pipeline")
+    easy = [
+        prompt for prompt in all_prompts()["single_object"] if prompt.include[0].class_name in ("square", "triangle")
+    ]
+    for name, prompts in (("train", TRAINING), ("evaluation", easy)):
+        write_prompts(folder / f"data/prompts/{name}.jsonl", prompts)
+    params = small_params(
+        policy={"pretrained": "pipeline"},
+        rollout={"group_size": 12, "micro_batch_size": 24},
+        update={"num_updates": NUM_LONG_UPDATES, "clip_range": 0.1, "micro_batch_size": 12},
+        checkpoint={"every_num_updates": 1, "keep": 2},
+        evaluation={"every_num_updates": 6, "images_per_prompt": 16, "micro_batch_size": 32},
+    )
+    # JSON is YAML.
+    (folder / "params.yaml").write_text(json.dumps(params))
+    return folder
+
+
+@contextlib.contextmanager
+def training_in(folder: Path):
+    """Starts the real thing, with its progress as a stream and its log in a file."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SFGRPO_NUM_THREADS": "1"}
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "SFGRPO_SCRATCH", "SFGRPO_DEVICE"):
+        environment.pop(name, None)
+    with (folder / "log").open("a") as log:
+        command = [sys.executable, "-m", "sfgrpo", "train"]
+        with subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+
+def finished(process: subprocess.Popen, folder: Path) -> tuple[bytes, bytes]:
+    """Waits for the end of a training; reads the adapter that it published and the one that it ended with."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output + (folder / "log").read_text()
+    (published,) = (folder / "models/policy/adapter").iterdir()
+    (last,) = folder.glob(f".scratch/train-*/checkpoints/update-{NUM_LONG_UPDATES:06d}/adapter.safetensors")
+    return published.read_bytes(), last.read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_training_publishes_the_same_adapter(tmp_path):
+    whole, parts = lay_out(tmp_path / "whole"), lay_out(tmp_path / "parts")
+    moments = random.Random(0)
+    with training_in(whole) as uninterrupted:
+        for _ in range(2):
+            with training_in(parts) as process:
+                assert any(line.startswith("update ") for line in process.stdout), (parts / "log").read_text()
+                time.sleep(moments.uniform(0.0, 0.3))
+                process.kill()
+                assert process.wait() == -signal.SIGKILL, "the training was over before it was killed"
+        assert not (parts / "models").exists()
+        with training_in(parts) as process:
+            adapters = finished(process, parts)
+        assert adapters == finished(uninterrupted, whole)
+    assert "resuming after update" in (parts / "log").read_text()
+    assert "resuming after update" not in (whole / "log").read_text()
+    record, expected = (json.loads((folder / "models/policy/training.json").read_text()) for folder in (parts, whole))
+    assert record["run_key"] == expected["run_key"] and record["update"] == expected["update"]
