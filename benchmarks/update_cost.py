@@ -143,7 +143,7 @@ class Bench:
                     self.reward,
                     sigmas_S,
                     part,
-                    leaders=range(0, len(self.prompts), group_size),
+                    group_first_rows=range(0, len(self.prompts), group_size),
                     num_substeps=variant.num_substeps,
                     guidance_scale=config.sampling.guidance_scale,
                     micro_batch_size=config.rollout.micro_batch_size,

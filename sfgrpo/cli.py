@@ -20,7 +20,7 @@ from sfgrpo.paths import PARAMS
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.runtime.rank import die_with_launcher, is_first_rank, is_rank, noting_errors
 from sfgrpo.runtime.redaction import SecretFreeFormatter, print_error, without_secrets
-from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S, StopNotice
+from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S, GracefulShutdown
 
 QUIET_H = 1.0
 """An update of the largest model takes minutes; a run that records nothing for so long looks dead."""
@@ -35,7 +35,7 @@ def run_stage(chosen: argparse.Namespace) -> None:
     from sfgrpo.commands.prompts import prompts
     from sfgrpo.commands.register import register
 
-    stages = {
+    stages: dict[str, Callable[..., None]] = {
         "pretrain": pretrain,
         "pretrain_reward": pretrain_reward,
         "prompts": prompts,
@@ -65,10 +65,10 @@ def train(chosen: argparse.Namespace) -> None:
         train_policy(config, environment, launch, inputs)
         return
     command = ["-m", "sfgrpo", "train", "--params", str(params), *(() if run_name is None else ("--resume", run_name))]
-    with StopNotice(environment.grace_s + LAUNCHER_MARGIN_S) as notice:
+    with GracefulShutdown(environment.grace_s + LAUNCHER_MARGIN_S) as shutdown:
         from sfgrpo.runtime.launcher import launch_ranks
 
-        launch_ranks(launch, environment, command, notice)
+        launch_ranks(launch, environment, command, shutdown)
 
 
 def evaluate_snapshot(chosen: argparse.Namespace) -> None:
@@ -97,20 +97,21 @@ def of_champion(chosen: argparse.Namespace) -> None:
     """Rolls the champion back, or rechecks it; reads parameters only for the name of the model."""
     model = chosen.model or load_config("rollback", chosen.params).registry.model_name
     environment = read_environment()
-    from sfgrpo.commands import promote
+    from sfgrpo.commands.promote import rollback
+    from sfgrpo.commands.recheck import recheck
 
-    verb = promote.rollback if chosen.command == "rollback" else promote.recheck
+    verb = rollback if chosen.command == "rollback" else recheck
     verb(environment, model)
 
 
 def sample(chosen: argparse.Namespace) -> None:
     """Draws one image by a registered version."""
     environment = read_environment()
-    from sfgrpo.commands import promote
+    from sfgrpo.commands.sample import sample
 
     given = {"seed": chosen.seed, "num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance}
     params = {name: value for name, value in given.items() if value is not None}
-    promote.sample(environment, chosen.model, chosen.prompt, chosen.out, params)
+    sample(environment, chosen.model, chosen.prompt, chosen.out, params)
 
 
 def sweep(chosen: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ SfgrpoError
     ConfigError     also a ValueError: a wrong value, or a wrong key, in the parameters
     IntegrityError  a file is not the one that was recorded
     RewardError     a reward could not be computed
-    CanaryError     training runs, but does not do what it claims
+    SanityCheckError     training runs, but does not do what it claims
     NumericsError   too many updates had a number that is not finite
     MemoryExhaustedError
                     a phase needed more memory than there is
@@ -45,7 +45,7 @@ class RewardError(SfgrpoError):
     """A reward could not score an image, or gave something that is not a number."""
 
 
-class CanaryError(SfgrpoError):
+class SanityCheckError(SfgrpoError):
     """A check of the training itself failed: the first ratio is not 1, or an update left the policy unchanged."""
 
 

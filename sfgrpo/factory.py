@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sfgrpo.config.batching import BatchArithmetic
-from sfgrpo.config.loading import blaming
+from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.schema import PolicyConfig, RewardConfig
 from sfgrpo.config.stages import TrainStage
 from sfgrpo.errors import ConfigError
@@ -46,7 +46,7 @@ def make_reward(config: RewardConfig) -> Reward:
     """Makes the training reward."""
     from sfgrpo.rewards import build_reward
 
-    with blaming("reward"):
+    with as_config_error("reward"):
         return build_reward(config.name, pretrained=config.pretrained, revision=config.revision)
 
 
@@ -66,7 +66,7 @@ def make_policy(
     from sfgrpo.policies.sd3 import SD3Policy
 
     disable_progress_bar()
-    with blaming("policy"):
+    with as_config_error("policy"):
         policy = SD3Policy.from_pretrained(
             config.pretrained,
             revision=config.revision,

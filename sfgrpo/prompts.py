@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sfgrpo.config.loading import blaming
+from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.stages import PromptsStage
 from sfgrpo.errors import ConfigError
 from sfgrpo.types import Prompt, Tag
@@ -92,9 +92,9 @@ def _drawing_seed(config: PromptsStage) -> int | tuple[int, int]:
 def _shapes_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
     from sfgrpo.shapes.prompt_sets import sample_training_prompts, split_prompts
 
-    with blaming("prompts.num_evaluation"):
+    with as_config_error("prompts.num_evaluation"):
         training, evaluation = split_prompts(config.prompts.num_evaluation, config.seed)
-    with blaming("prompts.task_weights"):
+    with as_config_error("prompts.task_weights"):
         drawn = sample_training_prompts(
             training, config.prompts.task_weights, config.prompts.num_train, _drawing_seed(config)
         )
@@ -114,7 +114,7 @@ def _geneval_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
             f"geneval it must be {counts}"
         )
     names = (GENEVAL / "object_names.txt").read_text(encoding="utf-8").split("\n")
-    with blaming("prompts.task_weights"):
+    with as_config_error("prompts.task_weights"):
         training = training_prompts(
             [name for name in names if name],
             evaluation,

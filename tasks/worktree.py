@@ -26,7 +26,7 @@ from sfgrpo.errors import ConfigError, SfgrpoError
 from sfgrpo.paths import PARAMS
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.runtime.files import atomic_write
-from sfgrpo.runtime.locks import only_user
+from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.tracking.mlflow_client import sqlite_path
 from tasks.git import GitError, add_worktree, commit_files, git, remove_worktree, top_folder
 from tasks.overrides import changed_parameters
@@ -124,7 +124,7 @@ def run_of_branch(checkout: Path, branch: str) -> str | None:
 @contextlib.contextmanager
 def alone(checkout: Path) -> Iterator[bool]:
     """Keeps runs from starting within the block; tells whether it could, since none is at work in a worktree."""
-    with only_user(checkout / LOCK) as taken:
+    with exclusive_lock(checkout / LOCK) as taken:
         yield taken
 
 

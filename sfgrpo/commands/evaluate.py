@@ -82,7 +82,7 @@ def _evaluated(
     return evaluate_policy(
         policy,
         asked,
-        build_reward("geneval_strict"),
+        build_reward("geneval_correct"),
         rewards,
         protocol,
         shown=shown,

@@ -56,11 +56,11 @@ def _judge(folder: Path, snapshot: Snapshot, store: Path, environment: Environme
     check_pretrained(config.policy)
     use_threads(environment)
     policy = make_policy(config.policy, config.seed, environment)
-    from sfgrpo.evaluation.evaluator import Court
-    from sfgrpo.policies.base import wearing
+    from sfgrpo.evaluation.evaluator import Evaluator
+    from sfgrpo.policies.base import use_adapter
     from sfgrpo.rewards import build_reward
 
-    court = Court.of(config, prompts, build_reward("geneval_strict"), reward, make_held_out())
-    with wearing(policy, adapter):
+    court = Evaluator.of(config, prompts, build_reward("geneval_correct"), reward, make_held_out())
+    with use_adapter(policy, adapter):
         court.judge(policy, store, snapshot.key)
     print(f"update {snapshot.update} is evaluated")

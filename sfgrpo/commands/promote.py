@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from sfgrpo.config.stages import PromoteStage
 from sfgrpo.paths import PROMOTION_REPORT
-from sfgrpo.promotion.aliases import champion_of, crown, prove, roll_back, settle
+from sfgrpo.promotion.aliases import champion_of, promote_version, roll_back, sync_aliases, verify_champion
 from sfgrpo.promotion.compare import champion_already, judge
-from sfgrpo.promotion.decision import Judgement, read_judgement
-from sfgrpo.promotion.history import Ledger, LedgerError
+from sfgrpo.promotion.decision import PromotionDecision, read_judgement
+from sfgrpo.promotion.history import HistoryError, PromotionHistory
 from sfgrpo.registry.register import RegistryError, connect_globally
 from sfgrpo.registry.versions import _require_model, download_version, find_version
 from sfgrpo.runtime.environment import Environment
@@ -32,7 +32,7 @@ def promote(
     With `judge_only` the decision is written and recorded, and nothing moves.
 
     Raises:
-        LedgerError: another promotion or rollback was decided while this one was judged.
+        HistoryError: another promotion or rollback was decided while this one was judged.
         RegistryError: a version is not what was registered, or the new champion cannot draw.
     """
     client, uri = connect_globally(environment.tracking_uri), environment.tracking_uri
@@ -40,7 +40,7 @@ def promote(
     candidate = find_version(
         client, f"models:/{name}@{config.registry.alias}" if number is None else f"models:/{name}/{number}"
     )
-    ledger = settle(client, uri, name)
+    ledger = sync_aliases(client, uri, name)
     champion = champion_of(client, ledger)
     if champion == candidate.number:
         print(champion_already(candidate, ledger).sentence)
@@ -60,21 +60,21 @@ def apply(environment: Environment, run_id: str) -> None:
     Applied twice, it changes nothing and has the champion draw once more.
 
     Raises:
-        LedgerError: the champion has changed.
+        HistoryError: the champion has changed.
         RegistryError: there is no such decision, it was not to promote, or the version is not what was registered.
     """
     client, uri = connect_globally(environment.tracking_uri), environment.tracking_uri
     judgement = read_judgement(client, run_id)
     if not judgement.promoted:
         raise RegistryError(f"MLflow run {run_id} decided not to promote version {judgement.version}")
-    ledger = settle(client, uri, judgement.model)
+    ledger = sync_aliases(client, uri, judgement.model)
     if _is_applied(ledger, judgement):
         # Whoever applied it may have died before the proof.
-        prove(client, uri, ledger)
+        verify_champion(client, uri, ledger)
         print(f"version {judgement.version} of {judgement.model} is champion already, by this decision")
         return
     if len(ledger.entries) != judgement.num_entries:
-        raise LedgerError(
+        raise HistoryError(
             f"MLflow run {run_id} decided against a champion of {judgement.model} that has changed since; judge again "
             f"by `python -m sfgrpo promote --model {judgement.model} --version {judgement.version}`"
         )
@@ -88,7 +88,7 @@ def rollback(environment: Environment, model: str) -> None:
     """Makes the champion before the present one champion again.
 
     Raises:
-        LedgerError: another promotion or rollback was decided at the same time.
+        HistoryError: another promotion or rollback was decided at the same time.
         RegistryError: there is no such model or no champion before, or the former one cannot draw.
     """
     client = connect_globally(environment.tracking_uri)
@@ -98,12 +98,12 @@ def rollback(environment: Environment, model: str) -> None:
     print(f"version {old} of {model} is rolled back; {now}")
 
 
-def _crown(client: MlflowClient, uri: str, ledger: Ledger, judgement: Judgement) -> None:
-    crown(client, uri, ledger, judgement.version, str(judgement.run_id))
+def _crown(client: MlflowClient, uri: str, ledger: PromotionHistory, judgement: PromotionDecision) -> None:
+    promote_version(client, uri, ledger, judgement.version, str(judgement.run_id))
     print(f"version {judgement.version} of {judgement.model} is champion")
 
 
-def _is_applied(ledger: Ledger, judgement: Judgement) -> bool:
+def _is_applied(ledger: PromotionHistory, judgement: PromotionDecision) -> bool:
     """Tells whether the last change of the champion was by this decision."""
     last = ledger.entries[-1] if ledger.entries else None
     return last is not None and last.action == "promotion" and last.run_id == judgement.run_id

@@ -11,9 +11,9 @@ from sfgrpo.config.schema import RewardConfig
 from sfgrpo.errors import IntegrityError
 from sfgrpo.factory import use_threads
 from sfgrpo.paths import RECHECK
-from sfgrpo.promotion.aliases import champion_of, settle
-from sfgrpo.promotion.compare import Rules, evaluate, load_package, make_rewards
-from sfgrpo.promotion.decision import PROMPTS, Record, read_file, read_record
+from sfgrpo.promotion.aliases import champion_of, sync_aliases
+from sfgrpo.promotion.compare import EvaluationSetup, evaluate, load_package, make_rewards
+from sfgrpo.promotion.decision import PROMPTS, EvaluationRecord, read_file, read_record
 from sfgrpo.promotion.history import experiment_of
 from sfgrpo.prompts import prompts_digest, read_prompts
 from sfgrpo.registry.register import connect_globally
@@ -40,7 +40,7 @@ def recheck(environment: Environment, model: str) -> None:
     """
     client, uri = connect_globally(environment.tracking_uri), environment.tracking_uri
     _require_model(client, model)
-    number = champion_of(client, settle(client, uri, model))
+    number = champion_of(client, sync_aliases(client, uri, model))
     if number is None:
         reason = f"{model} has no champion, so there is nothing to check"
         _write_recheck({"drifted": False, "reasons": [reason], "table": "", "metrics": {}})
@@ -52,9 +52,11 @@ def recheck(environment: Environment, model: str) -> None:
     print(f"version {number} of {model} {_drift(outcome)}\n\n{outcome['table']}")
 
 
-def _rechecked(client: MlflowClient, environment: Environment, champion: Version, record: Record) -> dict[str, Any]:
+def _rechecked(
+    client: MlflowClient, environment: Environment, champion: Version, record: EvaluationRecord
+) -> dict[str, Any]:
     """Evaluates by a record, compares, and records the outcome as an MLflow run."""
-    from sfgrpo.evaluation.evaluate import Protocol
+    from sfgrpo.evaluation.evaluate import SamplingProtocol
     from sfgrpo.promotion.drift import drift
     from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 
@@ -69,8 +71,8 @@ def _rechecked(client: MlflowClient, environment: Environment, champion: Version
         with temporary_directory(environment.scratch_dir, "recheck") as folder:
             prompts = _recorded_prompts(client, record, folder)
             training, held_out = (RewardConfig(**reward) for reward in record.rewards)
-            rules = Rules(
-                prompts=prompts, protocol=Protocol(**record.protocol), rewards=make_rewards(training, held_out)
+            rules = EvaluationSetup(
+                prompts=prompts, protocol=SamplingProtocol(**record.protocol), rewards=make_rewards(training, held_out)
             )
             (folder / "version").mkdir()
             package = download_version(champion, folder / "version")
@@ -86,7 +88,7 @@ def _rechecked(client: MlflowClient, environment: Environment, champion: Version
     return {"drifted": bool(reasons), "reasons": reasons, "table": table, "metrics": metrics}
 
 
-def _recorded_prompts(client: MlflowClient, record: Record, folder: Path) -> list[Prompt]:
+def _recorded_prompts(client: MlflowClient, record: EvaluationRecord, folder: Path) -> list[Prompt]:
     path = folder / PROMPTS
     path.write_text(read_file(client, record.run_id, PROMPTS), encoding="utf-8")
     prompts = read_prompts(path)

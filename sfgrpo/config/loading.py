@@ -117,7 +117,7 @@ def _keys_at(schema: type, location: list[int | str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def blaming(parameter: str) -> Iterator[None]:
+def as_config_error(parameter: str) -> Iterator[None]:
     """Words a `ValueError` of the block as the wrong value of a parameter that it is."""
     try:
         yield

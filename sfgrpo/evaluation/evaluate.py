@@ -30,7 +30,7 @@ THUMBNAIL_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Protocol:
+class SamplingProtocol:
     """How images are drawn for judging; of two policies under the same one, image by image, the noise is the same."""
 
     images_per_prompt: int
@@ -47,9 +47,9 @@ class Protocol:
     """Of a stochastic sampler."""
 
 
-def protocol_of(config: EvaluationConfig) -> Protocol:
+def protocol_of(config: EvaluationConfig) -> SamplingProtocol:
     """Gives the protocol that a configuration asks for: the deterministic sampler."""
-    return Protocol(
+    return SamplingProtocol(
         images_per_prompt=config.images_per_prompt,
         num_steps=config.num_steps,
         guidance_scale=config.guidance_scale,
@@ -83,7 +83,7 @@ class Evaluation:
 
 @torch.no_grad()
 def draw_images(
-    policy: Policy, conditioning: Conditioning, protocol: Protocol, rows: slice = slice(None)
+    policy: Policy, conditioning: Conditioning, protocol: SamplingProtocol, rows: slice = slice(None)
 ) -> NDArray[np.uint8]:
     """Draws one image for each of `rows` of `conditioning`; row i takes noise i of the seed's streams."""
     sigmas, shape = policy.sigmas(protocol.num_steps).to(policy.device), policy.latent_shape
@@ -118,7 +118,7 @@ def evaluate_policy(
     prompts: Sequence[Prompt],
     verdict: Reward,
     rewards: Sequence[Reward],
-    protocol: Protocol,
+    protocol: SamplingProtocol,
     *,
     shown: Sequence[int] = (),
     accelerator: Accelerator | None = None,
@@ -150,7 +150,7 @@ def mean_rewards(
     policy: Policy,
     prompts: Sequence[Prompt],
     rewards: Sequence[Reward],
-    protocol: Protocol,
+    protocol: SamplingProtocol,
     *,
     accelerator: Accelerator | None = None,
     between: Callable[[], None] = lambda: None,
@@ -188,7 +188,7 @@ def _judge(
     policy: Policy,
     prompts: Sequence[Prompt],
     judges: Sequence[Reward],
-    protocol: Protocol,
+    protocol: SamplingProtocol,
     shown: Sequence[int],
     accelerator: Accelerator | None,
     between: Callable[[], None],

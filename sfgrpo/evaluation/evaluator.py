@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from sfgrpo.config.stages import TrainStage
-from sfgrpo.evaluation.evaluate import Evaluation, Protocol, evaluate_policy, mean_rewards, protocol_of
+from sfgrpo.evaluation.evaluate import Evaluation, SamplingProtocol, evaluate_policy, mean_rewards, protocol_of
 from sfgrpo.evaluation.store import keep_evaluation
 from sfgrpo.policies.base import Policy
 from sfgrpo.rewards.base import Reward, distinct_rewards
@@ -22,21 +22,21 @@ GRID_ROWS_PER_TASK = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Court:
+class Evaluator:
     """All that an adapter is judged by."""
 
     prompts: Sequence[Prompt]
     verdict: Reward
     """GenEval's verdict, 0 or 1, for the table."""
     rewards: Sequence[Reward]
-    protocol: Protocol
-    noisy: Protocol | None
+    protocol: SamplingProtocol
+    noisy: SamplingProtocol | None
     """That of the training's own sampler, where its mean rewards are measured as well."""
 
     @classmethod
     def of(
         cls, config: TrainStage, prompts: Sequence[Prompt], verdict: Reward, reward: Reward, held_out: Sequence[Reward]
-    ) -> Court:
+    ) -> Evaluator:
         """Takes the prompts, and what judges, from a training."""
         protocol, sampling = protocol_of(config.evaluation), config.sampling
         noisy = dataclasses.replace(

@@ -17,10 +17,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from sfgrpo.checkpoint.snapshots import Snapshot, prune_snapshots, publish_snapshot, read_snapshot, snapshot_path
-from sfgrpo.evaluation.evaluator import Court
+from sfgrpo.evaluation.evaluator import Evaluator
 from sfgrpo.evaluation.store import SAMPLES, claimed_evaluation, read_metrics
 from sfgrpo.grpo.distributed import any_of, shared_files
-from sfgrpo.policies.base import Policy, wearing
+from sfgrpo.policies.base import Policy, use_adapter
 from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.runtime.manifest import MANIFEST
 from sfgrpo.tracking.base import Tracker
@@ -32,7 +32,7 @@ POLL_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class EvaluationPaths:
     """Where the evaluations of a training are published, kept and done."""
 
     folder: Path
@@ -55,16 +55,16 @@ class PeriodicEvaluation:
     def __init__(
         self,
         policy: Policy,
-        court: Court,
-        place: Place,
+        court: Evaluator,
+        place: EvaluationPaths,
         tracker: Tracker,
         accelerator: Accelerator,
-        heed_notice: Callable[[], None],
+        stop_if_requested: Callable[[], None],
         num_checkpoints: int,
     ) -> None:
         """Takes what is called while it waits, and the number of checkpoints that may be gone back to."""
         self._policy, self._court, self._place = policy, court, place
-        self._tracker, self._accelerator, self._heed_notice = tracker, accelerator, heed_notice
+        self._tracker, self._accelerator, self._heed_notice = tracker, accelerator, stop_if_requested
         self.results: list[dict[str, Any]] = []
         """Update and metrics of every evaluation that was taken."""
         self._awaited: list[Snapshot] = []
@@ -150,7 +150,7 @@ class PeriodicEvaluation:
             if not any_of(claim, self._accelerator) or self._metrics(snapshot) is not None:
                 return False
             files = read_snapshot(place.folder, snapshot.update) if is_main else None
-            stack.enter_context(wearing(self._policy, shared_files(files, self._accelerator)))
+            stack.enter_context(use_adapter(self._policy, shared_files(files, self._accelerator)))
             self._court.judge(self._policy, place.store, snapshot.key, self._accelerator, self._heed_notice)
             return True
 

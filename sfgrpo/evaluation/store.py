@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sfgrpo.errors import IntegrityError
 from sfgrpo.runtime.files import atomic_directory
-from sfgrpo.runtime.locks import only_user
+from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.manifest import verify_manifest, write_manifest
 
 if TYPE_CHECKING:
@@ -61,4 +61,4 @@ def read_metrics(store: Path, key: str) -> dict[str, float] | None:
 
 def claimed_evaluation(store: Path, key: str) -> AbstractContextManager[bool]:
     """Claims the making of an evaluation for a block, and tells whether no living process is at it."""
-    return only_user(store / f".{key}.claim")
+    return exclusive_lock(store / f".{key}.claim")

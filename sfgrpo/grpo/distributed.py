@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from sfgrpo.errors import CanaryError
+from sfgrpo.errors import SanityCheckError
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +92,12 @@ def agree(text: str, accelerator: Accelerator) -> bool:
 
 
 def require_same_everywhere(parameters: Mapping[str, Tensor], accelerator: Accelerator) -> None:
-    """Raises `CanaryError` on all processes unless all hold the same parameters, bit for bit."""
+    """Raises `SanityCheckError` on all processes unless all hold the same parameters, bit for bit."""
     digest = hashlib.sha256()
     for value in parameters.values():
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     if not agree(digest.hexdigest(), accelerator):
-        raise CanaryError(
+        raise SanityCheckError(
             "the adapters of the processes are no longer the same: they have drifted apart; use the same hardware and "
             "the same package versions on every node"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from sfgrpo.errors import CanaryError
+from sfgrpo.errors import SanityCheckError
 from sfgrpo.grpo.distributed import any_of
 from sfgrpo.grpo.update import Objective
 from sfgrpo.policies.base import Policy
@@ -15,7 +15,7 @@ from sfgrpo.types import RolloutBatch
 def require_changed_sampler(
     policy: Policy, batch: RolloutBatch, num_rows: int, objective: Objective, accelerator: Accelerator
 ) -> None:
-    """Raises `CanaryError` on all processes when the policy's output, on any, is still that of the rollout.
+    """Raises `SanityCheckError` on all processes when the policy's output, on any, is still that of the rollout.
 
     To be asked after an update that trained, by all processes at the same time: the same output means that nothing was
     trained. The first `num_rows` images have to be a batch of the rollout, since batches of other sizes round
@@ -32,7 +32,7 @@ def require_changed_sampler(
         )
     unchanged = torch.allclose(before, after, rtol=0, atol=1e-6 * float(before.abs().max()))
     if any_of(unchanged, accelerator):
-        raise CanaryError(
+        raise SanityCheckError(
             "the sampler's output did not change with the first update: the adapter is not attached to the policy, or "
             "update.learning_rate is too small to matter"
         )

@@ -77,7 +77,7 @@ def score_states(
     sigmas_S: Tensor,
     states: Sequence[int],
     *,
-    leaders: Sequence[int],
+    group_first_rows: Sequence[int],
     num_substeps: int,
     guidance_scale: float,
     micro_batch_size: int,
@@ -86,12 +86,17 @@ def score_states(
 ) -> Tensor:
     """Rewards of the named states, ascending to K: r_k = R(clean estimate of state k, prompt), and r_K of the image.
 
-    State 0 is shared by a group, so only the rows in `leaders` are scored there, and the others have NaN: see
+    State 0 is shared by a group, so only the rows in `group_first_rows` are scored there, and the others have NaN: see
     `share_start_rewards`. Gives [N, len(states)]; the phases of `clock` are estimates, decode and reward.
     """
     num_images, last = len(prompts), len(sigmas_S) - 1
     columns = {state: column for column, state in enumerate(states)}
-    pairs = [(row, state) for state in states if state < last for row in (leaders if state == 0 else range(num_images))]
+    pairs = [
+        (row, state)
+        for state in states
+        if state < last
+        for row in (group_first_rows if state == 0 else range(num_images))
+    ]
     latents, rows = trajectory.latents_NSCHW[:, -1], list(range(num_images))
     if states[0] < last:
         rows_M, states_M = torch.tensor(pairs, dtype=torch.long, device=sigmas_S.device).reshape(-1, 2).unbind(dim=1)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sfgrpo.errors import CanaryError
+from sfgrpo.errors import SanityCheckError
 from sfgrpo.grpo.distributed import even_slices, gathered, total, total_gradients
 from sfgrpo.grpo.losses import clipped_surrogate
 from sfgrpo.grpo.sde import SAMPLERS, StepDistribution, gaussian_kl, gaussian_log_prob
@@ -82,7 +82,7 @@ def update_policy(
     nothing, processes differ in their number of images, and so would in their number of backward passes.
 
     Raises:
-        CanaryError: the ratio of the first step is off 1 by more than `ratio_tolerance` on some process, which all
+        SanityCheckError: the ratio of the first step is off 1 by more than `ratio_tolerance` on some process, which all
             learn; or no trainable parameter takes part in the loss.
     """
     shares = torch.arange(len(batch.constant_N)).chunk(objective.steps_per_update)
@@ -166,7 +166,7 @@ def _accumulate_gradients(
             else:
                 loss = _loss_of_nothing(policy, batch, step, objective)
             if not loss.requires_grad:
-                raise CanaryError("no trainable parameter takes part in the loss: the adapter is not attached")
+                raise SanityCheckError("no trainable parameter takes part in the loss: the adapter is not attached")
             # Not by accelerator.backward, which would scale a second time if it was launched with mixed precision.
             scaler.scale(loss / num_terms).backward()
     columns_MJ = torch.cat(collected).cpu().double()
@@ -273,7 +273,7 @@ def _check_first_ratio(deviations: Sequence[float], tolerance: float) -> None:
     """Takes the largest |ratio - 1| of every process, so that all of them fail together."""
     if off := [rank for rank, deviation in enumerate(deviations) if deviation > tolerance]:
         where = f" on rank {', '.join(map(str, off))} of {len(deviations)}" if len(deviations) > 1 else ""
-        raise CanaryError(
+        raise SanityCheckError(
             f"before the first optimiser step the ratio is off 1 by {max(deviations):.3g}{where}, more than "
             f"update.ratio_tolerance {tolerance:.3g}: rollout and update disagree on dtype, batch, schedule or adapter"
         )

@@ -76,7 +76,7 @@ class Policy(ABC):
 
 
 @contextlib.contextmanager
-def wearing(policy: Policy, files: Mapping[str, bytes]) -> Iterator[None]:
+def use_adapter(policy: Policy, files: Mapping[str, bytes]) -> Iterator[None]:
     """Puts an adapter, given by its files, into the policy for a block."""
     originals = {name: parameter.detach().clone() for name, parameter in policy.adapter_parameters().items()}
     try:

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 from sfgrpo.config.pretrain_schema import PretrainConfig, TransformerConfig
-from sfgrpo.evaluation.evaluate import Protocol, evaluate_policy
+from sfgrpo.evaluation.evaluate import SamplingProtocol, evaluate_policy
 from sfgrpo.geneval.table import GenEvalTable, markdown_table
 from sfgrpo.policies.sd3 import SD3Policy
 from sfgrpo.pretraining.autoencoder import (
@@ -170,9 +170,9 @@ def _judged(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]
         f"guidance {scale:g}": evaluate_policy(
             policy,
             prompts,
-            build_reward("geneval_strict"),
+            build_reward("geneval_correct"),
             (),
-            Protocol(
+            SamplingProtocol(
                 images_per_prompt=evaluation.images_per_prompt,
                 num_steps=evaluation.num_steps,
                 guidance_scale=scale,

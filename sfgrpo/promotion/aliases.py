@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from sfgrpo.promotion.history import Entry, Ledger, LedgerError, append, read_ledger
+from sfgrpo.promotion.history import HistoryError, Promotion, PromotionHistory, append, read_ledger
 from sfgrpo.registry.register import RegistryError, smoke_test
 from sfgrpo.registry.versions import number_of_alias, read_version
 
@@ -20,14 +20,14 @@ SMOKE_TEST_TAG = "promotion/smoke_test"
 logger = logging.getLogger(__name__)
 
 
-def champion_of(client: MlflowClient, ledger: Ledger) -> int | None:
+def champion_of(client: MlflowClient, ledger: PromotionHistory) -> int | None:
     """Gives the champion: by the ledger or, before its first entry, by the alias that somebody may have set."""
     if ledger.entries:
         return ledger.champions[-1] if ledger.champions else None
     return number_of_alias(client, ledger.model, CHAMPION)
 
 
-def settle(client: MlflowClient, uri: str, model: str) -> Ledger:
+def sync_aliases(client: MlflowClient, uri: str, model: str) -> PromotionHistory:
     """Points both aliases where the ledger says, and returns it.
 
     This is how a promotion ends, and what mends one that died in between. Whoever moved an alias looks at the ledger
@@ -47,7 +47,7 @@ def settle(client: MlflowClient, uri: str, model: str) -> Ledger:
     return ledger
 
 
-def crown(client: MlflowClient, uri: str, ledger: Ledger, version: int, run_id: str) -> None:
+def promote_version(client: MlflowClient, uri: str, ledger: PromotionHistory, version: int, run_id: str) -> None:
     """Makes a version the champion, and has it draw by its alias; takes it back by itself if it cannot.
 
     Args:
@@ -55,22 +55,22 @@ def crown(client: MlflowClient, uri: str, ledger: Ledger, version: int, run_id: 
         run_id: MLflow run of the decision.
 
     Raises:
-        LedgerError: another promotion or rollback was decided since; nothing has changed.
+        HistoryError: another promotion or rollback was decided since; nothing has changed.
         RegistryError: what the alias served could not draw; the former champion is champion again.
     """
     former = champion_of(client, ledger)
-    entry = Entry(action="promotion", version=version, over=former, run_id=run_id)
-    prove(client, uri, append(client, ledger, entry))
+    entry = Promotion(action="promotion", version=version, over=former, run_id=run_id)
+    verify_champion(client, uri, append(client, ledger, entry))
 
 
-def prove(client: MlflowClient, uri: str, ledger: Ledger) -> None:
+def verify_champion(client: MlflowClient, uri: str, ledger: PromotionHistory) -> None:
     """Points the aliases at the champion of the last promotion and has it draw; takes the promotion back if it cannot.
 
     Raises:
         RegistryError: what the alias served could not draw; the former champion is champion again.
     """
     promotion, model = ledger.entries[-1], ledger.model
-    settle(client, uri, model)
+    sync_aliases(client, uri, model)
     try:
         smoke_test(uri, f"models:/{model}@{CHAMPION}")
     except RegistryError as error:
@@ -85,7 +85,7 @@ def roll_back(client: MlflowClient, uri: str, model: str) -> tuple[int, int | No
     Versions that were deleted meanwhile are passed over.
 
     Raises:
-        LedgerError: another promotion or rollback was decided at the same time.
+        HistoryError: another promotion or rollback was decided at the same time.
         RegistryError: there is no champion, or none before it, or the former one cannot draw.
     """
     ledger = read_ledger(client, uri, model)
@@ -96,22 +96,22 @@ def roll_back(client: MlflowClient, uri: str, model: str) -> tuple[int, int | No
     if not left and read_version(client, model, present):
         raise RegistryError(f"version {present} of {model} is its first champion; there is none before it")
     target = left[-1] if left else None
-    append(client, ledger, Entry(action="rollback", version=target, over=present, run_id=None))
-    settle(client, uri, model)
+    append(client, ledger, Promotion(action="rollback", version=target, over=present, run_id=None))
+    sync_aliases(client, uri, model)
     if target is not None:
         smoke_test(uri, f"models:/{model}@{CHAMPION}")
     return present, target
 
 
-def _taken_back(client: MlflowClient, uri: str, ledger: Ledger) -> str:
+def _taken_back(client: MlflowClient, uri: str, ledger: PromotionHistory) -> str:
     """Rolls the last promotion back and words the outcome."""
     promotion = ledger.entries[-1]
-    entry = Entry(action="rollback", version=promotion.over, over=promotion.version, run_id=promotion.run_id)
+    entry = Promotion(action="rollback", version=promotion.over, over=promotion.version, run_id=promotion.run_id)
     try:
         append(client, ledger, entry)
-    except LedgerError:
+    except HistoryError:
         return "another promotion or rollback was decided meanwhile, and stands"
-    settle(client, uri, ledger.model)
+    sync_aliases(client, uri, ledger.model)
     return "there is no champion again" if promotion.over is None else f"version {promotion.over} is champion again"
 
 

@@ -9,16 +9,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfgrpo.config.loading import blaming
+from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.schema import PolicyConfig, PromotionConfig, RewardConfig
 from sfgrpo.config.stages import PromoteStage
 from sfgrpo.errors import SfgrpoError
 from sfgrpo.factory import make_policy, make_reward, use_threads
 from sfgrpo.paths import EVALUATION_PROMPTS, PROMOTION_REPORT
-from sfgrpo.promotion.decision import DECISION, PROMPTS, REPORT, SAMPLES, Judgement, Record, tag_version
+from sfgrpo.promotion.decision import (
+    DECISION,
+    PROMPTS,
+    REPORT,
+    SAMPLES,
+    EvaluationRecord,
+    PromotionDecision,
+    tag_version,
+)
 from sfgrpo.promotion.diversity import diversity
-from sfgrpo.promotion.gates import Decision, Evidence, Opponent, decide
-from sfgrpo.promotion.history import Ledger, experiment_of
+from sfgrpo.promotion.gates import Baseline, Decision, ModelScores, decide
+from sfgrpo.promotion.history import PromotionHistory, experiment_of
 from sfgrpo.prompts import prompts_digest, read_prompts
 from sfgrpo.registry.versions import Package, Version, download_version
 from sfgrpo.runtime.environment import Environment
@@ -30,7 +38,7 @@ from sfgrpo.types import Prompt
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from sfgrpo.evaluation.evaluate import Evaluation, Protocol
+    from sfgrpo.evaluation.evaluate import Evaluation, SamplingProtocol
     from sfgrpo.policies.sd3 import SD3Policy
     from sfgrpo.rewards import Reward
     from sfgrpo.runtime.timing import PhaseClock
@@ -41,11 +49,11 @@ CANDIDATE = "candidate"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
+class EvaluationSetup:
     """What models are judged by; the same for all that are compared."""
 
     prompts: Sequence[Prompt]
-    protocol: Protocol
+    protocol: SamplingProtocol
     rewards: Sequence[Reward]
     """The training reward and the held-out one."""
     shown: Sequence[int] = ()
@@ -58,8 +66,8 @@ def judge(
     environment: Environment,
     candidate: Version,
     opponent: Version | None,
-    ledger: Ledger,
-) -> Judgement:
+    ledger: PromotionHistory,
+) -> PromotionDecision:
     """Compares a candidate with the champion, or with its own base model where `opponent` is None.
 
     The decision is left in files, in an MLflow run and on the version. No alias moves.
@@ -87,7 +95,7 @@ def judge(
             evaluations = _evaluations(candidate, opponent, folder, environment, rules, clock)
         with clock("promotion_decide"):
             decision = _decided(config.promotion, rules, evaluations, opponent)
-        judgement = Judgement(
+        judgement = PromotionDecision(
             model=candidate.model,
             version=candidate.number,
             promoted=decision.promoted,
@@ -100,7 +108,7 @@ def judge(
             decided_at=now(),
             metrics=decision.to_dict() | {f"time/{phase}_s": seconds for phase, seconds in clock.seconds.items()},
         )
-        record = Record(
+        record = EvaluationRecord(
             run_id=run_id,
             prompts_sha256=prompts_digest(rules.prompts),
             protocol=dataclasses.asdict(rules.protocol),
@@ -114,9 +122,9 @@ def judge(
     return judgement
 
 
-def champion_already(candidate: Version, ledger: Ledger) -> Judgement:
+def champion_already(candidate: Version, ledger: PromotionHistory) -> PromotionDecision:
     """Words that there is nothing to decide, and writes it."""
-    judgement = Judgement(
+    judgement = PromotionDecision(
         model=candidate.model,
         version=candidate.number,
         promoted=False,
@@ -134,9 +142,9 @@ def champion_already(candidate: Version, ledger: Ledger) -> Judgement:
 
 
 def write_judgement(
-    judgement: Judgement,
+    judgement: PromotionDecision,
     report: str,
-    rules: Rules | None = None,
+    rules: EvaluationSetup | None = None,
     evaluations: Mapping[str, Evaluation] | None = None,
 ) -> None:
     """Writes decision and report and, where something was drawn, a grid of samples."""
@@ -174,12 +182,12 @@ def load_package(package: Package, environment: Environment) -> SD3Policy:
     return make_policy(policy, 0, environment)
 
 
-def evaluate(policy: SD3Policy, rules: Rules) -> Evaluation:
+def evaluate(policy: SD3Policy, rules: EvaluationSetup) -> Evaluation:
     """Has a policy draw all prompts, and judges the images."""
     from sfgrpo.evaluation.evaluate import evaluate_policy
     from sfgrpo.rewards import build_reward
 
-    verdict = build_reward("geneval_strict")
+    verdict = build_reward("geneval_correct")
     return evaluate_policy(policy, rules.prompts, verdict, rules.rewards, rules.protocol, shown=rules.shown)
 
 
@@ -187,7 +195,7 @@ def make_rewards(training: RewardConfig, held_out: RewardConfig) -> tuple[Reward
     """Makes the two rewards that models are judged by."""
     from sfgrpo.rewards import build_reward
 
-    with blaming("promotion.held_out"):
+    with as_config_error("promotion.held_out"):
         held_out_reward = build_reward(held_out.name, pretrained=held_out.pretrained, revision=held_out.revision)
     return make_reward(training), held_out_reward
 
@@ -197,14 +205,14 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _rules(config: PromoteStage) -> Rules:
+def _rules(config: PromoteStage) -> EvaluationSetup:
     from sfgrpo.evaluation.evaluate import protocol_of
     from sfgrpo.tracking.sample_grid import pick_rows
 
     if not EVALUATION_PROMPTS.exists():
         raise SfgrpoError(f"{EVALUATION_PROMPTS} does not exist; write it by `python -m sfgrpo prompts`")
     prompts = read_prompts(EVALUATION_PROMPTS)
-    return Rules(
+    return EvaluationSetup(
         prompts=prompts,
         protocol=dataclasses.replace(protocol_of(config.evaluation), seed=config.promotion.seed),
         rewards=make_rewards(config.reward, config.promotion.held_out),
@@ -217,7 +225,7 @@ def _evaluations(
     opponent: Version | None,
     folder: Path,
     environment: Environment,
-    rules: Rules,
+    rules: EvaluationSetup,
     clock: PhaseClock,
 ) -> dict[str, Evaluation]:
     """Has both draw, the opponent first; no two pipelines are in memory at a time."""
@@ -250,9 +258,9 @@ def _downloaded(version: Version, folder: Path) -> Package:
 
 
 def _decided(
-    config: PromotionConfig, rules: Rules, evaluations: Mapping[str, Evaluation], opponent: Version | None
+    config: PromotionConfig, rules: EvaluationSetup, evaluations: Mapping[str, Evaluation], opponent: Version | None
 ) -> Decision:
-    against: Opponent = "base model" if opponent is None else "champion"
+    against: Baseline = "base model" if opponent is None else "champion"
     return decide(
         _evidence(evaluations[CANDIDATE], rules),
         _evidence(evaluations[against], rules),
@@ -265,9 +273,9 @@ def _decided(
     )
 
 
-def _evidence(evaluation: Evaluation, rules: Rules) -> Evidence:
+def _evidence(evaluation: Evaluation, rules: EvaluationSetup) -> ModelScores:
     training, held_out = rules.rewards
-    return Evidence(
+    return ModelScores(
         prompts=rules.prompts,
         noise_seed=rules.protocol.seed,
         correct_PG=evaluation.correct,
@@ -278,7 +286,7 @@ def _evidence(evaluation: Evaluation, rules: Rules) -> Evidence:
 
 
 def _report(
-    config: PromoteStage, judgement: Judgement, decision: Decision, evaluations: Mapping[str, Evaluation]
+    config: PromoteStage, judgement: PromotionDecision, decision: Decision, evaluations: Mapping[str, Evaluation]
 ) -> str:
     """Words the decision for people."""
     from sfgrpo.geneval.table import markdown_table
@@ -295,7 +303,9 @@ def _report(
     )
 
 
-def _record(tracker: Tracker, config: PromoteStage, judgement: Judgement, record: Record, report: str) -> None:
+def _record(
+    tracker: Tracker, config: PromoteStage, judgement: PromotionDecision, record: EvaluationRecord, report: str
+) -> None:
     params: dict[str, Any] = {
         "model": judgement.model,
         "version": judgement.version,

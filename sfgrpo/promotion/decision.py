@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfgrpo.paths import PROMOTION_DECISION, PROMOTION_TEXT
-from sfgrpo.promotion.gates import Opponent
+from sfgrpo.promotion.gates import Baseline
 from sfgrpo.registry.register import RegistryError
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ RECORD_TAG = "promotion/record"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class EvaluationRecord:
     """How a version was judged, so that it can be judged in the same way again."""
 
     run_id: str
     """MLflow run of the decision, which keeps the prompts."""
     prompts_sha256: str
     protocol: Mapping[str, Any]
-    """Fields of `Protocol`."""
+    """Fields of `SamplingProtocol`."""
     rewards: tuple[Mapping[str, Any], ...]
     """Fields of `RewardConfig`, of the training reward and of the held-out one."""
     metrics: Mapping[str, float]
@@ -42,7 +42,7 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Judgement:
+class PromotionDecision:
     """Whether a version is to be champion, by which comparison, and after which entry of the ledger."""
 
     model: str
@@ -52,7 +52,7 @@ class Judgement:
     """The verdict with its reasons, in Markdown."""
     failed: tuple[str, ...]
     """Gates that were not passed."""
-    opponent: Opponent
+    opponent: Baseline
     opponent_version: int | None
     """None for the base model."""
     num_entries: int
@@ -69,13 +69,13 @@ class Judgement:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Judgement:
+    def from_json(cls, text: str) -> PromotionDecision:
         """Reads what `to_json` wrote."""
         fields = json.loads(text)
         return cls(**{**fields, "failed": tuple(fields["failed"])})
 
 
-def tag_version(client: MlflowClient, judgement: Judgement, record: Record) -> None:
+def tag_version(client: MlflowClient, judgement: PromotionDecision, record: EvaluationRecord) -> None:
     """Puts the decision with its figures on the version that was judged."""
     tags = {
         "promotion/decision": "promoted" if judgement.promoted else "not promoted",
@@ -90,7 +90,7 @@ def tag_version(client: MlflowClient, judgement: Judgement, record: Record) -> N
         client.set_model_version_tag(judgement.model, str(judgement.version), key, value)
 
 
-def read_record(address: str, tags: Mapping[str, str]) -> Record:
+def read_record(address: str, tags: Mapping[str, str]) -> EvaluationRecord:
     """Reads how a version was judged last.
 
     Raises:
@@ -101,16 +101,16 @@ def read_record(address: str, tags: Mapping[str, str]) -> Record:
             f"{address} was never judged by `python -m sfgrpo promote`, so there are no figures to compare with"
         )
     fields = json.loads(tags[RECORD_TAG])
-    return Record(**{**fields, "rewards": tuple(fields["rewards"])})
+    return EvaluationRecord(**{**fields, "rewards": tuple(fields["rewards"])})
 
 
-def read_judgement(client: MlflowClient, run_id: str) -> Judgement:
+def read_judgement(client: MlflowClient, run_id: str) -> PromotionDecision:
     """Reads a decision from its MLflow run.
 
     Raises:
         RegistryError: there is no such run, or it holds no decision.
     """
-    return Judgement.from_json(read_file(client, run_id, DECISION))
+    return PromotionDecision.from_json(read_file(client, run_id, DECISION))
 
 
 def read_file(client: MlflowClient, run_id: str, name: str) -> str:
@@ -128,6 +128,6 @@ def read_file(client: MlflowClient, run_id: str, name: str) -> str:
             raise RegistryError(f"MLflow run {run_id} holds no {name} of a promotion ({error})") from error
 
 
-def _opponent(judgement: Judgement) -> str:
+def _opponent(judgement: PromotionDecision) -> str:
     number = judgement.opponent_version
     return judgement.opponent if number is None else f"{judgement.opponent}, version {number}"

@@ -30,12 +30,12 @@ from sfgrpo.geneval.table import COLUMNS
 from sfgrpo.promotion.bootstrap import Floats, Interval, expanded, interval, resampled_means, task_means
 from sfgrpo.types import TAGS, Prompt, Tag
 
-Opponent = Literal["champion", "base model"]
+Baseline = Literal["champion", "base model"]
 Kind = Literal["difference", "ratio"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class ModelScores:
     """What one model drew for the prompts of an evaluation, as the judges saw it."""
 
     prompts: Sequence[Prompt]
@@ -100,7 +100,7 @@ class Gate:
 class Decision:
     """Whether the candidate replaces its opponent, and why."""
 
-    opponent: Opponent
+    opponent: Baseline
     """The champion; or the base model, where there is no champion yet."""
     gates: tuple[Gate, ...]
     candidate_score: float
@@ -205,10 +205,10 @@ def _cells(interval: Interval, kind: Kind) -> list[str]:
 
 
 def decide(
-    candidate: Evidence,
-    opponent: Evidence,
+    candidate: ModelScores,
+    opponent: ModelScores,
     *,
-    against: Opponent = "champion",
+    against: Baseline = "champion",
     min_gain: float = 0.0,
     min_diversity_ratio: float = 0.8,
     error_rate: float = 0.05,
@@ -257,8 +257,8 @@ class _Figures:
 
 
 def _figures(
-    candidate: Evidence,
-    opponent: Evidence,
+    candidate: ModelScores,
+    opponent: ModelScores,
     tags: Sequence[Tag],
     error_rate: float,
     num_resamples: int,
@@ -302,7 +302,7 @@ def _figures(
     )
 
 
-def _paired_values(candidate: Evidence, opponent: Evidence) -> Floats:
+def _paired_values(candidate: ModelScores, opponent: ModelScores) -> Floats:
     """Gives for every prompt, [P, 5]: differences of verdict, held-out and training reward; and both diversities."""
     return np.column_stack(
         [
@@ -341,7 +341,7 @@ def _gate(
     return Gate(name=name, kind=kind, rule=rule, threshold=threshold, observed=observed)
 
 
-def _score(evidence: Evidence, tags: Sequence[Tag]) -> float:
+def _score(evidence: ModelScores, tags: Sequence[Tag]) -> float:
     return float(task_means(tags, evidence.correct_PG.mean(axis=1, keepdims=True)).mean())
 
 
@@ -362,7 +362,7 @@ def _check_resampling(error_rate: float, num_resamples: int, num_tasks: int) -> 
         )
 
 
-def _check_alike(candidate: Evidence, opponent: Evidence) -> None:
+def _check_alike(candidate: ModelScores, opponent: ModelScores) -> None:
     if candidate.correct_PG.shape != opponent.correct_PG.shape:
         raise ValueError(
             f"the candidate has {list(candidate.correct_PG.shape)} verdicts and its opponent "

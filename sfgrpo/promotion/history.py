@@ -37,12 +37,12 @@ WRITE_S = 30.0
 """How long an entry is tried to be written while the store is out of reach or busy."""
 
 
-class LedgerError(SfgrpoError):
+class HistoryError(SfgrpoError):
     """The ledger has moved on, or is gone."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Promotion:
     """One change of the champion."""
 
     action: Literal["promotion", "rollback"]
@@ -55,13 +55,13 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Ledger:
+class PromotionHistory:
     """All changes of a model's champion, as they stood when they were read."""
 
     model: str
     run_id: str
     """MLflow run whose parameters are the entries."""
-    entries: tuple[Entry, ...]
+    entries: tuple[Promotion, ...]
 
     @property
     def champions(self) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class Ledger:
         return champions_of(self.entries)
 
 
-def champions_of(entries: Sequence[Entry]) -> tuple[int, ...]:
+def champions_of(entries: Sequence[Promotion]) -> tuple[int, ...]:
     """Replays promotions and rollbacks."""
     champions: list[int] = []
     for entry in entries:
@@ -90,30 +90,30 @@ def experiment_of(model: str) -> str:
     return f"promotions of {model}"
 
 
-def read_ledger(client: MlflowClient, uri: str, model: str) -> Ledger:
+def read_ledger(client: MlflowClient, uri: str, model: str) -> PromotionHistory:
     """Reads a model's ledger; makes an empty one if there is none.
 
     Raises:
-        LedgerError: the ledger's run was deleted.
+        HistoryError: the ledger's run was deleted.
     """
     run_id = _ledger_run(client, uri, model)
     run = find_run(client, run_id)
     if run is None:
-        raise LedgerError(
+        raise HistoryError(
             f"the ledger of {model}, MLflow run {run_id}, was deleted; restore it, in Python by "
             f"MlflowClient().restore_run({run_id!r})"
         )
     params = run.data.params
-    return Ledger(
+    return PromotionHistory(
         model=model, run_id=run_id, entries=tuple(_entry(params[slot]) for slot in sorted(params) if slot.isdigit())
     )
 
 
-def append(client: MlflowClient, ledger: Ledger, entry: Entry) -> Ledger:
+def append(client: MlflowClient, ledger: PromotionHistory, entry: Promotion) -> PromotionHistory:
     """Writes the next entry and returns the ledger with it.
 
     Raises:
-        LedgerError: somebody else was faster.
+        HistoryError: somebody else was faster.
     """
     from mlflow.exceptions import MlflowException
 
@@ -125,7 +125,7 @@ def append(client: MlflowClient, ledger: Ledger, entry: Entry) -> Ledger:
             client.log_param(ledger.run_id, slot, value, synchronous=True)
         except MlflowException as error:
             if error.error_code == "INVALID_PARAMETER_VALUE":
-                raise LedgerError(
+                raise HistoryError(
                     f"another promotion or rollback of {ledger.model} was decided meanwhile; run it again"
                 ) from error
             if not is_outage(error) or time.monotonic() > deadline:
@@ -156,10 +156,10 @@ def _named_run(client: MlflowClient, model: str) -> str | None:
     if experiment is None:
         return None
     if LEDGER_TAG not in experiment.tags:
-        raise LedgerError(f"experiment {name!r} has no tag {LEDGER_TAG}, so it is none of ours; rename it")
+        raise HistoryError(f"experiment {name!r} has no tag {LEDGER_TAG}, so it is none of ours; rename it")
     return str(experiment.tags[LEDGER_TAG])
 
 
-def _entry(value: str) -> Entry:
+def _entry(value: str) -> Promotion:
     fields = json.loads(value)
-    return Entry(action=fields["action"], version=fields["version"], over=fields["over"], run_id=fields["run_id"])
+    return Promotion(action=fields["action"], version=fields["version"], over=fields["over"], run_id=fields["run_id"])

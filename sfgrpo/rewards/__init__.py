@@ -24,7 +24,7 @@ __all__ = [
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "geneval": lambda: GenEvalReward(detect_images),
-    "geneval_strict": lambda: StrictGenEvalReward(detect_images),
+    "geneval_correct": lambda: StrictGenEvalReward(detect_images),
     "likeness": LikenessReward,
 }
 """Rewards that stand on their own."""

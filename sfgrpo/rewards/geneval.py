@@ -76,8 +76,8 @@ class StrictGenEvalReward(Reward):
 
     @property
     def name(self) -> str:
-        """The word "geneval_strict"."""
-        return "geneval_strict"
+        """The word "geneval_correct"."""
+        return "geneval_correct"
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
         """Judges images [N, H, W, 3]: float32 [N], each 0 or 1."""

@@ -30,7 +30,7 @@ from sfgrpo.errors import ConfigError, ExitStatus, Preempted, SfgrpoError
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import temporary_directory
 from sfgrpo.runtime.rank import LAUNCHER
-from sfgrpo.runtime.shutdown import KILL_MARGIN_S, StopNotice
+from sfgrpo.runtime.shutdown import KILL_MARGIN_S, GracefulShutdown
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,12 @@ SOON_S = 5
 """Failures of so many seconds have one cause."""
 
 
-def launch_ranks(launch: LaunchConfig, environment: Environment, arguments: Sequence[str], notice: StopNotice) -> None:
+def launch_ranks(
+    launch: LaunchConfig, environment: Environment, arguments: Sequence[str], shutdown: GracefulShutdown
+) -> None:
     """Runs this Python with `arguments` as every rank of this node, and returns once all are done.
 
-    The notice is not deferred: told to stop, this tells the ranks to and waits for them.
+    The shutdown is not deferred: told to stop, this tells the ranks to and waits for them.
 
     Raises:
         Preempted: this process or a rank was told to stop, or the other nodes are out of reach.
@@ -72,7 +74,7 @@ def launch_ranks(launch: LaunchConfig, environment: Environment, arguments: Sequ
         words = [f"--{name}={value}" for name, value in options.items()]
         config, command, rest = config_from_args(get_args_parser().parse_args([*words, *arguments]))
         try:
-            _run(config, str(command), rest, notice)
+            _run(config, str(command), rest, shutdown)
         except SignalException as error:
             raise Preempted("the ranks were ended at once; starting the run again goes on") from error
         except RendezvousClosedError as error:
@@ -82,7 +84,7 @@ def launch_ranks(launch: LaunchConfig, environment: Environment, arguments: Sequ
             raise Preempted(f"the other nodes are out of reach ({cause}); starting the run again goes on") from error
 
 
-def _run(config: ElasticConfig, command: str, arguments: Sequence[str], notice: StopNotice) -> None:
+def _run(config: ElasticConfig, command: str, arguments: Sequence[str], shutdown: GracefulShutdown) -> None:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
     rendezvous = get_rendezvous_handler(
         RendezvousParameters(
@@ -107,7 +109,7 @@ def _run(config: ElasticConfig, command: str, arguments: Sequence[str], notice: 
         event_log_handler=config.event_log_handler,
         numa_options=config.numa_options,
     )
-    result = _Agent(spec, config, notice).run()
+    result = _Agent(spec, config, shutdown).run()
     # The other nodes see by this that the run is over. One that is preempted leaves it open, for its return.
     rendezvous.shutdown()
     if result.is_failed():
@@ -121,7 +123,7 @@ def _run(config: ElasticConfig, command: str, arguments: Sequence[str], notice: 
 class _Agent(LocalElasticAgent):
     """Torch's agent, which watches the ranks of a node; it tells failures from ranks that left as they should."""
 
-    def __init__(self, spec: WorkerSpec, config: ElasticConfig, notice: StopNotice) -> None:
+    def __init__(self, spec: WorkerSpec, config: ElasticConfig, shutdown: GracefulShutdown) -> None:
         assert config.logs_specs is not None and config.shutdown_timeout is not None
         super().__init__(
             spec,
@@ -130,11 +132,11 @@ class _Agent(LocalElasticAgent):
             log_line_prefix_template=config.log_line_prefix_template,
             shutdown_timeout=config.shutdown_timeout,
         )
-        self._notice = notice
+        self._graceful_shutdown = shutdown
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        if self._notice.given:
-            # Code that catches every error may have caught the one that the notice raised.
+        if self._graceful_shutdown.stop_requested:
+            # Code that catches every error may have caught the one that the shutdown raised.
             raise Preempted("the run was told to stop; starting it again goes on from its last checkpoint")
         result: RunResult = super()._monitor_workers(worker_group)
         if not result.is_failed():

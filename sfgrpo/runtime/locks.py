@@ -13,7 +13,7 @@ LOCK_POLL_S = 0.2
 
 
 @contextlib.contextmanager
-def only_user(lock: Path, timeout_s: float = 0.0) -> Iterator[bool]:
+def exclusive_lock(lock: Path, timeout_s: float = 0.0) -> Iterator[bool]:
     """Takes a lock file, for which it waits up to `timeout_s` seconds; tells whether it has it.
 
     The file stays, and the lock goes with the process. Where the file system has no locks, everybody has it.

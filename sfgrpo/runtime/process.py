@@ -15,7 +15,7 @@ START_FIELD = 19
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Owner:
+class ProcessIdentity:
     """A process, by what no other process shares."""
 
     host: str
@@ -30,7 +30,7 @@ class Owner:
         return f"process {self.pid} of {self.host}"
 
     @classmethod
-    def from_text(cls, host: str, text: str) -> Owner | None:
+    def from_text(cls, host: str, text: str) -> ProcessIdentity | None:
         """Reads what `process` gave; None for anything else."""
         try:
             pid, start, boot = text.split(" ", 2)
@@ -44,13 +44,17 @@ class Owner:
         return f"{self.pid} {self.start} {self.boot}"
 
 
-def this_owner() -> Owner | None:
+def this_owner() -> ProcessIdentity | None:
     """Names this process; None on a system without /proc, where nobody could tell later whether it runs."""
     start = _start_of(os.getpid())
-    return None if start is None else Owner(host=socket.gethostname(), boot=_boot(), pid=os.getpid(), start=start)
+    return (
+        None
+        if start is None
+        else ProcessIdentity(host=socket.gethostname(), boot=_boot(), pid=os.getpid(), start=start)
+    )
 
 
-def is_gone(owner: Owner) -> bool | None:
+def is_gone(owner: ProcessIdentity) -> bool | None:
     """Tells whether a process has ended; None when that cannot be seen from here.
 
     A host of the same name that was booted since has none of its earlier processes.

@@ -28,13 +28,13 @@ END = b"\0"
 """No signal has this number."""
 
 
-class StopNotice:
+class GracefulShutdown:
     """Whether this process was told to stop, by the first of `SIGNALS` that it gets within the block.
 
-    The signal raises `Preempted`; inside `deferred()` it only sets `given`, for the code there to look at. The process
+    The signal raises `Preempted`; inside `deferred()` it only sets `stop_requested`, for the code there to look at. The process
     then has `grace_s` seconds to leave the block and is ended with `ExitStatus.RESUMABLE` if it does not. Further
     signals change nothing, since supervisors repeat them, but a second Ctrl-C ends the process at once. Outside the
-    main thread, which alone gets signals, no notice is ever given.
+    main thread, which alone gets signals, no stop is ever requested.
     """
 
     def __init__(self, grace_s: float) -> None:
@@ -44,7 +44,7 @@ class StopNotice:
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
-    def given(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether the process was told to stop."""
         return self._deadline is not None
 
@@ -55,7 +55,7 @@ class StopNotice:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Leaves it to the block to look at `given`, and to raise `Preempted` once its state is saved."""
+        """Leaves it to the block to look at `stop_requested`, and to raise `Preempted` once its state is saved."""
         self._deferred = True
         try:
             yield
@@ -69,7 +69,7 @@ class StopNotice:
         # back. The numbers of the signals reach another thread all the same, which sees to the deadline.
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
-        self._watcher = threading.Thread(target=self._watch, name="stop-notice", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="graceful-shutdown", daemon=True)
         self._watcher.start()
         self._previous_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         # What is ignored stays so: nohup ignores SIGHUP.
@@ -84,7 +84,7 @@ class StopNotice:
             return
         # Who leaves because it was told to must not die of being told again; neither must a rank that leaves because
         # another one was told.
-        leaving = self.given or isinstance(error, Preempted)
+        leaving = self.stop_requested or isinstance(error, Preempted)
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if leaving else handler)
         signal.set_wakeup_fd(self._previous_fd)

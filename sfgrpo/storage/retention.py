@@ -13,7 +13,7 @@ from sfgrpo.errors import TrackingError
 from sfgrpo.paths import RUN_PREFIX, run_lock
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_write, remove_directory
-from sfgrpo.runtime.locks import only_user
+from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.manifest import MANIFEST
 from sfgrpo.storage.s3 import Bucket
 from sfgrpo.tracking.delivery import first_line
@@ -79,13 +79,13 @@ def remove_finished(environment: Environment, days: float, *, rehearsal: bool) -
     removed: list[Removed] = []
     kept: set[str] = set()
     for folder in sorted(environment.scratch_dir.glob(f"{RUN_PREFIX}*")):
-        with only_user(run_lock(folder)) as unused:
+        with exclusive_lock(run_lock(folder)) as unused:
             if unused and _is_over(runs.get(folder.name, ()), days):
                 removed.append(_remove_folder(folder, rehearsal))
             else:
                 kept.add(folder.name)
     for name in () if environment.mirror is None else Bucket(environment.mirror).folders():
-        with only_user(run_lock(environment.scratch_dir / name)) as unused:
+        with exclusive_lock(run_lock(environment.scratch_dir / name)) as unused:
             if unused and _is_over(runs.get(name, ()), days):
                 removed.append(_remove_objects(f"{environment.mirror}/{name}", name, rehearsal))
             else:

@@ -25,7 +25,7 @@ from sfgrpo.rewards import build_reward, checked_rewards
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.runtime.manifest import sha256_of_file
-from sfgrpo.runtime.shutdown import StopNotice
+from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.study.config import EXPERIMENTS, Plan, cell_stages
 from sfgrpo.tracking.base import ending
 from sfgrpo.tracking.mlflow_tracker import MlflowTracker
@@ -57,15 +57,15 @@ def run_cell(plan: Plan, row: str, seed: int, environment: Environment) -> None:
         key=f"study-{key}",
         parent_run_id=study_run(plan, environment).run_id,
     )
-    with StopNotice(environment.grace_s) as notice, ending(tracker):
+    with GracefulShutdown(environment.grace_s) as shutdown, ending(tracker):
         if latest_checkpoint(folder / CHECKPOINTS) is None:
             tracker.open()
         tracker.log_params(to_flat_dict(config))
         tracker.set_tags({"study.form": plan.form, "study.row": row, "study.seed": str(seed)})
         policy = make_policy(config.policy, config.seed, environment)
         before = _samples(policy, asked, config)
-        trainer = make_trainer(config, accelerator, policy, reward, prompts, asked, folder, tracker, notice)
-        with notice.deferred():
+        trainer = make_trainer(config, accelerator, policy, reward, prompts, asked, folder, tracker, shutdown)
+        with shutdown.deferred():
             trainer.run()
         with trainer.averaged():
             after = _samples(policy, asked, config)
@@ -115,7 +115,7 @@ def _samples(policy: Policy, asked: Sequence[Prompt], config: TrainStage) -> Sam
     prompts = [asked[index] for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK) for _ in range(SAMPLES_PER_PROMPT)]
     protocol = dataclasses.replace(protocol_of(config.evaluation), images_per_prompt=SAMPLES_PER_PROMPT)
     images = draw_images(policy, policy.encode([prompt.text for prompt in prompts]), protocol)
-    verdicts = checked_rewards(build_reward("geneval_strict"), images, prompts).numpy()
+    verdicts = checked_rewards(build_reward("geneval_correct"), images, prompts).numpy()
     return Samples(images=images, correct=verdicts.reshape(-1, SAMPLES_PER_PROMPT) == 1.0)
 
 

@@ -15,7 +15,7 @@ PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 ROUNDING = 1e-9
-REWARDS = {"clip": "CLIP", "geneval": "GenEval", "geneval_strict": "strict GenEval", "pickscore": "PickScore"}
+REWARDS = {"clip": "CLIP", "geneval": "GenEval", "geneval_correct": "strict GenEval", "pickscore": "PickScore"}
 
 
 def reward_name(name: str) -> str:

@@ -15,7 +15,7 @@ FIRST_DELAY_S = 0.25
 MAX_DELAY_S = 10.0
 
 
-class Outbox:
+class DeliveryQueue:
     """A queue that one daemon thread sends, first in first out.
 
     A sending that fails by an outage is repeated until it succeeds, so a sending has to do no harm when done twice. One

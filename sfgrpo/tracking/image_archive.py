@@ -33,7 +33,7 @@ class ImageArchive:
             position, index = divmod(number, images_per_prompt)
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "PNG")
-            # Owner, mode and time are those of TarInfo, and always the same.
+            # ProcessIdentity, mode and time are those of TarInfo, and always the same.
             entry = tarfile.TarInfo(f"{model}/{position:05d}-{prompts[position].tag}/{index:03d}.png")
             entry.size = buffer.tell()
             buffer.seek(0)

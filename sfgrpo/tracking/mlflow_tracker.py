@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sfgrpo.errors import TrackingError
 from sfgrpo.runtime.manifest import sha256_of_file
-from sfgrpo.runtime.process import Owner, this_owner
+from sfgrpo.runtime.process import ProcessIdentity, this_owner
 from sfgrpo.tracking.base import RunStatus, Tracker, flatten
-from sfgrpo.tracking.delivery import Outbox, first_line
+from sfgrpo.tracking.delivery import DeliveryQueue, first_line
 from sfgrpo.tracking.mlflow_client import connect, find_or_create_experiment, find_run, is_outage, load_mlflow
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class MlflowTracker(Tracker):
         # A key of its own lets a run be found whose creation went unanswered.
         self._key = uuid.uuid4().hex if key is None else key
         self._parent_run_id = parent_run_id
-        self._outbox = Outbox(f"MLflow at {uri}", is_outage)
+        self._outbox = DeliveryQueue(f"MLflow at {uri}", is_outage)
         self._client: MlflowClient | None = None
         self._run: Run | None = None
         self._last_steps: dict[str, int] = {}
@@ -280,10 +280,10 @@ def owner_tags() -> dict[str, str]:
     return {} if owner is None else {OWNER_HOST_TAG: owner.host, OWNER_PROCESS_TAG: owner.process}
 
 
-def owner_of(tags: Mapping[str, str]) -> Owner | None:
+def owner_of(tags: Mapping[str, str]) -> ProcessIdentity | None:
     """Reads from the tags of a run which process recorded it last; None when they do not say."""
     host, process = tags.get(OWNER_HOST_TAG), tags.get(OWNER_PROCESS_TAG)
-    return None if host is None or process is None else Owner.from_text(host, process)
+    return None if host is None or process is None else ProcessIdentity.from_text(host, process)
 
 
 def thumbnail(image: bytes) -> bytes:

@@ -37,8 +37,8 @@ from sfgrpo.paths import (
 from sfgrpo.prompts import read_prompts
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, atomic_write
-from sfgrpo.runtime.locks import only_user
-from sfgrpo.runtime.shutdown import StopNotice
+from sfgrpo.runtime.locks import exclusive_lock
+from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.provenance import flow_tags, provenance_tags
 from sfgrpo.training.fingerprint import evaluation_scope, run_key
 from sfgrpo.types import Prompt
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from sfgrpo.policies.base import Policy
     from sfgrpo.rewards import Reward
-    from sfgrpo.runtime.shutdown import StopNotice
+    from sfgrpo.runtime.shutdown import GracefulShutdown
     from sfgrpo.tracking.base import Tracker
     from sfgrpo.training.trainer import Trainer
 
@@ -99,7 +99,7 @@ def train_policy(
         ConfigError: `inputs` belong to a run of other code or models, or the processes are not of one run.
         Preempted: the process was told to stop; calling this again goes on.
     """
-    with StopNotice(environment.grace_s) as notice:
+    with GracefulShutdown(environment.grace_s) as shutdown:
         accelerator = make_accelerator(config, environment)
         if launch.sharding == "full" and accelerator.num_processes == 1:
             raise ConfigError(
@@ -122,7 +122,7 @@ def train_policy(
             atomic_write(TRAINING, json.dumps({"folder": str(folder.resolve())}) + "\n")
         with (
             _only_trainer(folder, environment, accelerator),
-            _mirrored(folder, environment, notice, accelerator) as saved,
+            _mirrored(folder, environment, shutdown, accelerator) as saved,
             _recorded(config, environment, key, folder, accelerator, prompt_files) as tracker,
         ):
             policy = make_policy(config.policy, config.seed, environment, launch.sharding)
@@ -135,11 +135,11 @@ def train_policy(
                 evaluation_prompts,
                 folder,
                 tracker,
-                notice,
+                shutdown,
                 saved,
                 aside=aside,
             )
-            with notice.deferred():
+            with shutdown.deferred():
                 trainer.run()
             if accelerator.is_main_process:
                 _publish(trainer, config, environment, key, folder, tracker)
@@ -155,7 +155,7 @@ def _only_trainer(folder: Path, environment: Environment, accelerator: Accelerat
     if not accelerator.is_main_process:
         yield
         return
-    with only_user(run_lock(folder), environment.grace_s + LOCK_MARGIN_S) as alone:
+    with exclusive_lock(run_lock(folder), environment.grace_s + LOCK_MARGIN_S) as alone:
         if not alone:
             raise SfgrpoError(
                 f"another process trains run {folder.name}; wait until it is done, or stop it, then start this again"
@@ -210,7 +210,7 @@ def _recorded(
 
 @contextlib.contextmanager
 def _mirrored(
-    folder: Path, environment: Environment, notice: StopNotice, accelerator: Accelerator
+    folder: Path, environment: Environment, shutdown: GracefulShutdown, accelerator: Accelerator
 ) -> Iterator[Callable[[], None]]:
     """Brings back what the mirror has of the run, and gives what asks the mirror to catch up with its folder."""
     if environment.mirror is None or not accelerator.is_main_process:
@@ -233,7 +233,7 @@ def _mirrored(
     try:
         yield mirror.sync
     finally:
-        mirror.close(min(MIRROR_S, notice.remaining_s - LEAVING_S))
+        mirror.close(min(MIRROR_S, shutdown.remaining_s - LEAVING_S))
 
 
 def _evaluates_aside(environment: Environment) -> bool:
@@ -310,32 +310,32 @@ def make_trainer(
     evaluation_prompts: Sequence[Prompt],
     folder: Path,
     tracker: Tracker,
-    notice: StopNotice,
+    shutdown: GracefulShutdown,
     saved: Callable[[], None] = lambda: None,
     *,
     aside: bool = False,
 ) -> Trainer:
     """Makes the trainer, which goes on from the latest checkpoint in `folder`, if there is one.
 
-    It heeds `notice`, calls `saved` after every checkpoint, and has others evaluate `aside` if there are any. The
+    It heeds `shutdown`, calls `saved` after every checkpoint, and has others evaluate `aside` if there are any. The
     evaluations of all runs are kept beside `folder`.
     """
     from sfgrpo.evaluation.store import EVALUATIONS
     from sfgrpo.rewards import build_reward
-    from sfgrpo.training.trainer import Materials, Trainer
+    from sfgrpo.training.trainer import Trainer, TrainerInputs
 
-    materials = Materials(
+    materials = TrainerInputs(
         prompts=prompts,
         evaluation_prompts=evaluation_prompts,
         reward=reward,
-        verdict=build_reward("geneval_strict"),
+        verdict=build_reward("geneval_correct"),
         held_out=make_held_out(),
         folder=folder,
         evaluations=folder.parent / EVALUATIONS,
         scope=evaluation_scope(config, evaluation_prompts, policy.device.type),
         aside=aside,
         tracker=tracker,
-        notice=notice,
+        shutdown=shutdown,
         saved=saved,
     )
     return Trainer(config, policy, materials, accelerator)

@@ -28,8 +28,8 @@ from sfgrpo.checkpoint.state import (
 from sfgrpo.config.batching import BatchArithmetic
 from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.errors import Preempted
-from sfgrpo.evaluation.evaluator import Court
-from sfgrpo.evaluation.periodic import PeriodicEvaluation, Place
+from sfgrpo.evaluation.evaluator import Evaluator
+from sfgrpo.evaluation.periodic import EvaluationPaths, PeriodicEvaluation
 from sfgrpo.grpo.advantages import group_advantages
 from sfgrpo.grpo.distributed import (
     Partition,
@@ -51,7 +51,7 @@ from sfgrpo.grpo.update import Objective, update_policy
 from sfgrpo.policies.base import Policy
 from sfgrpo.prompts import prompts_of_update
 from sfgrpo.rewards.base import Reward
-from sfgrpo.runtime.shutdown import StopNotice
+from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.runtime.timing import PhaseClock
 from sfgrpo.tracking.base import Tracker
 from sfgrpo.tracking.progress import Progress
@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Materials:
+class TrainerInputs:
     """What a run works with: prompts, what judges images, where state and records go."""
 
     prompts: Sequence[Prompt]
@@ -82,7 +82,7 @@ class Materials:
     aside: bool = False
     """Whether other processes evaluate while the training goes on."""
     tracker: Tracker
-    notice: StopNotice
+    shutdown: GracefulShutdown
     """Tells when the run has to make room."""
     saved: Callable[[], None] = lambda: None
     """Called by the main process when the folder has a new checkpoint."""
@@ -99,7 +99,7 @@ class Trainer:
     decide alike; files are written by the main process.
     """
 
-    def __init__(self, config: TrainStage, policy: Policy, materials: Materials, accelerator: Accelerator) -> None:
+    def __init__(self, config: TrainStage, policy: Policy, materials: TrainerInputs, accelerator: Accelerator) -> None:
         self._config, self._policy, self._materials, self._accelerator = config, policy, materials, accelerator
         self._batches = BatchArithmetic(config=config, num_processes=accelerator.num_processes)
         self._partition = Partition(
@@ -120,8 +120,10 @@ class Trainer:
         self._sampler_changed = False
         self._periodic = PeriodicEvaluation(
             policy,
-            Court.of(config, materials.evaluation_prompts, materials.verdict, materials.reward, materials.held_out),
-            Place(folder=materials.folder, store=materials.evaluations, scope=materials.scope, aside=materials.aside),
+            Evaluator.of(config, materials.evaluation_prompts, materials.verdict, materials.reward, materials.held_out),
+            EvaluationPaths(
+                folder=materials.folder, store=materials.evaluations, scope=materials.scope, aside=materials.aside
+            ),
             materials.tracker,
             accelerator,
             self._heed_notice,
@@ -204,9 +206,9 @@ class Trainer:
 
     def _heed_notice(self, seconds_to_go: float = math.inf) -> None:
         """Leaves if some process was told to stop and has less time than what is to be done would take."""
-        notice = self._materials.notice
+        shutdown = self._materials.shutdown
         needed_s = seconds_to_go + 2 * self._seconds_of_save
-        if any_of(notice.given and notice.remaining_s < needed_s, self._accelerator):
+        if any_of(shutdown.stop_requested and shutdown.remaining_s < needed_s, self._accelerator):
             raise _ToldToStop
 
     def _leave(self) -> NoReturn:
@@ -323,7 +325,7 @@ class Trainer:
             self._materials.reward,
             self._objective.sigmas_S,
             config.scored_states,
-            leaders=[row for row, image in enumerate(images) if image % config.rollout.group_size == 0],
+            group_first_rows=[row for row, image in enumerate(images) if image % config.rollout.group_size == 0],
             num_substeps=config.estimates.num_substeps,
             guidance_scale=config.sampling.guidance_scale,
             micro_batch_size=self._batches.rollout_micro_batch,

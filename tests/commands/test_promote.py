@@ -28,9 +28,9 @@ from sfgrpo.evaluation.evaluate import Evaluation
 from sfgrpo.geneval.table import summarise
 from sfgrpo.promotion import aliases, compare
 from sfgrpo.promotion.aliases import CHAMPION, PREVIOUS
-from sfgrpo.promotion.compare import Rules
+from sfgrpo.promotion.compare import EvaluationSetup
 from sfgrpo.promotion.decision import RECORD_TAG
-from sfgrpo.promotion.history import Entry, append, experiment_of, read_ledger
+from sfgrpo.promotion.history import Promotion, append, experiment_of, read_ledger
 from sfgrpo.registry.register import MANIFEST_TAG, PNG_SIGNATURE, ServingDefaults, draw, register_version
 from sfgrpo.registry.versions import number_of_alias
 from sfgrpo.tracking.mlflow_client import connect
@@ -132,7 +132,7 @@ def shop(project: Shop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
 
 
 def evaluation(
-    rules: Rules, *, correct: bool, likeness: float = 0.5, varied: bool = True, failing: str | None = None
+    rules: EvaluationSetup, *, correct: bool, likeness: float = 0.5, varied: bool = True, failing: str | None = None
 ) -> Evaluation:
     """Makes up what judges may say of a model."""
     tags, num_images = [prompt.tag for prompt in rules.prompts], rules.protocol.images_per_prompt
@@ -288,7 +288,7 @@ def test_promotion_that_another_overtakes_says_so(shop, verdicts, monkeypatch, c
 
     def overtaken(*arguments: Any) -> Any:
         ledger = read_ledger(shop.client, shop.uri, "overtaken")
-        append(shop.client, ledger, Entry(action="promotion", version=1, over=None, run_id=None))
+        append(shop.client, ledger, Promotion(action="promotion", version=1, over=None, run_id=None))
         return judge(*arguments)
 
     judge = command.judge
@@ -333,7 +333,7 @@ def test_first_champion_that_cannot_draw_leaves_none(shop, verdicts, monkeypatch
 def test_promoter_that_died_before_the_aliases_moved_is_finished_by_the_next_call(shop, verdicts, monkeypatch):
     shop.register("crashed")
     with monkeypatch.context() as patch:
-        patch.setattr(aliases, "settle", lambda *arguments: (_ for _ in ()).throw(SystemExit(137)))
+        patch.setattr(aliases, "sync_aliases", lambda *arguments: (_ for _ in ()).throw(SystemExit(137)))
         with pytest.raises(SystemExit):
             promote(verdicts, "crashed")
     assert shop.aliases("crashed") == (None, None)
@@ -455,7 +455,7 @@ def test_champion_that_draws_as_before_has_not_drifted(shop, monkeypatch):
     monkeypatch.chdir(shop.folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", shop.uri)
     ledger = read_ledger(shop.client, shop.uri, "steady")
-    append(shop.client, ledger, Entry(action="promotion", version=1, over=None, run_id=None))
+    append(shop.client, ledger, Promotion(action="promotion", version=1, over=None, run_id=None))
     found = recheck(shop, "steady")
     recorded = json.loads(shop.tags("steady", 1)[RECORD_TAG])
     assert (found["drifted"], found["reasons"]) == (False, [])

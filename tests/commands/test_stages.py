@@ -22,7 +22,7 @@ from sfgrpo.errors import MirrorError
 from sfgrpo.geneval.prompt_sets import twin_key
 from sfgrpo.paths import run_lock
 from sfgrpo.prompts import read_prompts
-from sfgrpo.runtime.locks import only_user
+from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.manifest import verify_manifest
 from sfgrpo.tracking.base import RecordingTracker
 from sfgrpo.tracking.mlflow_client import connect
@@ -422,7 +422,7 @@ def test_a_run_that_another_process_trains_is_not_trained_twice(folder, tracker,
     monkeypatch.setattr(training_run, "LOCK_MARGIN_S", 0.0)
     assert main(["train"]) == 0
     run = checkpoints(folder).parent
-    with only_user(run_lock(run)):
+    with exclusive_lock(run_lock(run)):
         assert main(["train"]) == 1
     assert_error(capsys, f"another process trains run {run.name}; wait until it is done")
     assert main(["train"]) == 0

@@ -17,6 +17,7 @@ from sfgrpo.config.batching import BatchArithmetic
 from sfgrpo.config.stages import STAGES, TrainStage, config_digest, load_config, to_flat_dict
 from sfgrpo.errors import ConfigError, SfgrpoError
 from sfgrpo.runtime.environment import Environment, read_environment
+from tests.support.paths import ROOT
 
 PARAMS = ROOT / "params.yaml"
 SHIPPED = YAML(typ="safe", pure=True).load(PARAMS.read_text())

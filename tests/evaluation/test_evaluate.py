@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from sfgrpo.evaluation.evaluate import Evaluation, Protocol, draw_images, evaluate_policy, mean_rewards, thumbnails
+from sfgrpo.evaluation.evaluate import (
+    Evaluation,
+    SamplingProtocol,
+    draw_images,
+    evaluate_policy,
+    mean_rewards,
+    thumbnails,
+)
 from sfgrpo.grpo.noise import gaussian_noise
 from sfgrpo.policies.base import Policy
 from sfgrpo.promotion.diversity import diversity
@@ -18,7 +25,7 @@ from tests.support.tiny import Light, disturb, make_tiny_pipeline, make_tiny_pol
 
 PROMPTS = tiny_prompts(3)
 PER_PROMPT = 2
-PROTOCOL = Protocol(images_per_prompt=PER_PROMPT, num_steps=2, guidance_scale=1.0, seed=7, micro_batch_size=4)
+PROTOCOL = SamplingProtocol(images_per_prompt=PER_PROMPT, num_steps=2, guidance_scale=1.0, seed=7, micro_batch_size=4)
 
 
 @pytest.fixture(scope="module")

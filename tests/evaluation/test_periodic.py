@@ -29,11 +29,11 @@ from sfgrpo.checkpoint.snapshots import (
 from sfgrpo.checkpoint.state import latest_checkpoint, load_checkpoint
 from sfgrpo.cli import main
 from sfgrpo.errors import IntegrityError, Preempted
-from sfgrpo.evaluation.evaluator import Court
+from sfgrpo.evaluation.evaluator import Evaluator
 from sfgrpo.evaluation.store import claimed_evaluation, read_metrics
-from sfgrpo.policies.base import wearing
-from sfgrpo.runtime.locks import only_user
-from sfgrpo.runtime.shutdown import StopNotice
+from sfgrpo.policies.base import use_adapter
+from sfgrpo.runtime.locks import exclusive_lock
+from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.base import RecordingTracker
 from sfgrpo.training.trainer import Trainer
 from tests.checkpoint.test_state import assert_same
@@ -95,10 +95,10 @@ def judge(folder: Path, update: int) -> None:
     """Evaluates a snapshot as another process would, with a policy of its own."""
     (snapshot,) = [each for each in list_snapshots(folder / "run") if each.update == update]
     policy = make_tiny_policy(seed=7)
-    court = Court.of(small_config(), EVALUATION, Bright(), Light(), (Light(),))
+    court = Evaluator.of(small_config(), EVALUATION, Bright(), Light(), (Light(),))
     with claimed_evaluation(folder / "evaluations", snapshot.key) as is_free:
         assert is_free
-        with wearing(policy, read_snapshot(folder / "run", update)):
+        with use_adapter(policy, read_snapshot(folder / "run", update)):
             court.judge(policy, folder / "evaluations", snapshot.key)
 
 
@@ -201,7 +201,7 @@ def test_end_waits_for_a_living_process_and_not_for_a_dead_one(inline, tmp_path)
     assert_same_end(end, inline)
 
 
-class ToldAtTheEnd(StopNotice):
+class ToldAtTheEnd(GracefulShutdown):
     """Is told to stop once something is the case."""
 
     def __init__(self, is_told: Callable[[], bool]) -> None:
@@ -209,12 +209,12 @@ class ToldAtTheEnd(StopNotice):
         self.is_told = is_told
 
     @property
-    def given(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.is_told()
 
     @property
     def remaining_s(self) -> float:
-        return 60.0 if self.given else float("inf")
+        return 60.0 if self.stop_requested else float("inf")
 
 
 def test_training_that_waits_at_its_end_can_be_told_to_stop(inline, tmp_path):
@@ -231,7 +231,7 @@ def test_training_that_waits_at_its_end_can_be_told_to_stop(inline, tmp_path):
     tracker.hook = hold
     done = lambda: len(list((tmp_path / "evaluations").glob("*/metrics.json"))) == 3  # noqa: E731
     with pytest.raises(Preempted, match="its state after update 5 is saved"):
-        trained(tmp_path, tracker=tracker, notice=ToldAtTheEnd(done), aside=True)
+        trained(tmp_path, tracker=tracker, shutdown=ToldAtTheEnd(done), aside=True)
     stack[0].__exit__(None, None, None)
     state = load_checkpoint(latest_checkpoint(tmp_path / "run/checkpoints"))
     assert [each["update"] for each in state.extra["awaited"]] == DUE
@@ -281,7 +281,7 @@ def test_policy_is_as_it_was_after_wearing_another_adapter():
     policy, other = make_tiny_policy(), make_tiny_policy()
     disturb(other)
     before = adapter_of(policy)
-    with pytest.raises(KeyError), wearing(policy, _files_of(other)):
+    with pytest.raises(KeyError), use_adapter(policy, _files_of(other)):
         assert_same(adapter_of(policy), adapter_of(other))
         raise KeyError
     assert_same(adapter_of(policy), before)
@@ -308,9 +308,9 @@ def test_key_depends_on_every_file_and_on_the_scope():
 
 def test_claim_is_exclusive_and_free_again_after_it(tmp_path):
     path = tmp_path / "new/claim"
-    with only_user(path) as first, only_user(path) as second:
+    with exclusive_lock(path) as first, exclusive_lock(path) as second:
         assert first and not second
-    with only_user(path) as third:
+    with exclusive_lock(path) as third:
         assert third
 
 

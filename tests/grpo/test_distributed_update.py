@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sfgrpo.errors import CanaryError
+from sfgrpo.errors import SanityCheckError
 from sfgrpo.grpo.distributed import Partition
 from sfgrpo.grpo.sanity import require_changed_sampler
 from sfgrpo.grpo.update import make_scaler, update_policy
@@ -116,7 +116,7 @@ def update(case: Case, accelerator: Accelerator) -> dict[str, Any]:
         }
         if outcome.trained:
             require_changed_sampler(policy, batch, min(ROLLOUT_BATCH, len(batch.constant_N)), objective, accelerator)
-    except CanaryError as error:
+    except SanityCheckError as error:
         found["error"] = str(error)
     return found | {"moved": (weights(policy) - start).tolist()}
 

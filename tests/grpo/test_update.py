@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from sfgrpo.errors import CanaryError
+from sfgrpo.errors import SanityCheckError
 from sfgrpo.grpo.rollout import roll_out
 from sfgrpo.grpo.sanity import require_changed_sampler
 from sfgrpo.grpo.update import Objective, UpdateOutcome, make_scaler, update_policy
@@ -251,7 +251,9 @@ def test_tampered_log_prob_is_noticed(policy):
     batch = rolled_out(policy)
     batch.trajectory.log_probs_NK[5, 1] += 0.01
     start = weights(policy)
-    with pytest.raises(CanaryError, match=r"the ratio is off 1 by 0\.0\d+, more than update.ratio_tolerance 0.001"):
+    with pytest.raises(
+        SanityCheckError, match=r"the ratio is off 1 by 0\.0\d+, more than update.ratio_tolerance 0.001"
+    ):
         updated(policy, plain_descent(policy), batch, objective_for(policy))
     assert torch.equal(weights(policy), start)
 
@@ -263,7 +265,7 @@ def test_adapter_that_does_not_learn_is_noticed(dtype):
     objective = objective_for(policy, ratio_tolerance=1.0)
     optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.0)
     updated(policy, optimizer, batch, objective)
-    with pytest.raises(CanaryError, match="the sampler's output did not change with the first update"):
+    with pytest.raises(SanityCheckError, match="the sampler's output did not change with the first update"):
         require_changed_sampler(policy, batch, ROLLOUT_BATCH, objective, Accelerator())
 
 
@@ -277,7 +279,7 @@ def test_adapter_that_learns_passes(policy):
 def test_frozen_adapter_is_noticed(policy):
     batch, optimizer = rolled_out(policy), plain_descent(policy)
     policy.module.requires_grad_(False)
-    with pytest.raises(CanaryError, match="no trainable parameter takes part in the loss"):
+    with pytest.raises(SanityCheckError, match="no trainable parameter takes part in the loss"):
         updated(policy, optimizer, batch, objective_for(policy))
 
 

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 from sfgrpo.promotion.bootstrap import expanded, interval, resampled_means, task_means
 from sfgrpo.promotion.diversity import diversity
-from sfgrpo.promotion.gates import Decision, Evidence, decide
+from sfgrpo.promotion.gates import Decision, ModelScores, decide
 from sfgrpo.types import TAGS, Prompt
 
 GATES = ("overall", "tasks", "held_out", "diversity")
@@ -29,10 +29,10 @@ def tags_of(prompts):
     return [prompt.tag for prompt in prompts]
 
 
-def evidence(generator, prompts, ability_P, *, group=4, reward=0.0, spread=1.0) -> Evidence:
+def evidence(generator, prompts, ability_P, *, group=4, reward=0.0, spread=1.0) -> ModelScores:
     """Draws what judges may say of a model that solves prompt p with probability `ability_P[p]`."""
     shape = (len(prompts), group)
-    return Evidence(
+    return ModelScores(
         prompts=prompts,
         noise_seed=0,
         correct_PG=generator.random(shape) < np.reshape(ability_P, (-1, 1)),
@@ -46,10 +46,10 @@ def abilities(generator, prompts):
     return generator.beta(0.6, 0.4, size=len(prompts))
 
 
-def equal(prompts, *, correct=True, group=2, spread=0.2) -> Evidence:
+def equal(prompts, *, correct=True, group=2, spread=0.2) -> ModelScores:
     """Makes evidence in which all prompts and images are alike."""
     shape = (len(prompts), group)
-    return Evidence(
+    return ModelScores(
         prompts=prompts,
         noise_seed=0,
         correct_PG=np.full(shape, correct),
@@ -59,7 +59,7 @@ def equal(prompts, *, correct=True, group=2, spread=0.2) -> Evidence:
     )
 
 
-def better_pair(per_task: int | dict[str, int] = 20) -> tuple[Evidence, Evidence]:
+def better_pair(per_task: int | dict[str, int] = 20) -> tuple[ModelScores, ModelScores]:
     """A candidate that passes every gate, and its champion."""
     generator, prompts = np.random.default_rng(0), prompts_of(per_task)
     ability = 0.7 * abilities(generator, prompts)
@@ -276,7 +276,7 @@ def test_order_of_the_prompts_changes_nothing_beyond_the_resampling_error():
     pair = better_pair({"single_object": 30, "colors": 12, "position": 25})
     order = np.random.default_rng(0).permutation(len(pair[0].prompts))
     shuffled = [
-        Evidence(
+        ModelScores(
             prompts=[part.prompts[index] for index in order],
             noise_seed=part.noise_seed,
             **{

@@ -12,8 +12,16 @@ import pytest
 from mlflow import MlflowClient
 
 from sfgrpo.promotion import aliases as module
-from sfgrpo.promotion.aliases import CHAMPION, PREVIOUS, champion_of, settle
-from sfgrpo.promotion.history import LEDGER_TAG, Entry, LedgerError, append, champions_of, experiment_of, read_ledger
+from sfgrpo.promotion.aliases import CHAMPION, PREVIOUS, champion_of, sync_aliases
+from sfgrpo.promotion.history import (
+    LEDGER_TAG,
+    HistoryError,
+    Promotion,
+    append,
+    champions_of,
+    experiment_of,
+    read_ledger,
+)
 from sfgrpo.registry.register import RegistryError
 from sfgrpo.registry.versions import number_of_alias
 from sfgrpo.tracking.mlflow_client import connect
@@ -26,8 +34,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 NUM_WRITERS = 8
 WRITER = """
 import logging, sys
-from sfgrpo.promotion.aliases import settle
-from sfgrpo.promotion.history import Entry, LedgerError, append, read_ledger
+from sfgrpo.promotion.aliases import sync_aliases
+from sfgrpo.promotion.history import Promotion, HistoryError, append, read_ledger
 from sfgrpo.tracking.mlflow_client import connect
 uri, version = sys.argv[1], int(sys.argv[2])
 client = connect(uri)
@@ -37,9 +45,9 @@ for line in sys.stdin:
     print(ledger.run_id, len(ledger.entries), flush=True)
     sys.stdin.readline()
     try:
-        append(client, ledger, Entry(action="promotion", version=version, over=None, run_id=None))
-        settle(client, uri, "model")
-    except LedgerError as error:
+        append(client, ledger, Promotion(action="promotion", version=version, over=None, run_id=None))
+        sync_aliases(client, uri, "model")
+    except HistoryError as error:
         print("lost", error, flush=True)
     else:
         print("won", flush=True)
@@ -47,12 +55,12 @@ for line in sys.stdin:
 """Reads the ledger and, when all others have read it too, writes the next entry; again and again."""
 
 
-def promotion(version: int, over: int | None = None) -> Entry:
-    return Entry(action="promotion", version=version, over=over, run_id="r")
+def promotion(version: int, over: int | None = None) -> Promotion:
+    return Promotion(action="promotion", version=version, over=over, run_id="r")
 
 
-def rolled_back_to(version: int | None, over: int) -> Entry:
-    return Entry(action="rollback", version=version, over=over, run_id=None)
+def rolled_back_to(version: int | None, over: int) -> Promotion:
+    return Promotion(action="rollback", version=version, over=over, run_id=None)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +111,9 @@ def test_entry_written_against_an_outdated_ledger_is_refused(store):
     client, uri = store
     outdated = read_ledger(client, uri, "model")
     append(client, outdated, promotion(1))
-    with pytest.raises(LedgerError, match="another promotion or rollback of model was decided meanwhile; run it again"):
+    with pytest.raises(
+        HistoryError, match="another promotion or rollback of model was decided meanwhile; run it again"
+    ):
         append(client, outdated, promotion(1))
     assert read_ledger(client, uri, "model").entries == (promotion(1),)
 
@@ -126,7 +136,7 @@ def test_deleted_ledger_is_told_with_its_cure(store):
     ledger = append(client, read_ledger(client, uri, "model"), promotion(1))
     client.delete_run(ledger.run_id)
     with pytest.raises(
-        LedgerError, match=rf"MLflow run {ledger.run_id}, was deleted; .*restore_run\('{ledger.run_id}'"
+        HistoryError, match=rf"MLflow run {ledger.run_id}, was deleted; .*restore_run\('{ledger.run_id}'"
     ):
         read_ledger(client, uri, "model")
     client.restore_run(ledger.run_id)
@@ -136,7 +146,7 @@ def test_deleted_ledger_is_told_with_its_cure(store):
 def test_foreign_experiment_of_the_same_name_is_told(store):
     client, uri = store
     client.create_experiment(experiment_of("model"))
-    with pytest.raises(LedgerError, match=f"'promotions of model' has no tag {LEDGER_TAG}, so it is none of ours"):
+    with pytest.raises(HistoryError, match=f"'promotions of model' has no tag {LEDGER_TAG}, so it is none of ours"):
         read_ledger(client, uri, "model")
 
 
@@ -145,7 +155,7 @@ def test_aliases_follow_the_ledger(store):
     seen = []
     for entry in (promotion(1), promotion(2, over=1), rolled_back_to(1, 2), rolled_back_to(None, 1)):
         append(client, read_ledger(client, uri, "model"), entry)
-        settle(client, uri, "model")
+        sync_aliases(client, uri, "model")
         seen.append(aliases(client))
     assert seen == [(1, None), (2, 1), (1, None), (None, None)]
 
@@ -153,10 +163,10 @@ def test_aliases_follow_the_ledger(store):
 def test_promoter_that_died_before_it_moved_the_aliases_is_mended(store):
     client, uri = store
     append(client, read_ledger(client, uri, "model"), promotion(1))
-    settle(client, uri, "model")
+    sync_aliases(client, uri, "model")
     append(client, read_ledger(client, uri, "model"), promotion(2, over=1))
     assert aliases(client) == (1, None)
-    settle(client, uri, "model")
+    sync_aliases(client, uri, "model")
     assert aliases(client) == (2, 1)
 
 
@@ -164,17 +174,17 @@ def test_alias_that_was_moved_by_hand_is_moved_back(store):
     client, uri = store
     append(client, read_ledger(client, uri, "model"), promotion(1))
     client.set_registered_model_alias("model", CHAMPION, "3")
-    settle(client, uri, "model")
+    sync_aliases(client, uri, "model")
     assert aliases(client) == (1, None)
 
 
 def test_champion_set_by_hand_before_the_first_promotion_counts(store):
     client, uri = store
     client.set_registered_model_alias("model", CHAMPION, "3")
-    ledger = settle(client, uri, "model")
+    ledger = sync_aliases(client, uri, "model")
     assert champion_of(client, ledger) == 3
     append(client, ledger, promotion(4, over=3))
-    settle(client, uri, "model")
+    sync_aliases(client, uri, "model")
     assert aliases(client) == (4, 3)
 
 
@@ -192,7 +202,7 @@ def test_late_promoter_does_not_leave_its_own_alias(store, monkeypatch):
 
     overtaken.done = False
     monkeypatch.setattr(module, "_point", overtaken)
-    settle(client, uri, "model")
+    sync_aliases(client, uri, "model")
     assert aliases(client) == (2, 1)
 
 
@@ -201,11 +211,11 @@ def test_deleted_champion_is_told_and_deleted_predecessor_is_left_out(store):
     for entry in (promotion(1), promotion(2, over=1), promotion(3, over=2)):
         append(client, read_ledger(client, uri, "model"), entry)
     client.delete_model_version("model", "2")
-    settle(client, uri, "model")
+    sync_aliases(client, uri, "model")
     assert aliases(client) == (3, None)
     client.delete_model_version("model", "3")
     with pytest.raises(RegistryError, match="version 3 is champion of model and was deleted"):
-        settle(client, uri, "model")
+        sync_aliases(client, uri, "model")
 
 
 class Writers:

@@ -247,7 +247,7 @@ def test_images_and_prompts_must_pair_up():
 
 
 def test_an_unknown_reward_is_refused_with_the_allowed_ones():
-    allowed = "geneval, geneval_strict, likeness, clip"
+    allowed = "geneval, geneval_correct, likeness, clip"
     with pytest.raises(ValueError, match=f"reward 'beauty' is unknown; allowed are {allowed}"):
         build_reward("beauty")
 

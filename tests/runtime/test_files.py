@@ -12,7 +12,7 @@ import pytest
 
 from sfgrpo.errors import IntegrityError
 from sfgrpo.runtime.files import atomic_directory, atomic_write, remove_directory, remove_leftovers, temporary_directory
-from sfgrpo.runtime.locks import only_user
+from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.manifest import sha256_of_file, verify_manifest, write_manifest
 
 ABC_SHA256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -228,27 +228,27 @@ def test_integrity_error_survives_pickling():
 
 def test_a_lock_has_one_user_at_a_time_and_goes_with_its_process(tmp_path):
     lock = tmp_path / "folder" / ".lock"
-    code = "import sys, pathlib, time; from sfgrpo.runtime.files import only_user\n"
-    code += "with only_user(pathlib.Path(sys.argv[1])) as alone: print(alone, flush=True); time.sleep(60)"
+    code = "import sys, pathlib, time; from sfgrpo.runtime.files import exclusive_lock\n"
+    code += "with exclusive_lock(pathlib.Path(sys.argv[1])) as alone: print(alone, flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"True\n"
-        with only_user(lock) as alone:
+        with exclusive_lock(lock) as alone:
             assert not alone
     finally:
         holder.kill()
         holder.communicate()
-    with only_user(lock) as alone:
+    with exclusive_lock(lock) as alone:
         assert alone
 
 
 def test_a_lock_is_waited_for_but_not_for_ever(tmp_path):
     lock = tmp_path / ".lock"
     with ThreadPoolExecutor() as pool, contextlib.ExitStack() as held:
-        assert held.enter_context(only_user(lock))
+        assert held.enter_context(exclusive_lock(lock))
 
         def take(timeout_s: float) -> bool:
-            with only_user(lock, timeout_s) as alone:
+            with exclusive_lock(lock, timeout_s) as alone:
                 return alone
 
         waiting = pool.submit(take, 20.0)

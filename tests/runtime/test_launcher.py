@@ -30,15 +30,15 @@ LAUNCHER = """
 import json, pathlib, sys
 from sfgrpo.__main__ import guarded, prepare
 from sfgrpo.runtime.environment import read_environment
-from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S, StopNotice
+from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S, GracefulShutdown
 from sfgrpo.config.schema import LaunchConfig
 
 def launch():
     environment = read_environment()
-    with StopNotice(environment.grace_s + LAUNCHER_MARGIN_S) as notice:
+    with GracefulShutdown(environment.grace_s + LAUNCHER_MARGIN_S) as shutdown:
         pathlib.Path("launching").touch()
         from sfgrpo.runtime.launcher import launch_ranks
-        launch_ranks(LaunchConfig(**json.loads(sys.argv[1])), environment, ["rank.py"], notice)
+        launch_ranks(LaunchConfig(**json.loads(sys.argv[1])), environment, ["rank.py"], shutdown)
 
 prepare()
 sys.exit(guarded(launch))
@@ -48,7 +48,7 @@ import os, pathlib, sys, time
 from sfgrpo.__main__ import guarded, prepare
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.errors import ConfigError, Preempted, RewardError
-from sfgrpo.runtime.shutdown import StopNotice
+from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.runtime.rank import die_with_launcher
 
 rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
@@ -60,7 +60,7 @@ def mark(name, text=""):
 
 def train():
     die_with_launcher()
-    with StopNotice(read_environment().grace_s) as notice, notice.deferred():
+    with GracefulShutdown(read_environment().grace_s) as shutdown, shutdown.deferred():
         mark(f"pid_{attempt}_{rank}", str(os.getpid()))
         mark(f"meeting_{attempt}_{rank}", os.environ["MASTER_ADDR"] + ":" + os.environ["MASTER_PORT"])
         if pathlib.Path(f"fail_{rank}").exists():
@@ -70,7 +70,7 @@ def train():
         while not pathlib.Path("finish").exists():
             time.sleep(0.02)
             # One rank is told, all know: what the trainer agrees on by a collective.
-            if notice.given and not pathlib.Path("busy").exists():
+            if shutdown.stop_requested and not pathlib.Path("busy").exists():
                 mark(f"stop_{attempt}")
             if pathlib.Path(f"stop_{attempt}").exists():
                 time.sleep(0.2)

@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from sfgrpo.runtime import process
-from sfgrpo.runtime.process import Owner, is_gone, this_owner
+from sfgrpo.runtime.process import ProcessIdentity, is_gone, this_owner
 
 
 @pytest.fixture
-def me() -> Owner:
+def me() -> ProcessIdentity:
     mine = this_owner()
     assert mine is not None
     return mine
@@ -52,13 +52,13 @@ def test_of_other_machines_and_containers_nothing_is_claimed(me, other):
 
 
 def test_owner_is_read_back_from_its_text(me):
-    assert Owner.from_text(me.host, me.process) == me
+    assert ProcessIdentity.from_text(me.host, me.process) == me
     assert str(me) == f"process {os.getpid()} of {me.host}"
 
 
 @pytest.mark.parametrize("text", ["", "12", "12 soon boot"])
 def test_text_that_names_no_process_names_none(text):
-    assert Owner.from_text("here", text) is None
+    assert ProcessIdentity.from_text("here", text) is None
 
 
 def test_without_proc_nobody_is_named(monkeypatch, tmp_path, me):

@@ -17,17 +17,17 @@ import pytest
 
 from sfgrpo.errors import RewardError
 from sfgrpo.runtime.rank import noting_errors
-from sfgrpo.runtime.shutdown import SIGNALS, StopNotice
+from sfgrpo.runtime.shutdown import SIGNALS, GracefulShutdown
 from tests.support.paths import ROOT
 
 SCRIPT = """
 import sys, time
 from sfgrpo.__main__ import guarded, prepare
 from sfgrpo.errors import Preempted
-from sfgrpo.runtime.shutdown import StopNotice
+from sfgrpo.runtime.shutdown import GracefulShutdown
 
 def train():
-    with StopNotice(grace_s={grace_s}) as notice:
+    with GracefulShutdown(grace_s={grace_s}) as shutdown:
 {body}
 
 prepare()
@@ -40,17 +40,17 @@ LOADING = """
         time.sleep(60)
 """
 TRAINING = """
-        with notice.deferred():
+        with shutdown.deferred():
             print("ready", flush=True)
-            while not notice.given:
+            while not shutdown.stop_requested:
                 time.sleep(0.01)
-            print(f"{0 < notice.remaining_s <= 10}", flush=True)
+            print(f"{0 < shutdown.remaining_s <= 10}", flush=True)
             time.sleep(0.3)
             print("saved", flush=True)
             raise Preempted("its state after update 3 is saved, and starting it again goes on")
 """
 BUSY = """
-        with notice.deferred():
+        with shutdown.deferred():
             print("ready", flush=True)
             time.sleep(60)
 """
@@ -64,7 +64,7 @@ SWALLOWING = """
 """
 STUCK = """
         import ctypes
-        with notice.deferred():
+        with shutdown.deferred():
             lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
             libc.pthread_mutex_lock(lock)
             print("ready", flush=True)
@@ -173,20 +173,20 @@ def test_ignored_signal_stays_ignored(start):
 
 def test_block_without_a_signal_leaves_everything_as_it_was():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with StopNotice(grace_s=0.1) as notice:
-        assert not notice.given
-        assert notice.remaining_s == float("inf")
+    with GracefulShutdown(grace_s=0.1) as shutdown:
+        assert not shutdown.stop_requested
+        assert shutdown.remaining_s == float("inf")
         time.sleep(0.2)
     assert [signal.getsignal(number) for number in SIGNALS] == before
-    assert "stop-notice" not in [thread.name for thread in threading.enumerate() if thread.is_alive()]
+    assert "graceful-shutdown" not in [thread.name for thread in threading.enumerate() if thread.is_alive()]
 
 
 def test_other_threads_get_no_notice():
     given: list[bool] = []
 
     def work() -> None:
-        with StopNotice(grace_s=0.1) as notice:
-            given.append(notice.given)
+        with GracefulShutdown(grace_s=0.1) as shutdown:
+            given.append(shutdown.stop_requested)
 
     thread = threading.Thread(target=work)
     thread.start()

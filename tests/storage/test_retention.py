@@ -12,7 +12,7 @@ from sfgrpo.cli import main
 from sfgrpo.errors import TrackingError
 from sfgrpo.paths import run_lock
 from sfgrpo.runtime.environment import Environment
-from sfgrpo.runtime.locks import only_user
+from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.storage.retention import remove_finished
 from sfgrpo.storage.s3 import Bucket
 from sfgrpo.tracking.mlflow_client import connect
@@ -84,7 +84,7 @@ def test_a_rehearsal_removes_nothing(uri, tmp_path):
 
 def test_state_that_somebody_trains_on_stays(uri, tmp_path):
     make_states(tmp_path)
-    with only_user(run_lock(tmp_path / f"train-{digits('old')}")) as alone:
+    with exclusive_lock(run_lock(tmp_path / f"train-{digits('old')}")) as alone:
         assert alone
         assert remove_finished(environment(uri, tmp_path), days=14, rehearsal=False).removed == []
     assert "old" in names(tmp_path)

@@ -17,9 +17,9 @@ import sfgrpo.training.trainer
 from sfgrpo.evaluation.evaluate import evaluate_policy, protocol_of
 from sfgrpo.grpo.advantages import Advantages
 from sfgrpo.grpo.distributed import agree
-from sfgrpo.runtime.shutdown import StopNotice
+from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.base import RecordingTracker, SilentTracker
-from sfgrpo.training.trainer import Materials, Trainer
+from sfgrpo.training.trainer import Trainer, TrainerInputs
 from tests.support.tiny import Light, make_tiny_policy, tiny_prompts
 from tests.training.test_trainer import GROUP_SIZE, Half, small_config
 
@@ -65,7 +65,7 @@ def train(folder: Path, case: str, sharding: str, accelerator: Accelerator) -> N
     start_evaluation = evaluate_policy(
         policy, tiny_prompts(6)[4:], Half(), (Light(),), protocol, accelerator=accelerator
     )
-    materials = Materials(
+    materials = TrainerInputs(
         prompts=tiny_prompts(6)[:4],
         evaluation_prompts=tiny_prompts(6)[4:],
         reward=SometimesFlat(),
@@ -77,7 +77,7 @@ def train(folder: Path, case: str, sharding: str, accelerator: Accelerator) -> N
         # Nobody evaluates aside, so all is left to the end.
         aside=case == "terminal",
         tracker=RecordingTracker() if is_first else SilentTracker(),
-        notice=StopNotice(grace_s=60),
+        shutdown=GracefulShutdown(grace_s=60),
     )
     trainer = Trainer(config, policy, materials, accelerator)
     try:

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from sfgrpo.tracking import delivery
-from sfgrpo.tracking.delivery import Outbox, first_line
+from sfgrpo.tracking.delivery import DeliveryQueue, first_line
 
 
 class Receiver:
@@ -35,15 +35,15 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "FIRST_DELAY_S", 0.001)
 
 
-def make_outbox() -> Outbox:
-    return Outbox("the store", lambda error: isinstance(error, OSError))
+def make_outbox() -> DeliveryQueue:
+    return DeliveryQueue("the store", lambda error: isinstance(error, OSError))
 
 
 def soon() -> float:
     return time.monotonic() + 5
 
 
-def fill(box: Outbox, receiver: Receiver, numbers: range) -> None:
+def fill(box: DeliveryQueue, receiver: Receiver, numbers: range) -> None:
     for number in numbers:
         box.put(partial(receiver.take, number))
 

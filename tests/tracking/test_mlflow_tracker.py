@@ -313,7 +313,7 @@ def test_run_of_a_terminated_process_is_killed_not_running(uri):
         "run = MlflowTracker(uri=sys.argv[1], experiment='tests')\n"
         "with sigterm_as_exit(), ending(run):\n"
         "    run.open(); print(run.run_id, flush=True)\n"
-        # In short sleeps: one that begins just when the signal comes does not notice it.
+        # In short sleeps: one that begins just when the signal comes does not shutdown it.
         "    for _ in range(1200): time.sleep(0.05)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, uri], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:

@@ -26,16 +26,16 @@ from sfgrpo.checkpoint.state import checkpoint_path, latest_checkpoint, load_che
 from sfgrpo.config.batching import BatchArithmetic
 from sfgrpo.config.loading import validated
 from sfgrpo.config.stages import TrainStage
-from sfgrpo.errors import CanaryError, NumericsError, Preempted
+from sfgrpo.errors import NumericsError, Preempted, SanityCheckError
 from sfgrpo.evaluation.evaluate import draw_images, protocol_of
 from sfgrpo.policies.base import Policy
 from sfgrpo.prompts import write_prompts
 from sfgrpo.rewards.base import Reward
 from sfgrpo.runtime.manifest import write_manifest
-from sfgrpo.runtime.shutdown import StopNotice
+from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.shapes.prompt_sets import all_prompts
 from sfgrpo.tracking.base import RecordingTracker
-from sfgrpo.training.trainer import Materials, Trainer
+from sfgrpo.training.trainer import Trainer, TrainerInputs
 from sfgrpo.types import Prompt
 from tests.checkpoint.test_state import assert_same
 from tests.support.paths import ROOT
@@ -134,7 +134,7 @@ class Stopping(RecordingTracker):
 
 
 def trainer_in(folder: Path, config: TrainStage | None = None, policy: Policy | None = None, **changes: Any) -> Trainer:
-    materials = Materials(
+    materials = TrainerInputs(
         prompts=TRAINING,
         evaluation_prompts=EVALUATION,
         reward=Light(),
@@ -144,7 +144,7 @@ def trainer_in(folder: Path, config: TrainStage | None = None, policy: Policy | 
         evaluations=folder / "evaluations",
         scope="test",
         tracker=RecordingTracker(),
-        notice=StopNotice(grace_s=60),
+        shutdown=GracefulShutdown(grace_s=60),
     )
     return Trainer(
         config or small_config(), policy or make_tiny_policy(), dataclasses.replace(materials, **changes), Accelerator()
@@ -317,7 +317,7 @@ def test_reward_that_never_differs_changes_nothing_and_raises_no_alarm(tmp_path,
 
 def test_adapter_that_does_not_learn_stops_the_run(tmp_path):
     config = small_config(update={"learning_rate": 1e-30})
-    with pytest.raises(CanaryError, match=r"not attached to the policy, or update\.learning_rate is too small"):
+    with pytest.raises(SanityCheckError, match=r"not attached to the policy, or update\.learning_rate is too small"):
         trainer_in(tmp_path, config).run()
 
 
@@ -328,7 +328,7 @@ def test_adapter_that_is_cut_off_stops_the_run(tmp_path):
         def log_metrics(self, metrics, step):
             policy.pipeline.transformer.disable_adapters()
 
-    with pytest.raises(CanaryError, match="no trainable parameter takes part in the loss"):
+    with pytest.raises(SanityCheckError, match="no trainable parameter takes part in the loss"):
         trainer_in(tmp_path, policy=policy, tracker=CuttingOff()).run()
 
 
@@ -367,7 +367,7 @@ def num_evaluated(folder: Path) -> int:
     return len(list(folder.glob("evaluations/*/metrics.json")))
 
 
-class Told(StopNotice):
+class Told(GracefulShutdown):
     """Is told to stop at the first or a later look at a moment of the run."""
 
     def __init__(self, remaining_s: float = 60.0) -> None:
@@ -376,7 +376,7 @@ class Told(StopNotice):
         self.left_s = remaining_s
 
     @property
-    def given(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.is_told
 
     @property
@@ -385,25 +385,25 @@ class Told(StopNotice):
 
 
 class Telling(RecordingTracker):
-    """Gives the notice when an update is recorded."""
+    """Gives the shutdown when an update is recorded."""
 
-    def __init__(self, notice: Told, update: int) -> None:
+    def __init__(self, shutdown: Told, update: int) -> None:
         super().__init__()
-        self.notice, self.update = notice, update
+        self.shutdown, self.update = shutdown, update
 
     def log_metrics(self, metrics, step):
         super().log_metrics(metrics, step)
-        self.notice.is_told |= "reward/mean" in metrics and step == self.update
+        self.shutdown.is_told |= "reward/mean" in metrics and step == self.update
 
 
 class TellingReward(Light):
-    """Gives the notice when it is asked for the first time after an update, that is, in the middle of a rollout."""
+    """Gives the shutdown when it is asked for the first time after an update, that is, in the middle of a rollout."""
 
-    def __init__(self, notice: Told, tracker: RecordingTracker, update: int) -> None:
-        self.notice, self.tracker, self.update = notice, tracker, update
+    def __init__(self, shutdown: Told, tracker: RecordingTracker, update: int) -> None:
+        self.shutdown, self.tracker, self.update = shutdown, tracker, update
 
     def __call__(self, images, prompts):
-        self.notice.is_told |= len(self.tracker.metrics.get("reward/mean", ())) == self.update
+        self.shutdown.is_told |= len(self.tracker.metrics.get("reward/mean", ())) == self.update
         return super().__call__(images, prompts)
 
 
@@ -428,9 +428,9 @@ def saved_updates(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("update", [1, 3, 4])
 def test_run_that_is_told_to_stop_finishes_its_update_and_saves_it(run, tmp_path, update):
-    notice = Told()
+    shutdown = Told()
     with pytest.raises(Preempted, match=f"its state after update {update} is saved"):
-        trainer_in(tmp_path, tracker=Telling(notice, update), notice=notice, verdict=Half(0.0, 1.0, 0.5)).run()
+        trainer_in(tmp_path, tracker=Telling(shutdown, update), shutdown=shutdown, verdict=Half(0.0, 1.0, 0.5)).run()
     assert saved_updates(tmp_path)[-1] == update
     assert_ends_as(run, tmp_path)
 
@@ -441,10 +441,10 @@ def test_loss_scale_of_float16_comes_back_with_the_rest(tmp_path):
     for stops in ((), (2, 4)):
         folder = tmp_path / str(len(ends))
         for stop in stops:
-            notice = Told()
+            shutdown = Told()
             policy = make_tiny_policy(dtype=torch.float16)
             with pytest.raises(Preempted):
-                trainer_in(folder, config, policy, tracker=Telling(notice, stop), notice=notice).run()
+                trainer_in(folder, config, policy, tracker=Telling(shutdown, stop), shutdown=shutdown).run()
         trainer_in(folder, config, make_tiny_policy(dtype=torch.float16)).run()
         ends.append(load_checkpoint(latest_checkpoint(folder / "checkpoints")))
     assert ends[0].scaler["scale"] != 65536.0 or ends[0].scaler["_growth_tracker"] > 0
@@ -453,9 +453,9 @@ def test_loss_scale_of_float16_comes_back_with_the_rest(tmp_path):
 
 
 def test_evaluation_is_broken_off_and_done_again_after_the_resume(run, tmp_path):
-    notice = Told()
+    shutdown = Told()
     with pytest.raises(Preempted, match="after update 2 "):
-        trainer_in(tmp_path, tracker=Telling(notice, 2), notice=notice, verdict=Half(0.0, 1.0)).run()
+        trainer_in(tmp_path, tracker=Telling(shutdown, 2), shutdown=shutdown, verdict=Half(0.0, 1.0)).run()
     assert saved_updates(tmp_path) == [2]
     assert len_of(tmp_path) == 1
     assert_ends_as(run, tmp_path)
@@ -463,10 +463,10 @@ def test_evaluation_is_broken_off_and_done_again_after_the_resume(run, tmp_path)
 
 @pytest.mark.parametrize(("remaining_s", "saved"), [(0.0, 3), (60.0, 4)])
 def test_rollout_is_given_up_when_too_little_time_is_left_for_its_update(run, tmp_path, remaining_s, saved):
-    notice, tracker = Told(remaining_s), RecordingTracker()
-    reward = TellingReward(notice, tracker, update=3)
+    shutdown, tracker = Told(remaining_s), RecordingTracker()
+    reward = TellingReward(shutdown, tracker, update=3)
     with pytest.raises(Preempted, match=f"after update {saved} "):
-        trainer_in(tmp_path, tracker=tracker, notice=notice, reward=reward, verdict=Half(0.0, 1.0, 0.5)).run()
+        trainer_in(tmp_path, tracker=tracker, shutdown=shutdown, reward=reward, verdict=Half(0.0, 1.0, 0.5)).run()
     assert saved_updates(tmp_path)[-1] == saved
     assert_ends_as(run, tmp_path)
 
