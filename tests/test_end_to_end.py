@@ -5,14 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import sqlite3
 import subprocess
-import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +17,9 @@ import pytest
 
 from sfgrpo.checkpoint.state import update_of
 from sfgrpo.registry.register import PNG_SIGNATURE, draw
-from sfgrpo.runtime.environment import Environment
 from sfgrpo.tracking.mlflow_client import connect
-from sfgrpo.types import TAGS
-from tests.support.stub_pipeline import ROOT, change_param
+from tests.support.clone import MODEL, NUM_UPDATES, SMALL, TIMEOUT_S, Clone, build_clone, finished
+from tests.support.stub_pipeline import change_param
 from tests.support.tiny_run import write_params
 
 pytestmark = [
@@ -34,96 +29,6 @@ pytestmark = [
         "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*Any type hint is inferred:UserWarning"
     ),
 ]
-
-MODEL = "sfgrpo-shapes"
-NUM_UPDATES = 4
-SMALL: Mapping[str, Any] = {
-    "prompts.num_train": 50,
-    "prompts.num_evaluation": dict.fromkeys(TAGS, 1),
-    "sampling.num_steps": 4,
-    "rollout.prompts_per_update": 4,
-    "rollout.group_size": 8,
-    "rollout.micro_batch_size": 32,
-    "update.num_updates": NUM_UPDATES,
-    "update.steps_per_update": 2,
-    "update.trained_steps": None,
-    "update.micro_batch_size": 16,
-    "checkpoint.every_num_updates": 1,
-    "evaluation.num_steps": 2,
-    "evaluation.images_per_prompt": 1,
-    "evaluation.every_num_updates": 2,
-    "registry.model_name": MODEL,
-    "registry.alias": "challenger",
-}
-TIMEOUT_S = 300
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Clone:
-    """A copy of the repository, with its own Git history, DVC cache, Prefect server and MLflow store."""
-
-    folder: Path
-
-    @property
-    def uri(self) -> str:
-        return f"sqlite:///{self.folder / 'mlflow.db'}"
-
-    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-        """Starts `python -m ...` in the clone, as a user's shell would, with further environment variables."""
-        return subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            cwd=self.folder,
-            env=user_environment() | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, *arguments: str, **variables: str) -> str:
-        """Runs `python -m ...` in the clone; returns what it prints, once it has succeeded."""
-        return finished(self.start(*arguments, **variables))
-
-    def shown_evaluations(self) -> list[str]:
-        """Lists the tables of evaluations that its Prefect server has as artifacts, oldest first."""
-        with contextlib.closing(sqlite3.connect(self.folder / ".prefect/prefect.db")) as database:
-            rows = database.execute("SELECT data FROM artifact WHERE key = 'evaluations' ORDER BY created").fetchall()
-        return [str(json.loads(data)) for (data,) in rows]
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    """Waits for a process and returns what it printed; fails, leaving nothing behind, unless it succeeds."""
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        # Its supervisors see to the rest.
-        process.kill()
-    assert process.returncode == 0, output
-    return output
-
-
-def user_environment() -> dict[str, str]:
-    """Gives the environment of a user who has activated the virtual environment."""
-    ours = {str(field.validation_alias) for field in Environment.model_fields.values()}
-    foreign = ("PREFECT_", "MLFLOW_", "DVC_", "PYTEST_", "PYTHONPATH", "OMP_NUM_THREADS", "GIT_")
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(foreign) and key not in ours}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    # One thread: on a busy machine several of them mostly wait for one another.
-    return inherited | {"PATH": path, "SFGRPO_DEVICE": "cpu", "SFGRPO_NUM_THREADS": "1"}
-
-
-def build_clone(folder: Path, params: Mapping[str, Any] = SMALL) -> Clone:
-    """Copies what Git has, or would add, makes the numbers small, and commits all of it."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    write_params(folder, params)
-    identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
-    for arguments in (["init"], ["add", "--all"], [*identity, "commit", "--message", "Clone"]):
-        subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True)
-    return Clone(folder=folder)
 
 
 def wait_for_checkpoint(clone: Clone, flow: subprocess.Popen[str], after: int = 0) -> None:

@@ -136,10 +136,8 @@ class Platform:
         )
         stub += HOLD.format(folder=folder)
         (self.project / "sfgrpo/__main__.py").write_text(stub)
-        for name in ("flows", "tasks", "sfgrpo/geneval"):
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, self.project / name, ignore=ignored, dirs_exist_ok=True)
-        shutil.copy(ROOT / "sfgrpo/prompts.py", self.project / "sfgrpo/prompts.py")
+        for name in ("flows", "tasks"):
+            shutil.copytree(ROOT / name, self.project / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("prefect.yaml", ".dvc/.gitignore"):
             shutil.copy(ROOT / name, self.project / name)
         self.git("add", "--all")

@@ -25,9 +25,9 @@ from sfgrpo.grpo.distributed import Partition
 from sfgrpo.grpo.sanity import require_changed_sampler
 from sfgrpo.grpo.update import make_scaler, update_policy
 from sfgrpo.types import RolloutBatch
-from tests.grpo.test_update import ROLLOUT_BATCH, objective_for, rolled_out, spoil_gradient, weights
 from tests.support.paths import ROOT
 from tests.support.tiny import counted_passes, disturb, make_tiny_policy
+from tests.support.update import ROLLOUT_BATCH, objective_for, rolled_out, spoil_gradient, weights
 
 NUM_PROCESSES = 2
 NUM_STEPS = 2

@@ -13,16 +13,23 @@ import torch
 from accelerate import Accelerator
 
 from sfgrpo.errors import SanityCheckError
-from sfgrpo.grpo.rollout import roll_out
 from sfgrpo.grpo.sanity import require_changed_sampler
 from sfgrpo.grpo.update import Objective, UpdateOutcome, make_scaler, update_policy
 from sfgrpo.policies.base import Policy
 from sfgrpo.types import RolloutBatch
 from tests.support import oracles
-from tests.support.tiny import counted_passes, disturb, make_tiny_pipeline, make_tiny_policy, tiny_prompts
+from tests.support.tiny import counted_passes, disturb, make_tiny_pipeline, make_tiny_policy
+from tests.support.update import (
+    NOISE_LEVEL,
+    NUM_IMAGES,
+    ROLLOUT_BATCH,
+    objective_for,
+    rolled_out,
+    spoil_gradient,
+    weights,
+)
 
-NUM_IMAGES, GROUP_SIZE, NUM_STEPS = 8, 2, 3
-NOISE_LEVEL = 0.7
+GROUP_SIZE = 2
 
 
 @pytest.fixture
@@ -30,51 +37,6 @@ def policy() -> Policy:
     policy = make_tiny_policy()
     disturb(policy)
     return policy
-
-
-def objective_for(policy: Policy, **changes) -> Objective:
-    options = {
-        "sigmas_S": policy.sigmas(NUM_STEPS),
-        "sampler": "flow_sde",
-        "noise_level": NOISE_LEVEL,
-        "guidance_scale": 1.0,
-        "trained_steps": (0, 1),
-        "clip_range": 1e-3,
-        "kl_coef": 0.0,
-        "kl_form": "exact",
-        "max_grad_norm": 1e9,
-        "steps_per_update": 1,
-        "micro_batch_size": 4,
-        "ratio_tolerance": 1e-3,
-    }
-    return Objective(**options | changes)
-
-
-ROLLOUT_BATCH = 4
-
-
-def rolled_out(policy: Policy, constant: tuple[int, ...] = ()) -> RolloutBatch:
-    """Rolls out and gives random advantages; the images `constant` get zeros."""
-    generator = torch.Generator().manual_seed(4)
-    conditioning = policy.encode([prompt.text for prompt in tiny_prompts(NUM_IMAGES)])
-    trajectory = roll_out(
-        policy,
-        conditioning,
-        torch.randn(NUM_IMAGES, *policy.latent_shape, generator=generator),
-        torch.randn(NUM_IMAGES, NUM_STEPS, *policy.latent_shape, generator=generator),
-        policy.sigmas(NUM_STEPS),
-        sampler="flow_sde",
-        noise_level=NOISE_LEVEL,
-        guidance_scale=1.0,
-        micro_batch_size=ROLLOUT_BATCH,
-    )
-    advantages = torch.randn(NUM_IMAGES, NUM_STEPS, generator=generator)
-    constant_N = torch.zeros(NUM_IMAGES, dtype=torch.bool)
-    constant_N[list(constant)] = True
-    advantages[constant_N] = 0
-    return RolloutBatch(
-        trajectory=trajectory, conditioning=conditioning, advantages_NK=advantages, constant_N=constant_N
-    )
 
 
 def updated(
@@ -92,10 +54,6 @@ def updated(
 def plain_descent(policy: Policy) -> torch.optim.Optimizer:
     """Makes the optimiser whose step is minus the gradient."""
     return torch.optim.SGD(policy.adapter_parameters().values(), lr=1.0)
-
-
-def weights(policy: Policy) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in policy.adapter_parameters().values()])
 
 
 def naive_loss(policy: Policy, batch: RolloutBatch, objective: Objective, rows: range) -> torch.Tensor:
@@ -378,18 +336,6 @@ def test_all_losses_no_numbers_still_give_metrics(policy):
     outcome = updated(policy, adamw(policy), batch, objective_for(policy))
     assert outcome.broken_loss_N.all()
     assert all(math.isfinite(number) for number in outcome.metrics.values())
-
-
-def spoil_gradient(policy: Policy, value: float) -> None:
-    """Lets one number of every gradient of one weight become `value`."""
-    parameter = next(iter(policy.adapter_parameters().values()))
-
-    def spoil(gradient):
-        spoilt = gradient.clone()
-        spoilt.view(-1)[0] = value
-        return spoilt
-
-    parameter.register_hook(spoil)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -19,6 +19,7 @@ from sfgrpo.errors import RewardError
 from sfgrpo.runtime.rank import noting_errors
 from sfgrpo.runtime.shutdown import SIGNALS, GracefulShutdown
 from tests.support.paths import ROOT
+from tests.support.rank_stubs import hear_signals
 
 SCRIPT = """
 import sys, time
@@ -72,12 +73,6 @@ STUCK = """
 """
 """Waits in C without end, as in a collective whose partner is gone."""
 LINGERING = "print('leaving', flush=True); time.sleep(0.5)"
-
-
-def hear_signals() -> None:
-    """Undoes what a shell does to jobs in its background, and nohup to all: they ignore these signals."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
 
 
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -32,9 +32,9 @@ from sfgrpo.registry.register import PNG_SIGNATURE
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.types import TAGS
 from tests.support import secrets_search
+from tests.support.clone import SMALL, build_clone
 from tests.support.platform_run import Outcome, Platform, environment_of
 from tests.support.stack import Stack, wait_until
-from tests.test_end_to_end import SMALL, build_clone
 
 pytestmark = [
     pytest.mark.stack,

@@ -1,4 +1,4 @@
-"""A copy of the pipeline's definition around a stub of sfgrpo, whose stages take no time and fail on demand."""
+"""A copy of the pipeline's definition and of sfgrpo with stub commands, which take no time and fail on demand."""
 
 from __future__ import annotations
 
@@ -15,24 +15,6 @@ from ruamel.yaml import YAML
 from tests.support.paths import ROOT
 
 DEFINITION = ("dvc.yaml", "params.yaml", "prefect.toml", ".dvcignore", ".gitignore", ".dvc/config")
-
-NEEDED_BY_FLOWS = (
-    "batches",
-    "config",
-    "environment",
-    "errors",
-    "evaluation_store",
-    "files",
-    "mlflow_store",
-    "paths",
-    "sections",
-    "signals",
-    "snapshots",
-    "status",
-    "types",
-    "validation",
-)
-"""Modules of sfgrpo that are what they are."""
 
 STUB = """
 import json, os, pathlib, sys
@@ -97,22 +79,21 @@ def read_definition() -> dict[str, Any]:
 
 
 def build_stub_pipeline(folder: Path) -> None:
-    """Makes a git and DVC repository with the project's own definition, and an empty file for every code file."""
+    """Make a git and DVC repository with the project's own definition and package, whose commands are the stub's."""
     for name in DEFINITION:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "sfgrpo", folder / "sfgrpo", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "sfgrpo/__main__.py").write_text(STUB)
     stages = read_definition()["stages"]
     shipped = {output for stage in stages.values() if stage.get("frozen") for kept in stage["outs"] for output in kept}
     outputs = {output for name in stages if not stages[name].get("frozen") for output in stages[name]["outs"]}
     for dependency in {path for stage in stages.values() for path in stage["deps"]} - outputs | shipped:
         path = folder / dependency
-        path = path if path.suffix else path / "content"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-    (folder / "sfgrpo/__init__.py").write_text("")
-    (folder / "sfgrpo/__main__.py").write_text(STUB)
-    for name in NEEDED_BY_FLOWS:
-        shutil.copy(ROOT / f"sfgrpo/{name}.py", folder / f"sfgrpo/{name}.py")
+        if not path.exists():
+            path = path if path.suffix else path / "content"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
 
 

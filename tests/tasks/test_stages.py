@@ -19,7 +19,7 @@ from prefect.states import Failed
 from tasks import stages, supervisor
 from tasks.stages import StageError, reproduce, run_command, worth_retrying
 from tasks.supervisor import MARK, end, end_leftovers, run_supervised
-from tests.runtime.test_launcher import LAUNCHER, RANK
+from tests.support.rank_stubs import LAUNCHER, RANK
 from tests.support.stub_pipeline import ROOT, build_stub_pipeline, calls, stub_environment
 
 # Not ours to mend: Prefect's own deprecations.
