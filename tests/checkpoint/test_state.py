@@ -21,6 +21,7 @@ from sfgrpo.checkpoint.state import TrainingState, checkpoint_path, latest_check
 from sfgrpo.errors import IntegrityError
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.training.ema import Ema
+from tests.support.comparing import assert_same
 
 FILES = ("adapter.safetensors", "state.safetensors", "state.json", "history.jsonl", "manifest.json")
 
@@ -48,23 +49,6 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, g
         optimizer.zero_grad()
         module(torch.randn(8, 3, generator=generator)).square().mean().backward()
         optimizer.step()
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Compares nested values with their types, tensors bit for bit."""
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and one.shape == other.shape
-        assert torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        for left, right in zip(one, other, strict=True):
-            assert_same(left, right)
-    else:
-        assert one == other or (one != one and other != other)
 
 
 def test_every_field_comes_back_bit_for_bit(tmp_path):

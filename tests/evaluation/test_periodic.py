@@ -36,11 +36,11 @@ from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.base import RecordingTracker
 from sfgrpo.training.trainer import Trainer
-from tests.checkpoint.test_state import assert_same
+from tests.support.comparing import assert_same
 from tests.support.paths import ROOT
 from tests.support.tiny import Light, disturb, make_tiny_policy
 from tests.support.tiny_run import build_tiny_project, inside
-from tests.training.test_trainer import EVALUATION, Stopping, adapter_of, small_config, timeless, trainer_in
+from tests.support.trainings import EVALUATION, Stopping, adapter_of, small_config, timeless, trainer_in
 
 # Not ours to mend: deprecations of diffusers and of what it imports.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

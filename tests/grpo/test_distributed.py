@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from sfgrpo.grpo.distributed import (
     Partition,
@@ -23,6 +22,7 @@ from sfgrpo.grpo.distributed import (
     total,
     total_gradients,
 )
+from tests.support.comparing import distance
 from tests.support.paths import ROOT
 from tests.support.rank_program import CASES
 
@@ -84,10 +84,6 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
 
 def untimed(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if not name.startswith(("time/", "memory/"))}
-
-
-def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    return float(torch.cat([(first[name] - second[name]).flatten() for name in first]).norm())
 
 
 def relative_difference(one: dict[str, Any], many: dict[str, Any]) -> float:

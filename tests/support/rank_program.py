@@ -21,7 +21,7 @@ from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.base import RecordingTracker, SilentTracker
 from sfgrpo.training.trainer import Trainer, TrainerInputs
 from tests.support.tiny import Light, make_tiny_policy, tiny_prompts
-from tests.training.test_trainer import GROUP_SIZE, Half, small_config
+from tests.support.trainings import GROUP_SIZE, Half, small_config
 
 NUM_PROMPTS, NUM_UPDATES = 4, 3
 CASES: Mapping[str, Mapping[str, Any]] = {

@@ -20,10 +20,10 @@ from mlflow import MlflowClient
 
 from sfgrpo.checkpoint.state import TrainingState, latest_checkpoint, load_checkpoint
 from sfgrpo.errors import ExitStatus
-from tests.grpo.test_distributed import distance
+from tests.support.comparing import distance
 from tests.support.paths import ROOT
 from tests.support.s3 import S3Server
-from tests.training.test_trainer import NUM_LONG_UPDATES, lay_out
+from tests.support.trainings import NUM_LONG_UPDATES, lay_out
 
 pytestmark = [
     pytest.mark.slow,

@@ -24,7 +24,7 @@ from sfgrpo.runtime.manifest import MANIFEST
 from tests.support.hosts import HostsUnavailableError, Network, Node, outputs, wait_for, wait_until
 from tests.support.paths import ROOT
 from tests.support.s3 import BUCKET, S3Server
-from tests.training.test_trainer import lay_out, timeless
+from tests.support.trainings import lay_out, timeless
 
 pytestmark = [
     pytest.mark.distributed,
