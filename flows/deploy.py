@@ -37,6 +37,8 @@ REST_S = 30
 """Between a crash and the next attempt."""
 MAX_ATTEMPTS = 3
 """Times that a training run is started in all: what crashes every time must not go on for ever."""
+RENAMED = {"sweep/every-10-minutes": "close-stale-runs/every-10-minutes"}
+"""Deployments of earlier versions, and what they are called now."""
 
 ZOMBIES = AutomationCore(
     name="sfgrpo: dead runs are marked Crashed",
@@ -131,6 +133,16 @@ def _content(automation: AutomationCore) -> dict[str, Any]:
     return automation.model_dump(mode="json", include={"name", "description", "enabled", "trigger", "actions"})
 
 
+def remove_renamed(client: SyncPrefectClient) -> list[str]:
+    """Delete the deployments that an earlier version registered under another name; return a line for each."""
+    lines: list[str] = []
+    for old, new in RENAMED.items():
+        with contextlib.suppress(ObjectNotFound):
+            client.delete_deployment(client.read_deployment_by_name(old).id)
+            lines.append(f"deployment removed: {old}; it is now {new}, whose schedule starts switched off")
+    return lines
+
+
 def count_gpus() -> int:
     """Counts the GPUs of this machine, by their device files; PyTorch would take seconds to load."""
     return sum(1 for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
@@ -177,6 +189,7 @@ def deploy(num_slots: int) -> None:
                 ensure_slots(client, num_slots),
                 ensure_automation(client, ZOMBIES),
                 ensure_automation(client, RESUMPTION),
+                *remove_renamed(client),
             ):
                 # At once, since Prefect's command line prints next.
                 print(line, flush=True)

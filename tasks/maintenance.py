@@ -22,9 +22,9 @@ def recheck() -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(RECHECK.read_text(encoding="utf-8")))
 
 
-@stage_task("sweep")
-def sweep_mlflow() -> dict[str, Any]:
-    """Closes the MLflow runs of dead processes; returns the runs at work, closed and silent."""
+@stage_task("close stale runs")
+def close_stale_runs() -> dict[str, Any]:
+    """Close the MLflow runs of dead processes; return the runs at work, closed and silent."""
     return _reported("sweep")
 
 

@@ -25,6 +25,7 @@ from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterType
 from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Scheduled
 from ruamel.yaml import YAML
@@ -310,6 +311,14 @@ def test_deploying_again_changes_nothing(platform, client):
     )
 
 
+def test_a_deployment_under_an_earlier_name_is_removed(platform, client):
+    client.create_deployment(client.create_flow_from_name("sweep"), "every-10-minutes")
+    answer = platform.deploy()
+    assert "deployment removed: sweep/every-10-minutes; it is now close-stale-runs/every-10-minutes" in answer.stdout
+    with pytest.raises(ObjectNotFound):
+        client.read_deployment_by_name("sweep/every-10-minutes")
+
+
 def everything(client: SyncPrefectClient) -> dict[str, Any]:
     """Lists what a deployment is to leave as it is."""
     deployments = {
@@ -381,7 +390,7 @@ def test_a_run_whose_process_is_killed_goes_on_as_the_same_run(platform, client)
 
 
 def test_a_run_whose_time_has_passed_is_started_late(platform, client):
-    deployment = client.read_deployment_by_name("sweep/every-10-minutes")
+    deployment = client.read_deployment_by_name("close-stale-runs/every-10-minutes")
     missed = Scheduled(scheduled_time=datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=5))
     run = ended(client, platform, client.create_flow_run_from_deployment(deployment.id, state=missed).id)
     assert run.state.name == "Completed"
@@ -415,7 +424,7 @@ def artifact(client: SyncPrefectClient, run_id: UUID) -> str:
     return str(found.data)
 
 
-def test_sweep_ends_what_dead_supervisors_left_and_tells_what_it_closed(platform, client):
+def test_stale_runs_are_closed_and_what_dead_supervisors_left_is_ended(platform, client):
     folder = platform.project / ".worktrees" / "gone"
     mark = {"STAGE_SUPERVISOR": f"1 0.0 {folder}"}
     orphan = subprocess.Popen(
@@ -426,7 +435,7 @@ def test_sweep_ends_what_dead_supervisors_left_and_tells_what_it_closed(platform
         env={**os.environ, "STAGE_SUPERVISOR": f"1 0.0 {platform.project.parent / 'elsewhere'}"},
     )
     try:
-        run = ended(client, platform, start_run(client, "sweep/every-10-minutes"))
+        run = ended(client, platform, start_run(client, "close-stale-runs/every-10-minutes"))
         assert run.state.name == "Completed"
         assert orphan.wait(10) == -signal.SIGTERM
         assert stranger.poll() is None

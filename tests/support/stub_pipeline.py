@@ -1,4 +1,4 @@
-"""A copy of the pipeline's definition and of sfgrpo with stub commands, which take no time and fail on demand."""
+"""A copy of the pipeline around a stub of its command line, whose stages take no time and fail on demand."""
 
 from __future__ import annotations
 
@@ -73,38 +73,36 @@ for name, text in OUTPUTS[stage].items():
 
 
 def read_definition() -> dict[str, Any]:
-    """Reads the project's dvc.yaml."""
+    """Read the project's dvc.yaml."""
     definition: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
     return definition
 
 
 def build_stub_pipeline(folder: Path) -> None:
-    """Make a git and DVC repository with the project's own definition and package, whose commands are the stub's."""
+    """Make a git and DVC repository of the project's own definition and code, whose command line is the stub."""
     for name in DEFINITION:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "sfgrpo", folder / "sfgrpo", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "sfgrpo/__main__.py").write_text(STUB)
     stages = read_definition()["stages"]
-    shipped = {output for stage in stages.values() if stage.get("frozen") for kept in stage["outs"] for output in kept}
-    outputs = {output for name in stages if not stages[name].get("frozen") for output in stages[name]["outs"]}
-    for dependency in {path for stage in stages.values() for path in stage["deps"]} - outputs | shipped:
-        path = folder / dependency
-        if not path.exists():
-            path = path if path.suffix else path / "content"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
+    # The outputs of frozen stages are files of the repository.
+    outputs = {output for stage in stages.values() if not stage.get("frozen") for output in stage["outs"]}
+    for dependency in {path for stage in stages.values() for path in stage["deps"]} - outputs:
+        if not (path := folder / dependency).exists():
+            path.mkdir(parents=True)
+            (path / "content").touch()
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
 
 
 def stub_environment() -> dict[str, str]:
-    """Gives the environment in which `python` is this one, and tasks and flows are the project's."""
+    """Return the environment in which `python` is this one, and tasks and flows are the project's."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 def calls(folder: Path) -> list[str]:
-    """Lists the stages that the stub ran, in order, and forgets them."""
+    """List the stages that the stub ran, in order, and forget them."""
     record = folder / "calls.txt"
     stages = record.read_text().split() if record.exists() else []
     record.unlink(missing_ok=True)
@@ -112,7 +110,7 @@ def calls(folder: Path) -> list[str]:
 
 
 def change_param(folder: Path, section: str, name: str, value: Any) -> None:
-    """Changes one value of params.yaml."""
+    """Change one value of params.yaml."""
     path = folder / "params.yaml"
     params = YAML(typ="safe").load(path)
     assert params[section][name] != value, "the test has to change the value"

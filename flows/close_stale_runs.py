@@ -1,4 +1,4 @@
-"""Ends what dead processes left behind, in MLflow and on this machine: `python -m flows.sweep`."""
+"""Close the MLflow runs of dead processes and end orphaned ones: `python -m flows.close_stale_runs`."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from prefect.artifacts import create_markdown_artifact
 
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.runtime.shutdown import sigterm_as_exit
+from tasks import maintenance
 from tasks.git import top_folder
-from tasks.maintenance import sweep_mlflow
 from tasks.stages import StageError, refuse_inside_stage
 from tasks.supervisor import end_leftovers, marked_folders
 
 
-@flow(name="sweep")
-def sweep() -> None:
-    """Closes the MLflow runs of dead processes, and ends the processes that dead supervisors of this checkout left."""
+@flow(name="close-stale-runs")
+def close_stale_runs() -> None:
+    """Close the MLflow runs of dead processes, and end the processes that dead supervisors of this checkout left."""
     refuse_inside_stage()
     checkout, grace_s = top_folder(Path.cwd()), read_environment().grace_s
     folders = sorted(folder for folder in marked_folders() if folder.is_relative_to(checkout))
     ended = [pid for folder in folders for pid in end_leftovers(folder, grace_s)]
     if ended:
         get_run_logger().warning("ended processes that killed runs left behind: %s", ended)
-    found = sweep_mlflow()
-    create_markdown_artifact(report(found, ended), key="sweep", description="What dead processes left behind")
+    found = maintenance.close_stale_runs()
+    create_markdown_artifact(report(found, ended), key="stale-runs", description="Stale runs and orphaned processes")
 
 
 def report(found: dict[str, Any], ended: Sequence[int]) -> str:
-    """Words the findings in Markdown."""
+    """Return the findings as Markdown."""
     counts = ", ".join(f"{kind.replace('_', ' ')} {len(runs)}" for kind, runs in found.items())
     lines = [
         f"MLflow runs that said RUNNING: {counts}. Processes ended: {len(ended)}.",
@@ -50,11 +50,11 @@ def report(found: dict[str, Any], ended: Sequence[int]) -> str:
 
 
 def main() -> int:
-    """Runs the flow; returns the exit status."""
+    """Run the flow; return the exit status."""
     try:
         # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
         with sigterm_as_exit():
-            sweep()
+            close_stale_runs()
     except StageError as error:
         print(error, file=sys.stderr)
         return 1
