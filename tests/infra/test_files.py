@@ -425,7 +425,7 @@ def test_every_check_has_a_planted_error() -> None:
 
 
 def test_a_missing_tool_names_its_target(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("test_infra.TOOLS", tmp_path)
+    monkeypatch.setattr(f"{__name__}.TOOLS", tmp_path)
     with pytest.raises(pytest.fail.Exception, match="hadolint is missing; run `make infra-tools`"):
         lint(CPU)
 

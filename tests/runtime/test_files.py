@@ -228,7 +228,7 @@ def test_integrity_error_survives_pickling():
 
 def test_a_lock_has_one_user_at_a_time_and_goes_with_its_process(tmp_path):
     lock = tmp_path / "folder" / ".lock"
-    code = "import sys, pathlib, time; from sfgrpo.runtime.files import exclusive_lock\n"
+    code = "import sys, pathlib, time; from sfgrpo.runtime.locks import exclusive_lock\n"
     code += "with exclusive_lock(pathlib.Path(sys.argv[1])) as alone: print(alone, flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
     try:

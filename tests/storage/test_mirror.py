@@ -220,7 +220,7 @@ def test_server_refuses_keys_that_it_cannot_have(tmp_path, arguments, message):
 
 
 def test_missing_server_is_a_failure_that_names_the_cure(tmp_path, monkeypatch):
-    monkeypatch.setattr("s3.PYTHON", tmp_path / "absent")
+    monkeypatch.setattr("tests.support.s3.PYTHON", tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="run `make s3-server`"):
         S3Server(tmp_path).start()
 

@@ -6,7 +6,7 @@ import signal
 
 LAUNCHER = """
 import json, pathlib, sys
-from sfgrpo.__main__ import guarded, prepare
+from sfgrpo.cli import guarded, prepare
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S, GracefulShutdown
 from sfgrpo.config.schema import LaunchConfig
@@ -23,7 +23,7 @@ sys.exit(guarded(launch))
 """
 RANK = """
 import os, pathlib, sys, time
-from sfgrpo.__main__ import guarded, prepare
+from sfgrpo.cli import guarded, prepare
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.errors import ConfigError, Preempted, RewardError
 from sfgrpo.runtime.shutdown import GracefulShutdown
