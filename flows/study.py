@@ -1,4 +1,4 @@
-"""Runs the study, as many cells at once as there are cores, and writes its report: `python -m flows.study [FORM]`."""
+"""Runs the study, as many runs at once as there are cores, and writes its report: `python -m flows.study [PRESET]`."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from sfgrpo.errors import ConfigError
 from sfgrpo.runtime.shutdown import sigterm_as_exit
 from sfgrpo.study.config import load_plan
 from tasks.stages import StageError, refuse_inside_stage
-from tasks.study import cell, report
+from tasks.study import train_run, write_report
 from tasks.supervisor import stop_all
 
-NUM_CELLS = os.cpu_count() or 1
-"""Cells that run at once, with one thread each: that gives more images per second than threads that share a cell."""
+NUM_RUNS = os.cpu_count() or 1
+"""Runs at once, with one thread each: more images per second than threads that share a run."""
 
 
-@flow(name="study", task_runner=ThreadPoolTaskRunner(max_workers=NUM_CELLS))  # type: ignore[arg-type]
-def study(form: str = "short") -> None:
-    """Trains every row with every seed, then reports; cells that are up to date are not trained again."""
+@flow(name="study", task_runner=ThreadPoolTaskRunner(max_workers=NUM_RUNS))  # type: ignore[arg-type]
+def study(preset: str = "short") -> None:
+    """Train every row with every seed, then report; DVC skips the runs that are up to date."""
     refuse_inside_stage()
-    plan = load_plan(form)
+    plan = load_plan(preset)
     try:
-        futures = [cell.submit(plan.form, row, seed) for seed in plan.seeds for row in plan.rows]
+        futures = [train_run.submit(plan.preset, row, seed) for seed in plan.seeds for row in plan.rows]
         wait(futures)
     except BaseException:
         stop_all()
         raise
     for future in futures:
         future.result()
-    report(plan.form)
+    write_report(plan.preset)
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one form; returns the exit status."""
+    """Run one preset and return the exit status."""
     try:
         # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
         with sigterm_as_exit():

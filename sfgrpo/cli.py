@@ -153,6 +153,21 @@ def show(chosen: argparse.Namespace) -> None:
     print(f"\n{BatchArithmetic(config=config, num_processes=launch.launch.world_size).explain()}")
 
 
+def study(chosen: argparse.Namespace) -> None:
+    """Train one run of the study, or write its report."""
+    from sfgrpo.study.config import load_plan
+
+    plan, environment = load_plan(chosen.preset), read_environment()
+    if chosen.action == "report":
+        from sfgrpo.study.report import write_report
+
+        write_report(plan, environment)
+        return
+    from sfgrpo.study.run import train_run
+
+    train_run(plan, chosen.row, chosen.seed, environment)
+
+
 def take_params(parser: argparse.ArgumentParser) -> None:
     """Adds the option that all commands have which read parameters."""
     parser.add_argument("--params", type=Path, default=Path(PARAMS), help="parameter file (%(default)s)")
@@ -201,6 +216,16 @@ def _take_age(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, help="file for what was removed, as JSON")
 
 
+def _take_study(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    run = actions.add_parser("run", help="train one row with one seed; resumes an interrupted run")
+    report = actions.add_parser("report", help="write the report on all finished runs")
+    for action in (run, report):
+        action.add_argument("preset", metavar="PRESET", help="preset of experiments/study.yaml, such as short")
+    run.add_argument("row", metavar="ROW", help="parameter file in experiments/shapes, without its ending")
+    run.add_argument("seed", type=int, metavar="SEED", help="seed of the run")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Command:
     """One word after `python -m sfgrpo`."""
@@ -245,6 +270,7 @@ COMMANDS: Mapping[str, Command] = {
         retention,
         _take_age,
     ),
+    "study": Command("compare Stepwise-Flow-GRPO with Flow-GRPO; `make study` does it all", study, _take_study),
     "show": Command("print the resolved configuration and the batch arithmetic of a training", show),
 }
 """All commands by their names; those of the pipeline come in its order."""

@@ -1,4 +1,4 @@
-"""The study as Prefect tasks: its cells and its report are stages of experiments/dvc.yaml."""
+"""The study as Prefect tasks: its runs and its report are stages of experiments/dvc.yaml."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ STAGES = "experiments/dvc.yaml"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "SFGRPO_NUM_THREADS": "1"}
 
 
-@stage_task("cell", "{row} seed {seed}")
-def cell(form: str, row: str, seed: int) -> None:
-    """Trains one row with one seed; a retry goes on from the last checkpoint."""
-    reproduce(f"{form}@{row}-{seed}", STAGES, ONE_THREAD)
+@stage_task("study-run", "{row} seed {seed}")
+def train_run(preset: str, row: str, seed: int) -> None:
+    """Train one row with one seed; a retry resumes from the last checkpoint."""
+    reproduce(f"{preset}@{row}-{seed}", STAGES, ONE_THREAD)
 
 
-@stage_task("report")
-def report(form: str) -> None:
-    """Writes the report on all cells."""
-    reproduce(f"{form}-report", STAGES, ONE_THREAD)
+@stage_task("study-report")
+def write_report(preset: str) -> None:
+    """Write the report on all runs."""
+    reproduce(f"{preset}-report", STAGES, ONE_THREAD)

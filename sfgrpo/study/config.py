@@ -47,10 +47,10 @@ class Ablation:
 
 @section
 class Plan:
-    """One form of the study."""
+    """One preset of the study."""
 
-    form: Name
-    """Name of the form."""
+    preset: Name
+    """Name of the preset."""
     seeds: Annotated[tuple[NonNegativeInt, ...], MinLen(1)]
     """Seeds of every row."""
     num_updates: PositiveInt
@@ -73,19 +73,23 @@ class Plan:
             )
 
 
-def load_plan(form: str, path: Path = PLANS) -> Plan:
-    """Reads one form of the study; raises `ConfigError` for a form that is not there or does not fit together."""
-    forms = read_mapping(path)
-    if form not in forms:
-        raise ConfigError(f"{path}: {form}: {unknown_key(form, list(forms))}")
-    return validated(Plan, {"form": form, **forms[form]}, f"{path}: {form}")
+def load_plan(preset: str, path: Path = PLANS) -> Plan:
+    """Read one preset of the study.
+
+    Raises:
+        ConfigError: there is no such preset, or its parts do not fit together.
+    """
+    presets = read_mapping(path)
+    if preset not in presets:
+        raise ConfigError(f"{path}: {preset}: {unknown_key(preset, list(presets))}")
+    return validated(Plan, {"preset": preset, **presets[preset]}, f"{path}: {preset}")
 
 
-def cell_stages(plan: Plan, row: str, seed: int) -> tuple[PromptsStage, TrainStage]:
-    """Reads a row's parameters and gives them a seed and the length of the form."""
+def stages_of_run(plan: Plan, row: str, seed: int) -> tuple[PromptsStage, TrainStage]:
+    """Return a row's parameters with the seed and the length of the plan."""
     if row not in plan.rows or seed not in plan.seeds:
         raise ConfigError(
-            f"{PLANS}: {plan.form} has no row {row} with seed {seed}; rows are {', '.join(plan.rows)}, "
+            f"{PLANS}: {plan.preset} has no row {row} with seed {seed}; rows are {', '.join(plan.rows)}, "
             f"seeds {', '.join(map(str, plan.seeds))}"
         )
     path = ROWS / f"{row}.yaml"

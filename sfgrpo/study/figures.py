@@ -96,35 +96,35 @@ def _reward_figure(pair: PairSummary) -> Figure | None:
     left, right = figure.subplots(1, 2, sharey=True)
     metric = f"{PREFIXES['noisy']}/{(pair.flow_grpo or pair.stepwise)[0].reward}"
     rows = {"flow_grpo": pair.flow_grpo, "stepwise": pair.stepwise}
-    paces = {method: seconds_per_update(cells) for method, cells in rows.items() if cells}
+    paces = {method: seconds_per_update(runs) for method, runs in rows.items() if runs}
     longest = max(pace * rows[method][0].num_updates for method, pace in paces.items())
     scale, unit_name = (
         (1.0, "seconds") if longest < 180 else (60.0, "minutes") if longest < 10_800 else (3600.0, "hours")
     )
     for axes, unit in ((left, "updates"), (right, "seconds")):
-        for method, cells in rows.items():
-            if cells:
+        for method, runs in rows.items():
+            if runs:
                 factor = 1.0 if unit == "updates" else paces[method] / scale
-                _running_reward(axes, cells, factor)
-                _band(axes, _curves(cells, metric), COLORS[method], factor=factor)
+                _running_reward(axes, runs, factor)
+                _band(axes, _curves(runs, metric), COLORS[method], factor=factor)
         _mark_crossing(axes, rows, metric, {m: 1.0 if unit == "updates" else pace / scale for m, pace in paces.items()})
         _write_ratio(axes, pair.ratio("noisy", "updates" if unit == "updates" else "seconds"))
     left.set_title(f"{reward_name(metric.split('/')[1])} reward, training sampler")
     left.set_xlabel("updates")
     right.set_xlabel(f"{unit_name} of compute")
-    _name_ends(left, [(_curves(cells, metric), NAMES[method], COLORS[method]) for method, cells in rows.items()])
+    _name_ends(left, [(_curves(runs, metric), NAMES[method], COLORS[method]) for method, runs in rows.items()])
     return figure
 
 
 def _quality_figure(pair: PairSummary) -> Figure | None:
-    cells = (*pair.flow_grpo, *pair.stepwise)
-    if not cells:
+    runs = (*pair.flow_grpo, *pair.stepwise)
+    if not runs:
         return None
-    reward = cells[0].reward
+    reward = runs[0].reward
     panels = {f"evaluation/{reward}": f"{reward_name(reward)} reward, noise-free", "geneval/overall": "GenEval overall"}
     if reward != "likeness":
         panels["evaluation/likeness"] = "Likeness, never trained on"
-    panels = {metric: title for metric, title in panels.items() if _curves(cells, metric)}
+    panels = {metric: title for metric, title in panels.items() if _curves(runs, metric)}
     if not panels:
         return None
     figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
@@ -142,7 +142,7 @@ def _quality_figure(pair: PairSummary) -> Figure | None:
 def _gains_figure(pairs: Iterable[PairSummary]) -> Figure | None:
     panels = {}
     for pair in pairs:
-        gains = [magnitudes for cell in pair.stepwise if (magnitudes := gain_magnitudes(cell.history)).size]
+        gains = [magnitudes for run in pair.stepwise if (magnitudes := gain_magnitudes(run.history)).size]
         if gains:
             panels[pair.pair.title] = np.array(gains)
     if not panels:
@@ -166,9 +166,9 @@ def _ablation_figure(one: AblationSummary) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH, 1.4 + max(2.6, 0.62 * len(one.rows))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
-    looks = list(_looks(row.cells[0].method for row in one.rows))
+    looks = list(_looks(row.runs[0].method for row in one.rows))
     for row, (color, marker) in zip(one.rows, looks, strict=True):
-        _band(left, _curves(row.cells, one.metric), color, marker=marker, band=0.10)
+        _band(left, _curves(row.runs, one.metric), color, marker=marker, band=0.10)
     left.set_title(
         f"{reward_name(one.reward)} reward, {'training' if one.sampler == 'noisy' else 'noise-free'} sampler"
     )
@@ -205,11 +205,11 @@ def _cost_figure(costs: Sequence[Cost]) -> Figure | None:
         axes.barh(places, widths, left=lefts, height=0.62, color=PHASE_COLORS[phase], edgecolor="white", linewidth=0.8)
         lefts += widths
     for place, left, cost in zip(places, lefts, costs, strict=True):
-        times = "" if math.isnan(cost.ratio) or cost.cells[0].method == "flow_grpo" else f"  {TIMES}{cost.ratio:.2f}"
+        times = "" if math.isnan(cost.ratio) or cost.runs[0].method == "flow_grpo" else f"  {TIMES}{cost.ratio:.2f}"
         axes.annotate(f"{cost.seconds:.1f} s{times}", (left, place), (6, 0), textcoords="offset points", va="center")
     axes.set_yticks(places, [cost.label for cost in costs])
     for tick, cost in zip(axes.get_yticklabels(), costs, strict=True):
-        tick.set_color(COLORS[cost.cells[0].method])
+        tick.set_color(COLORS[cost.runs[0].method])
         tick.set_fontweight("bold")
     axes.set_xlim(0, lefts.max() * 1.14)
     axes.grid(visible=False, axis="y")
@@ -223,8 +223,8 @@ def _cost_figure(costs: Sequence[Cost]) -> Figure | None:
 
 
 def _samples_figure(pair: PairSummary, max_rows: int = 12, max_images: int = 4) -> Figure | None:
-    drawn = {cell.seed: cell.samples for cell in pair.flow_grpo if cell.samples is not None}
-    both = [(drawn[cell.seed], cell.samples) for cell in pair.stepwise if cell.samples and cell.seed in drawn]
+    drawn = {run.seed: run.samples for run in pair.flow_grpo if run.samples is not None}
+    both = [(drawn[run.seed], run.samples) for run in pair.stepwise if run.samples and run.seed in drawn]
     if not both:
         return None
     flow_grpo, stepwise = both[0]

@@ -24,7 +24,7 @@ from sfgrpo.study.metrics import (
     WINDOW,
     running_mean,
 )
-from sfgrpo.study.results import Cell, Results, cells_of_row
+from sfgrpo.study.results import Results, Run, runs_of_row
 from sfgrpo.study.summary import PairSummary, Summary, final_values, rows_of, seconds_per_update, summarise
 from sfgrpo.study.tables import SAMPLERS, ablation_table, cost_table, geneval_table, ratio_table
 from sfgrpo.study.text import TIMES, answer, counted, difference_of, finding, judged, listed, mark, ratio, reward_name
@@ -131,12 +131,12 @@ def markdown(plan: Plan, results: Results, figures: Collection[str]) -> str:
 
 
 def curves(plan: Plan, results: Results) -> list[dict[str, Any]]:
-    """Lists one record for every evaluation of every cell: which cell, its training reward by name, and the metrics."""
+    """Lists one record for every evaluation of every run: which run, its training reward by name, and the metrics."""
     records = []
     for row in rows_of(plan):
-        cells = cells_of_row(results, row, plan.seeds)
-        pace = seconds_per_update(cells)
-        records += [record for cell in cells for record in _records(cell, pace)]
+        runs = runs_of_row(results, row, plan.seeds)
+        pace = seconds_per_update(runs)
+        records += [record for run in runs for record in _records(run, pace)]
     return records
 
 
@@ -183,8 +183,8 @@ def missing_by_row(summary: Summary) -> list[str]:
 def facts_of(summary: Summary) -> dict[str, str]:
     """Says how the numbers came about."""
     rows = rows_of(summary.plan)
-    cells = [cell for cell in summary.results.cells.values() if cell.row in rows]
-    pair_cells = [cell for pair in summary.pairs for cell in (*pair.flow_grpo, *pair.stepwise)]
+    runs = [run for run in summary.results.runs.values() if run.row in rows]
+    pair_runs = [run for pair in summary.pairs for run in (*pair.flow_grpo, *pair.stepwise)]
     facts = {
         "The measure": (
             "For every seed, the first update at which Stepwise reaches the reward of Flow-GRPO's last evaluation, "
@@ -206,38 +206,38 @@ def facts_of(summary: Summary) -> dict[str, str]:
         "Thin lines": f"Mean reward of the images trained on, running mean of {WINDOW} updates; their prompts differ.",
         "Seeds": listed(summary.plan.seeds),
     }
-    if cells:
+    if runs:
         facts |= {
-            "Updates": _all_of(cell.num_updates for cell in cells),
-            "Images of an update": _all_of(cell.images_per_update for cell in cells),
-            "Sampler of the pairs": _all_of(f"{cell.sampler}, {cell.num_steps} steps" for cell in pair_cells or cells),
-            "Evaluation": _evaluation_of(cells),
-            "Error of one evaluation": _error_of(pair_cells),
-            "Versions": _versions_of(cells),
+            "Updates": _all_of(run.num_updates for run in runs),
+            "Images of an update": _all_of(run.images_per_update for run in runs),
+            "Sampler of the pairs": _all_of(f"{run.sampler}, {run.num_steps} steps" for run in pair_runs or runs),
+            "Evaluation": _evaluation_of(runs),
+            "Error of one evaluation": _error_of(pair_runs),
+            "Versions": _versions_of(runs),
         }
     return {name: text for name, text in facts.items() if text}
 
 
-def _evaluation_of(cells: Iterable[Cell]) -> str:
+def _evaluation_of(runs: Iterable[Run]) -> str:
     sets = set()
-    for cell in cells:
-        prompts = [int(value) for name, value in cell.params.items() if name.startswith("prompts.num_evaluation.")]
-        images, steps = cell.params.get("evaluation.images_per_prompt"), cell.params.get("evaluation.num_steps")
+    for run in runs:
+        prompts = [int(value) for name, value in run.params.items() if name.startswith("prompts.num_evaluation.")]
+        images, steps = run.params.get("evaluation.images_per_prompt"), run.params.get("evaluation.num_steps")
         if images is not None and steps is not None:
             asked = f"{counted(sum(prompts), 'prompt')}, " if prompts else ""
             sets.add(f"{asked}{images} images each, {steps} noise-free steps")
     return f"{'; '.join(sorted(sets))}. Prompts and noise are the same for all rows." if sets else ""
 
 
-def _error_of(cells: Iterable[Cell]) -> str:
-    finals = final_values(cells, "geneval/overall_stderr").values()
+def _error_of(runs: Iterable[Run]) -> str:
+    finals = final_values(runs, "geneval/overall_stderr").values()
     if not finals:
         return ""
-    return f"{statistics.median(finals):.3f} in GenEval overall, clustered by prompt: the median over the pairs' cells."
+    return f"{statistics.median(finals):.3f} in GenEval overall, clustered by prompt: the median over the pairs' runs."
 
 
-def _versions_of(cells: Iterable[Cell]) -> str:
-    known = {f"{name} {version}" for cell in cells for name, version in cell.versions.items()}
+def _versions_of(runs: Iterable[Run]) -> str:
+    known = {f"{name} {version}" for run in runs for name, version in run.versions.items()}
     if known:
         return ", ".join(sorted(known))
     installed = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
@@ -252,16 +252,16 @@ def _linked(name: str, words: str, figures: Collection[str]) -> list[str]:
     return [f"![{words}]({IMAGES}/{name}.svg)"] if name in figures else []
 
 
-def _records(cell: Cell, pace: float) -> Iterable[dict[str, Any]]:
-    rewards = running_mean([entry.get("reward/mean", float("nan")) for entry in cell.history])
-    for entry in cell.evaluations:
+def _records(run: Run, pace: float) -> Iterable[dict[str, Any]]:
+    rewards = running_mean([entry.get("reward/mean", float("nan")) for entry in run.history])
+    for entry in run.evaluations:
         update = int(entry["update"])
         record: dict[str, Any] = {
-            "row": cell.row,
-            "seed": cell.seed,
-            "method": cell.method,
-            "label": cell.label,
-            "reward": cell.reward,
+            "row": run.row,
+            "seed": run.seed,
+            "method": run.method,
+            "label": run.label,
+            "reward": run.reward,
             "update": update,
             "seconds": update * pace,
         }

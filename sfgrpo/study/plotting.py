@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from sfgrpo.study.metrics import PHASES, WINDOW, reach, running_mean, spread
-from sfgrpo.study.results import Cell, Curve, curve_of
+from sfgrpo.study.results import Curve, Run, curve_of
 from sfgrpo.study.summary import (
     TARGETS,
     Ratio,
@@ -118,8 +118,8 @@ def _row_of_axes(figure: Figure, count: int) -> list[Axes]:
     return list(np.atleast_1d(figure.subplots(1, count)).flat)
 
 
-def _curves(cells: Iterable[Cell], metric: str) -> list[Curve]:
-    return [curve for cell in cells if (curve := curve_of(cell, metric)) is not None]
+def _curves(runs: Iterable[Run], metric: str) -> list[Curve]:
+    return [curve for run in runs if (curve := curve_of(run, metric)) is not None]
 
 
 def _over_seeds(curves: Sequence[Curve]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
@@ -143,25 +143,25 @@ def _band(
         axes.plot(updates[-1:] * factor, means[-1:], marker, color=color, markersize=7, zorder=4, clip_on=False)
 
 
-def _running_reward(axes: Axes, cells: Sequence[Cell], factor: float) -> None:
-    histories = [cell.history for cell in cells if all("reward/mean" in entry for entry in cell.history)]
+def _running_reward(axes: Axes, runs: Sequence[Run], factor: float) -> None:
+    histories = [run.history for run in runs if all("reward/mean" in entry for entry in run.history)]
     if not histories:
         return
     length = min(map(len, histories))
     rewards = [running_mean([entry["reward/mean"] for entry in history[:length]]) for history in histories]
     updates = np.array([entry["update"] for entry in histories[0][:length]], dtype=np.float64)
     points = np.column_stack([updates * factor, np.mean(rewards, axis=0)])
-    axes.add_artist(Line2D(*points.T, color=COLORS[cells[0].method], linewidth=0.9, alpha=0.5))
+    axes.add_artist(Line2D(*points.T, color=COLORS[runs[0].method], linewidth=0.9, alpha=0.5))
     # The first means are over few updates; their jumps must not stretch the axis.
     axes.update_datalim(points[WINDOW - 1 :])
 
 
-def _mark_crossing(axes: Axes, rows: Mapping[str, Sequence[Cell]], metric: str, factors: Mapping[str, float]) -> None:
+def _mark_crossing(axes: Axes, rows: Mapping[str, Sequence[Run]], metric: str, factors: Mapping[str, float]) -> None:
     """Draws a line, at the reward where the mean curve of Flow-GRPO ends, between where both mean curves reach it.
 
     The curves are made rising, as for the ratios, so that a point may lie off a curve that falls.
     """
-    curves = {method: _curves(cells, metric) for method, cells in rows.items()}
+    curves = {method: _curves(runs, metric) for method, runs in rows.items()}
     if not all(curves.values()):
         return
     means = {method: _over_seeds(of_method)[:2] for method, of_method in curves.items()}

@@ -1,4 +1,4 @@
-"""Writes the report of a study to its folder and into the MLflow run that is the parent of its cells."""
+"""Writes the report of a study to its folder and into the MLflow run that is the parent of its runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sfgrpo.study.config import Plan
 from sfgrpo.study.figures import figures_of, svg_of
 from sfgrpo.study.page import curves, markdown, write_page
 from sfgrpo.study.results import load_results
-from sfgrpo.study.run import STUDY, study_run
+from sfgrpo.study.run import STUDY, parent_run
 from sfgrpo.tracking.base import ending
 
 REPORTS = Path("reports/study")
@@ -25,15 +25,15 @@ PLOTTED = {"training_sampler": "evaluation_noisy/", "noise_free": "evaluation/",
 
 
 def write_report(plan: Plan, environment: Environment) -> None:
-    """Reads the cells that are done, writes page, figures, Markdown and plots, and logs them."""
-    cells = STUDY / plan.form
-    if not cells.exists():
-        raise SfgrpoError(f"{cells} does not exist; `make study FORM={plan.form}` fills it")
-    results = load_results(cells)
+    """Reads the runs that are done, writes page, figures, Markdown and plots, and logs them."""
+    runs = STUDY / plan.preset
+    if not runs.exists():
+        raise SfgrpoError(f"{runs} does not exist; `make study FORM={plan.preset}` fills it")
+    results = load_results(runs)
     figures = figures_of(plan, results)
     drawings = {name: svg_of(figure) for name, figure in figures.items()}
     words = markdown(plan, results, figures)
-    with atomic_directory(REPORTS / plan.form) as partial:
+    with atomic_directory(REPORTS / plan.preset) as partial:
         write_page(plan, results, partial / "report.html")
         (partial / "results.md").write_text(words, encoding="utf-8")
         (partial / "figures").mkdir()
@@ -42,12 +42,12 @@ def write_report(plan: Plan, environment: Environment) -> None:
         for name, records in _plots(curves(plan, results)).items():
             (partial / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
         page = (partial / "report.html").read_text(encoding="utf-8")
-    with sigterm_as_exit(), ending(study_run(plan, environment)) as tracker:
+    with sigterm_as_exit(), ending(parent_run(plan, environment)) as tracker:
         tracker.log_text(page, "report.html")
         tracker.log_text(words, "results.md")
         for name, drawing in drawings.items():
             tracker.log_text(drawing, f"figures/{name}.svg")
-    print(f"report in {REPORTS / plan.form / 'report.html'}")
+    print(f"report in {REPORTS / plan.preset / 'report.html'}")
 
 
 def _plots(records: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:

@@ -1,4 +1,4 @@
-"""What the cells of a study left on the disk: one cell is one experiment, a row, with one seed."""
+"""What the runs of a study left on the disk: one run is one experiment, a row, with one seed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Run:
     """One finished training."""
 
     row: str
@@ -50,7 +50,7 @@ class Cell:
     params: Mapping[str, Any]
     """Resolved configuration with flat dotted names."""
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Of the packages that it trained with; empty where the cell does not say."""
+    """Of the packages that it trained with; empty where the run does not say."""
     history: tuple[Mapping[str, Any], ...]
     evaluations: tuple[Mapping[str, Any], ...]
     samples: Samples | None = None
@@ -58,10 +58,10 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """The finished cells of a folder, and why the others do not count."""
+    """The finished runs of a folder, and why the others do not count."""
 
     folder: Path
-    cells: Mapping[Key, Cell]
+    runs: Mapping[Key, Run]
     unusable: Mapping[Key, str]
 
 
@@ -74,55 +74,55 @@ class Curve:
 
 
 def load_results(folder: Path) -> Results:
-    """Reads every cell `<row>/<seed>/` of a folder; one that is still running, or damaged, is named and left out."""
-    cells: dict[Key, Cell] = {}
+    """Reads every run `<row>/<seed>/` of a folder; one that is still running, or damaged, is named and left out."""
+    runs: dict[Key, Run] = {}
     unusable: dict[Key, str] = {}
     for path in sorted(folder.glob("*/*")):
         if path.parent.name.startswith(".") or not path.name.isdigit() or not path.is_dir():
             continue
         key = path.parent.name, int(path.name)
         try:
-            cells[key] = _read_cell(path, *key)
+            runs[key] = _read_run(path, *key)
         except (OSError, ValueError, KeyError, TypeError) as error:
             unusable[key] = _reason(error)
-    return Results(folder=folder, cells=cells, unusable=unusable)
+    return Results(folder=folder, runs=runs, unusable=unusable)
 
 
-def cells_of_row(results: Results, row: str, seeds: Sequence[int]) -> tuple[Cell, ...]:
-    """Gives the finished cells of a row in the order of `seeds`."""
-    return tuple(results.cells[row, seed] for seed in seeds if (row, seed) in results.cells)
+def runs_of_row(results: Results, row: str, seeds: Sequence[int]) -> tuple[Run, ...]:
+    """Gives the finished runs of a row in the order of `seeds`."""
+    return tuple(results.runs[row, seed] for seed in seeds if (row, seed) in results.runs)
 
 
-def curve_of(cell: Cell, metric: str) -> Curve | None:
+def curve_of(run: Run, metric: str) -> Curve | None:
     """Gives a metric of the evaluations, None where it was never evaluated."""
-    points = [(entry["update"], entry[metric]) for entry in cell.evaluations if entry.get(metric) is not None]
+    points = [(entry["update"], entry[metric]) for entry in run.evaluations if entry.get(metric) is not None]
     if not points:
         return None
     updates, values = np.array(points, dtype=np.float64).T
     return Curve(updates=updates, values=values)
 
 
-def final_value(cell: Cell, metric: str) -> float | None:
+def final_value(run: Run, metric: str) -> float | None:
     """Gives a metric at the last evaluation, None where that does not have it."""
-    value = cell.evaluations[-1].get(metric)
+    value = run.evaluations[-1].get(metric)
     return None if value is None else float(value)
 
 
-def _read_cell(path: Path, row: str, seed: int) -> Cell:
-    described = json.loads((path / "cell.json").read_text(encoding="utf-8"))
-    names = {field.name for field in dataclasses.fields(Cell)}
-    cell = Cell(
+def _read_run(path: Path, row: str, seed: int) -> Run:
+    described = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    names = {field.name for field in dataclasses.fields(Run)}
+    run = Run(
         **{name: value for name, value in described.items() if name in names},
         history=tuple(json.loads((path / "history.json").read_text(encoding="utf-8"))),
         evaluations=tuple(json.loads((path / "evaluations.json").read_text(encoding="utf-8"))),
         samples=_read_samples(path / "samples.npz"),
     )
-    if (cell.row, cell.seed) != (row, seed):
-        raise ValueError(f"cell.json is of row {cell.row!r} and seed {cell.seed}")
-    done = min(len(cell.history), max((int(entry["update"]) for entry in cell.evaluations), default=0))
-    if done < cell.num_updates:
-        raise ValueError(f"still running, evaluated at {done} of {cell.num_updates} updates")
-    return cell
+    if (run.row, run.seed) != (row, seed):
+        raise ValueError(f"run.json is of row {run.row!r} and seed {run.seed}")
+    done = min(len(run.history), max((int(entry["update"]) for entry in run.evaluations), default=0))
+    if done < run.num_updates:
+        raise ValueError(f"still running, evaluated at {done} of {run.num_updates} updates")
+    return run
 
 
 def _read_samples(path: Path) -> Samples | None:

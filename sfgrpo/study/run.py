@@ -1,4 +1,4 @@
-"""One cell of a study: a row trained with a seed, from its prompts to the files that the report reads."""
+"""One run of a study: a row trained with a seed, from its prompts to the files that the report reads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.runtime.manifest import sha256_of_file
 from sfgrpo.runtime.shutdown import GracefulShutdown
-from sfgrpo.study.config import EXPERIMENTS, Plan, cell_stages
+from sfgrpo.study.config import EXPERIMENTS, Plan, stages_of_run
 from sfgrpo.tracking.base import ending
 from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 from sfgrpo.tracking.sample_grid import pick_rows
@@ -40,9 +40,9 @@ SAMPLE_PROMPTS_PER_TASK = 2
 SAMPLES_PER_PROMPT = 4
 
 
-def run_cell(plan: Plan, row: str, seed: int, environment: Environment) -> None:
-    """Trains one cell and writes its results to `STUDY`; a killed one goes on from its last checkpoint."""
-    prompts_stage, config = cell_stages(plan, row, seed)
+def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None:
+    """Trains one run and writes its results to `STUDY`; a killed one goes on from its last checkpoint."""
+    prompts_stage, config = stages_of_run(plan, row, seed)
     accelerator, reward = make_accelerator(config, environment), make_reward(config.reward)
     check_pretrained(config.policy)
     use_threads(environment)
@@ -55,13 +55,13 @@ def run_cell(plan: Plan, row: str, seed: int, environment: Environment) -> None:
         experiment=EXPERIMENT,
         run_name=f"{row} seed {seed}",
         key=f"study-{key}",
-        parent_run_id=study_run(plan, environment).run_id,
+        parent_run_id=parent_run(plan, environment).run_id,
     )
     with GracefulShutdown(environment.grace_s) as shutdown, ending(tracker):
         if latest_checkpoint(folder / CHECKPOINTS) is None:
             tracker.open()
         tracker.log_params(to_flat_dict(config))
-        tracker.set_tags({"study.form": plan.form, "study.row": row, "study.seed": str(seed)})
+        tracker.set_tags({"study.preset": plan.preset, "study.row": row, "study.seed": str(seed)})
         policy = make_policy(config.policy, config.seed, environment)
         before = _samples(policy, asked, config)
         trainer = make_trainer(config, accelerator, policy, reward, prompts, asked, folder, tracker, shutdown)
@@ -71,8 +71,8 @@ def run_cell(plan: Plan, row: str, seed: int, environment: Environment) -> None:
             after = _samples(policy, asked, config)
         texts = np.array([asked[index].text for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK)])
         evaluations = [{"update": each["update"], **each["metrics"]} for each in trainer.evaluations]
-        with atomic_directory(STUDY / plan.form / row / str(seed)) as partial:
-            _write_json(partial / "cell.json", _description(config, row, plan.rows[row], tracker.run_id))
+        with atomic_directory(STUDY / plan.preset / row / str(seed)) as partial:
+            _write_json(partial / "run.json", _description(config, row, plan.rows[row], tracker.run_id))
             _write_json(partial / "history.json", trainer.history)
             _write_json(partial / "evaluations.json", evaluations)
             np.savez_compressed(
@@ -85,21 +85,21 @@ def run_cell(plan: Plan, row: str, seed: int, environment: Environment) -> None:
             )
 
 
-def study_run(plan: Plan, environment: Environment) -> MlflowTracker:
-    """Opens the MLflow run that is the parent of all cells of a study; cells that start together share it."""
+def parent_run(plan: Plan, environment: Environment) -> MlflowTracker:
+    """Open the MLflow run that is the parent of all runs of a study; runs that start together share it."""
     files = sorted(path for path in EXPERIMENTS.rglob("*.yaml") if path.name != "dvc.yaml")
     digest = hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()
     tracker = MlflowTracker(
         uri=environment.tracking_uri,
         experiment=EXPERIMENT,
-        run_name=f"study {plan.form}",
-        key=f"study-{plan.form}-{digest}",
+        run_name=f"study {plan.preset}",
+        key=f"study-{plan.preset}-{digest}",
     )
     environment.scratch_dir.mkdir(parents=True, exist_ok=True)
     with _locked(environment.scratch_dir / "study.lock"):
-        # Cells look for the run before they make it, so it has to be there before the next one may look.
+        # Every run looks for the parent before it creates one, so under the lock the parent must come to exist.
         tracker.open()
-    tracker.set_tags({"study.form": plan.form})
+    tracker.set_tags({"study.preset": plan.preset})
     return tracker
 
 

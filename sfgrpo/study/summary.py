@@ -22,7 +22,7 @@ from sfgrpo.study.metrics import (
     reach,
 )
 from sfgrpo.study.paper import Column
-from sfgrpo.study.results import Cell, Key, Results, cells_of_row, curve_of, final_value
+from sfgrpo.study.results import Key, Results, Run, curve_of, final_value, runs_of_row
 from sfgrpo.types import TAGS
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class PairSummary:
     """Both methods on the same task."""
 
     pair: Pair
-    flow_grpo: tuple[Cell, ...]
-    stepwise: tuple[Cell, ...]
+    flow_grpo: tuple[Run, ...]
+    stepwise: tuple[Run, ...]
     ratios: tuple[Ratio, ...]
     """Empty as long as no seed has both methods."""
     cost: float
@@ -80,7 +80,7 @@ class PairSummary:
 class AblationRow:
     """One row of an ablation, against the first."""
 
-    cells: tuple[Cell, ...]
+    runs: tuple[Run, ...]
     finals: Mapping[int, float]
     """The ablation's metric at the last evaluation, by seed."""
     difference: Difference | None
@@ -88,8 +88,8 @@ class AblationRow:
 
     @property
     def label(self) -> str:
-        """The cells' own name of the row."""
-        return self.cells[0].label
+        """The runs' own name of the row."""
+        return self.runs[0].label
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ class Cost:
     """Median seconds of an update of a row."""
 
     label: str
-    cells: tuple[Cell, ...]
+    runs: tuple[Run, ...]
     phases: Mapping[str, float]
     seconds: float
     """Median of the sum, which is not the sum of the medians."""
@@ -133,11 +133,11 @@ class Summary:
     ablations: tuple[AblationSummary, ...]
     costs: tuple[Cost, ...]
     missing: Mapping[Key, str]
-    """Planned cells without usable results, and why."""
+    """Planned runs without usable results, and why."""
 
     @property
     def planned(self) -> int:
-        """Number of planned cells."""
+        """Number of planned runs."""
         return len(rows_of(self.plan)) * len(self.plan.seeds)
 
 
@@ -156,24 +156,24 @@ def summarise(plan: Plan, results: Results) -> Summary:
         pairs=tuple(_summarise_pair(plan, results, pair) for pair in plan.pairs),
         ablations=tuple(_summarise_ablation(plan, results, ablation) for ablation in plan.ablations),
         costs=_costs(plan, results),
-        missing={key: results.unusable.get(key, "not there yet") for key in planned if key not in results.cells},
+        missing={key: results.unusable.get(key, "not there yet") for key in planned if key not in results.runs},
     )
 
 
-def seconds_per_update(cells: Iterable[Cell]) -> float:
+def seconds_per_update(runs: Iterable[Run]) -> float:
     """Gives the median seconds of an update of a row, over updates and seeds."""
-    return median_seconds([cell.history for cell in cells])
+    return median_seconds([run.history for run in runs])
 
 
-def final_values(cells: Iterable[Cell], metric: str) -> dict[int, float]:
-    """Gives a metric at the last evaluation by seed, of the cells that have it."""
-    finals = {cell.seed: final_value(cell, metric) for cell in cells}
+def final_values(runs: Iterable[Run], metric: str) -> dict[int, float]:
+    """Gives a metric at the last evaluation by seed, of the runs that have it."""
+    finals = {run.seed: final_value(run, metric) for run in runs}
     return {seed: value for seed, value in finals.items() if value is not None}
 
 
 def _summarise_pair(plan: Plan, results: Results, pair: Pair) -> PairSummary:
-    flow_grpo = cells_of_row(results, pair.flow_grpo, plan.seeds)
-    stepwise = cells_of_row(results, pair.stepwise, plan.seeds)
+    flow_grpo = runs_of_row(results, pair.flow_grpo, plan.seeds)
+    stepwise = runs_of_row(results, pair.stepwise, plan.seeds)
     seconds = seconds_per_update(stepwise), seconds_per_update(flow_grpo)
     ratios = []
     for sampler in PREFIXES:
@@ -195,25 +195,25 @@ def _summarise_pair(plan: Plan, results: Results, pair: Pair) -> PairSummary:
     )
 
 
-def _reaches(stepwise: Iterable[Cell], flow_grpo: Iterable[Cell], sampler: Sampler) -> dict[int, Reach]:
-    baselines = {cell.seed: cell for cell in flow_grpo}
+def _reaches(stepwise: Iterable[Run], flow_grpo: Iterable[Run], sampler: Sampler) -> dict[int, Reach]:
+    baselines = {run.seed: run for run in flow_grpo}
     reaches = {}
-    for cell in stepwise:
-        if cell.seed not in baselines:
+    for run in stepwise:
+        if run.seed not in baselines:
             continue
-        metric = f"{PREFIXES[sampler]}/{baselines[cell.seed].reward}"
-        curve, baseline = curve_of(cell, metric), curve_of(baselines[cell.seed], metric)
+        metric = f"{PREFIXES[sampler]}/{baselines[run.seed].reward}"
+        curve, baseline = curve_of(run, metric), curve_of(baselines[run.seed], metric)
         if curve is not None and baseline is not None:
-            reaches[cell.seed] = reach(curve.updates, curve.values, baseline.updates, baseline.values)
+            reaches[run.seed] = reach(curve.updates, curve.values, baseline.updates, baseline.values)
     return reaches
 
 
 def _summarise_ablation(plan: Plan, results: Results, ablation: Ablation) -> AblationSummary:
-    rows = [cells for row in ablation.rows if (cells := cells_of_row(results, row, plan.seeds))]
-    alike = len({(cells[0].sampler, *(cells[0].params.get(f"sampling.{name}") for name in SAMPLING)) for cells in rows})
+    rows = [runs for row in ablation.rows if (runs := runs_of_row(results, row, plan.seeds))]
+    alike = len({(runs[0].sampler, *(runs[0].params.get(f"sampling.{name}") for name in SAMPLING)) for runs in rows})
     sampler: Sampler = "noisy" if alike <= 1 else "noise-free"
     reward = rows[0][0].reward if rows else ""
-    finals = [final_values(cells, f"{PREFIXES[sampler]}/{reward}") for cells in rows]
+    finals = [final_values(runs, f"{PREFIXES[sampler]}/{reward}") for runs in rows]
     is_first_there = bool(rows) and rows[0][0].row == ablation.rows[0]
     return AblationSummary(
         ablation=ablation,
@@ -221,54 +221,52 @@ def _summarise_ablation(plan: Plan, results: Results, ablation: Ablation) -> Abl
         reward=reward,
         rows=tuple(
             AblationRow(
-                cells=cells,
+                runs=runs,
                 finals=values,
                 difference=difference(values, finals[0]) if is_first_there and values is not finals[0] else None,
             )
-            for cells, values in zip(rows, finals, strict=True)
+            for runs, values in zip(rows, finals, strict=True)
         ),
     )
 
 
 def _costs(plan: Plan, results: Results) -> tuple[Cost, ...]:
-    rows = {row: cells for row in rows_of(plan) if (cells := cells_of_row(results, row, plan.seeds))}
-    seconds = {row: seconds_per_update(cells) for row, cells in rows.items()}
+    rows = {row: runs for row in rows_of(plan) if (runs := runs_of_row(results, row, plan.seeds))}
+    seconds = {row: seconds_per_update(runs) for row, runs in rows.items()}
     baselines = {row: _baseline(plan, rows, row) for row in rows}
     ratios = {row: seconds[row] / seconds[base] if base else math.nan for row, base in baselines.items()}
-    compared = [row for row, cells in rows.items() if cells[0].method == "stepwise" and not math.isnan(ratios[row])]
+    compared = [row for row, runs in rows.items() if runs[0].method == "stepwise" and not math.isnan(ratios[row])]
     cheapest = min(compared, key=ratios.__getitem__, default=None)
     return tuple(
         Cost(
             label=_told_apart(plan, rows, row),
-            cells=cells,
-            phases={phase: median_seconds([cell.history for cell in cells], phase) for phase in PHASES},
+            runs=runs,
+            phases={phase: median_seconds([run.history for run in runs], phase) for phase in PHASES},
             seconds=seconds[row],
             ratio=ratios[row],
-            targets=(COST_TARGET,) * (row in compared and cells[0].num_substeps == COST_TARGET_SUBSTEPS)
+            targets=(COST_TARGET,) * (row in compared and runs[0].num_substeps == COST_TARGET_SUBSTEPS)
             + (CHEAPEST_COST_TARGET,) * (row == cheapest),
         )
-        for row, cells in rows.items()
+        for row, runs in rows.items()
     )
 
 
-def _told_apart(plan: Plan, rows: Mapping[str, tuple[Cell, ...]], row: str) -> str:
+def _told_apart(plan: Plan, rows: Mapping[str, tuple[Run, ...]], row: str) -> str:
     """Gives a row's label, with the title of its pair where another row has the same one."""
     label = rows[row][0].label
     titles = [pair.title for pair in plan.pairs if row in (pair.flow_grpo, pair.stepwise)]
-    is_alone = sum(cells[0].label == label for cells in rows.values()) == 1
+    is_alone = sum(runs[0].label == label for runs in rows.values()) == 1
     return label if is_alone or not titles else f"{label} ({titles[0]})"
 
 
-def _baseline(plan: Plan, rows: Mapping[str, tuple[Cell, ...]], row: str) -> str | None:
+def _baseline(plan: Plan, rows: Mapping[str, tuple[Run, ...]], row: str) -> str | None:
     """Names the Flow-GRPO row that a row's cost compares with: its pair's, or one that differs in the credit alone."""
     for pair in plan.pairs:
         if row in (pair.stepwise, pair.flow_grpo):
             return pair.flow_grpo if pair.flow_grpo in rows else None
     task = _task(rows[row][0])
-    return next(
-        (name for name, cells in rows.items() if cells[0].method == "flow_grpo" and _task(cells[0]) == task), None
-    )
+    return next((name for name, runs in rows.items() if runs[0].method == "flow_grpo" and _task(runs[0]) == task), None)
 
 
-def _task(cell: Cell) -> tuple[object, ...]:
-    return cell.reward, cell.guidance_scale, cell.sampler, cell.num_steps, cell.images_per_update
+def _task(run: Run) -> tuple[object, ...]:
+    return run.reward, run.guidance_scale, run.sampler, run.num_steps, run.images_per_update

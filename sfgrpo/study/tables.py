@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from sfgrpo.geneval.table import COLUMNS
 from sfgrpo.study.metrics import PHASES, Difference, Reach, spread
 from sfgrpo.study.paper import paper_base, paper_row
-from sfgrpo.study.results import Cell
+from sfgrpo.study.results import Run
 from sfgrpo.study.summary import (
     GENEVAL,
     PREFIXES,
@@ -73,13 +73,13 @@ def ratio_table(pair: PairSummary, seeds: Sequence[int]) -> Table:
 def geneval_table(pair: PairSummary) -> Table:
     """Lays out GenEval over seeds above the paper's own rows."""
     rows = [
-        _geneval_row(name, cells, look, place)
-        for name, cells, look, place in (
+        _geneval_row(name, runs, look, place)
+        for name, runs, look, place in (
             ("Base model", pair.flow_grpo or pair.stepwise, "base", 0),
             ("Flow-GRPO", pair.flow_grpo, "flow_grpo", -1),
             ("Stepwise", pair.stepwise, "stepwise", -1),
         )
-        if cells
+        if runs
     ]
     if pair.geneval:
         rows.append(_difference_row(pair))
@@ -104,14 +104,14 @@ def ablation_table(one: AblationSummary) -> Table:
         against = Entry(text="reference")
         if row.difference is not None:
             against = Entry(text=difference_of(row.difference, digits), note=judged(row.difference))
-        noise_free = spread(final_values(row.cells, f"{PREFIXES['noise-free']}/{one.reward}").values())
+        noise_free = spread(final_values(row.runs, f"{PREFIXES['noise-free']}/{one.reward}").values())
         entries = [
             Entry(text=row.label),
             Entry(text=spread_of(spread(row.finals.values()), digits)),
             against,
             *([Entry(text=spread_of(noise_free, digits))] if one.sampler == "noisy" else []),
-            Entry(text=spread_of(spread(final_values(row.cells, "geneval/overall").values()), 3)),
-            Entry(text=number(seconds_per_update(row.cells))),
+            Entry(text=spread_of(spread(final_values(row.runs, "geneval/overall").values()), 3)),
+            Entry(text=number(seconds_per_update(row.runs))),
         ]
         rows.append(tuple(entries))
     return Table(header=header, rows=tuple(rows))
@@ -125,7 +125,7 @@ def cost_table(summary: Summary) -> Table:
         met = [cost.ratio <= target for target in cost.targets]
         rows.append(
             (
-                Entry(text=cost.label, look=cost.cells[0].method),
+                Entry(text=cost.label, look=cost.runs[0].method),
                 *(Entry(text=number(cost.phases[phase])) for phase in PHASES),
                 Entry(text=number(cost.seconds), look="strong"),
                 Entry(text=DASH if math.isnan(cost.ratio) else f"{TIMES}{cost.ratio:.2f}"),
@@ -162,8 +162,8 @@ def _reach_entry(one: Reach | None) -> Entry:
     return Entry(text=ratio(one.ratio), note=f"{reached} / {one.baseline:.0f}")
 
 
-def _geneval_row(name: str, cells: Sequence[Cell], look: str, place: int) -> tuple[Entry, ...]:
-    entries = [cell.evaluations[place] for cell in cells]
+def _geneval_row(name: str, runs: Sequence[Run], look: str, place: int) -> tuple[Entry, ...]:
+    entries = [run.evaluations[place] for run in runs]
     metrics = [f"geneval/{column}" for column in GENEVAL]
     values = ([entry[metric] for entry in entries if metric in entry] for metric in metrics)
     return _row(name, (spread_of(spread(of_column)) for of_column in values), look)

@@ -179,7 +179,7 @@ def _completeness(summary: Summary) -> str:
     if not summary.missing:
         return ""
     verb = "is" if len(summary.missing) == 1 else "are"
-    return f"{len(summary.missing)} of {counted(summary.planned, 'planned cell')} {verb} missing: this is preliminary."
+    return f"{len(summary.missing)} of {counted(summary.planned, 'planned run')} {verb} missing: this is preliminary."
 
 
 def _unsigned_zero(value: float, digits: int) -> float:

@@ -1,4 +1,4 @@
-"""The study's flow against a real Prefect server and real DVC, with cells that take no time."""
+"""The study's flow against a real Prefect server and real DVC, with runs that take no time."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ if pathlib.Path("slow").exists():
 if pathlib.Path("fail").exists() and "stepwise/1" in sys.argv[1]:
     sys.exit(2)
 pathlib.Path(sys.argv[1]).mkdir(parents=True)
-pathlib.Path(sys.argv[1], "cell.json").write_text("{}")
+pathlib.Path(sys.argv[1], "run.json").write_text("{}")
 """
 
 pytestmark = pytest.mark.slow
@@ -87,19 +87,19 @@ def start(project: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_study_runs_every_cell_with_one_thread_and_then_reports(project):
+def test_study_runs_every_run_with_one_thread_and_then_reports(project):
     flow = start(project)
     output, _ = flow.communicate(timeout=240)
     assert flow.returncode == 0, output
-    *cells, last = calls(project)
-    assert sorted(cells) == [f"study/tiny/{row}/{seed}:1" for row in ("flow_grpo", "stepwise") for seed in (0, 1)]
+    *runs, last = calls(project)
+    assert sorted(runs) == [f"study/tiny/{row}/{seed}:1" for row in ("flow_grpo", "stepwise") for seed in (0, 1)]
     assert last == "reports/study/tiny:1"
     again = start(project)
     assert again.communicate(timeout=240) and again.returncode == 0
     assert calls(project) == []
 
 
-def test_failed_cell_fails_the_study_after_the_others_are_done(project):
+def test_failed_run_fails_the_study_after_the_others_are_done(project):
     (project / "fail").touch()
     flow = start(project)
     output, _ = flow.communicate(timeout=240)

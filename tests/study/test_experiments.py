@@ -12,11 +12,11 @@ from ruamel.yaml import YAML
 from sfgrpo.config.loading import read_mapping, read_parameters
 from sfgrpo.config.stages import load_config, to_flat_dict
 from sfgrpo.errors import ConfigError
-from sfgrpo.study.config import PLANS, ROWS, cell_stages, load_plan
+from sfgrpo.study.config import PLANS, ROWS, load_plan, stages_of_run
 from tests.support.paths import ROOT
 
 EXPERIMENTS = sorted(path.relative_to(ROOT) for path in (ROOT / "experiments").glob("*/*.yaml"))
-FORMS = tuple(read_mapping(ROOT / PLANS))
+PRESETS = tuple(read_mapping(ROOT / PLANS))
 BASELINES = [path for path in EXPERIMENTS if path.name.startswith("flow_grpo")]
 
 
@@ -62,38 +62,38 @@ def test_stepwise_row_differs_from_its_baseline_in_the_credit_alone(path: Path) 
     assert differing(values_of(path), values_of(stepwise)) == {"advantage.credit"}
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_pairs_of_the_plan_are_baselines_with_their_stepwise_rows(form: str) -> None:
-    plan = load_plan(form)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_pairs_of_the_plan_are_baselines_with_their_stepwise_rows(preset: str) -> None:
+    plan = load_plan(preset)
     assert plan.pairs
     for pair in plan.pairs:
         assert pair.stepwise == pair.flow_grpo.replace("flow_grpo", "stepwise")
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_rows_of_an_ablation_differ_in_one_section(form: str) -> None:
-    for ablation in load_plan(form).ablations:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_rows_of_an_ablation_differ_in_one_section(preset: str) -> None:
+    for ablation in load_plan(preset).ablations:
         first, *others = [values_of(ROWS / f"{row}.yaml") for row in ablation.rows]
         sections = {key.split(".")[0] for other in others for key in differing(first, other)} - {"advantage"}
         assert len(sections) <= 1, ablation.title
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_cells_of_the_plan_are_the_cells_that_dvc_runs(form: str) -> None:
-    plan = load_plan(form)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_runs_of_the_plan_are_the_runs_that_dvc_runs(preset: str) -> None:
+    plan = load_plan(preset)
     stages = YAML(typ="safe").load(ROOT / "experiments/dvc.yaml")["stages"]
-    matrix = stages[form]["matrix"]
+    matrix = stages[preset]["matrix"]
     assert (set(matrix["row"]), matrix["seed"]) == (set(plan.rows), list(plan.seeds))
-    assert stages[form]["cmd"] == f"python -m sfgrpo.study cell {form} ${{item.row}} ${{item.seed}}"
+    assert stages[preset]["cmd"] == f"python -m sfgrpo study run {preset} ${{item.row}} ${{item.seed}}"
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_cells_of_a_seed_share_prompts_noise_and_length(form: str) -> None:
-    plan = load_plan(form)
-    cells = [cell_stages(plan, row, plan.seeds[-1]) for row in plan.rows]
-    assert len({str(prompts) for prompts, _ in cells}) == 1
-    assert {(train.seed, train.update.num_updates) for _, train in cells} == {(plan.seeds[-1], plan.num_updates)}
-    assert len({train.rollout for _, train in cells}) == 1
+@pytest.mark.parametrize("preset", PRESETS)
+def test_runs_of_a_seed_share_prompts_noise_and_length(preset: str) -> None:
+    plan = load_plan(preset)
+    runs = [stages_of_run(plan, row, plan.seeds[-1]) for row in plan.rows]
+    assert len({str(prompts) for prompts, _ in runs}) == 1
+    assert {(train.seed, train.update.num_updates) for _, train in runs} == {(plan.seeds[-1], plan.num_updates)}
+    assert len({train.rollout for _, train in runs}) == 1
 
 
 def test_extended_file_gives_what_the_extending_one_leaves_out(tmp_path: Path) -> None:
@@ -117,11 +117,11 @@ def test_extending_no_file_is_refused(tmp_path: Path) -> None:
         read_parameters(tmp_path / "a.yaml")
 
 
-def test_unknown_form_is_refused_with_the_known_ones() -> None:
+def test_unknown_preset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="tiny: unknown key; allowed are short"):
         load_plan("tiny")
 
 
-def test_cell_outside_the_plan_is_refused() -> None:
+def test_run_outside_the_plan_is_refused() -> None:
     with pytest.raises(ConfigError, match="short has no row stepwise_unguided_geneval with seed 77"):
-        cell_stages(load_plan("short"), "stepwise_unguided_geneval", 77)
+        stages_of_run(load_plan("short"), "stepwise_unguided_geneval", 77)

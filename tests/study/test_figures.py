@@ -57,7 +57,7 @@ def test_names_are_fit_for_files():
 
 def test_reward_curves_are_means_over_seeds_in_updates_and_in_time(figures, summary):
     pair = summary.pairs[0]
-    values = [[entry["evaluation_noisy/clip"] for entry in cell.evaluations] for cell in pair.stepwise]
+    values = [[entry["evaluation_noisy/clip"] for entry in run.evaluations] for run in pair.stepwise]
     left, right = figures["reward_clip_reward_guidance_1"].axes
     for axes, pace in ((left, 1.0), (right, seconds_per_update(pair.stepwise) / 60.0)):
         line = thick_line(axes, COLORS["stepwise"])
@@ -85,9 +85,7 @@ def test_crossing_lies_on_both_mean_curves(figures):
 def test_gain_bars_are_the_mean_gains_of_the_steps(figures, summary):
     axes = figures["gains"].axes[0]
     names = [f"gain/step_{step:02d}/abs_mean" for step in range(STEPS)]
-    expected = [
-        np.mean([entry[name] for cell in summary.pairs[0].stepwise for entry in cell.history]) for name in names
-    ]
+    expected = [np.mean([entry[name] for run in summary.pairs[0].stepwise for entry in run.history]) for name in names]
     np.testing.assert_allclose([bar.get_height() for bar in axes.patches], expected)
 
 
@@ -132,7 +130,7 @@ def test_drawing_leaves_the_style_of_others_alone(summary):
     assert dict(matplotlib.rcParams) == before
 
 
-def test_a_study_without_cells_has_no_figures(tmp_path):
+def test_a_study_without_runs_has_no_figures(tmp_path):
     assert figures_of(make_plan(), load_results(tmp_path)) == {}
 
 

@@ -132,7 +132,7 @@ def test_cheapest_stepwise_row_has_the_lower_target(folder):
 def test_rows_of_one_label_are_told_apart_by_their_pairs(tmp_path):
     study = write_study(tmp_path, rows=("stepwise_cfg1", "stepwise_geneval", "stepwise_per_step"), seeds=(0,))
     for row in ("stepwise_cfg1", "stepwise_geneval"):
-        path = study / row / "0" / "cell.json"
+        path = study / row / "0" / "run.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"label": "Stepwise"}))
     labels = [cost.label for cost in summarise(make_plan(), load_results(study)).costs]
     assert labels[:2] == ["Stepwise (CLIP reward, guidance 1)", "Stepwise (GenEval reward, guidance 4.5)"]
@@ -163,14 +163,14 @@ def test_an_ablation_without_its_first_row_compares_nothing(tmp_path):
     assert answer(one) == "No answer yet: there are no two rows to compare."
 
 
-def test_missing_cells_are_said_and_nothing_breaks(tmp_path):
+def test_missing_runs_are_said_and_nothing_breaks(tmp_path):
     study = write_study(tmp_path / "study", rows=(*PAIR, "stepwise_per_step"), seeds=(0, 2))
     (study / "stepwise_cfg1" / "2" / "history.json").write_text("[]")
     plan, results = make_plan(), load_results(study)
     write_page(plan, results, tmp_path / "report.html")
     said = text_of((tmp_path / "report.html").read_text())
-    assert "5 of 27 cells, seeds 0, 1, 2" in said
-    assert "22 of 27 planned cells are missing: this is preliminary." in said
+    assert "5 of 27 runs, seeds 0, 1, 2" in said
+    assert "22 of 27 planned runs are missing: this is preliminary." in said
     assert f"stepwise_cfg1, seed 2: still running, evaluated at 0 of {UPDATES} updates" in said
     assert "stepwise_geneval, seeds 0, 1 and 2: not there yet" in said
     assert "No seed of this pair has both methods yet." in said

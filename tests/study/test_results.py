@@ -1,4 +1,4 @@
-"""Reading a study: finished cells whole, the others by name and reason."""
+"""Reading a study: finished runs whole, the others by name and reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sfgrpo.study.paper import PAPER, paper_base, paper_row
-from sfgrpo.study.results import cells_of_row, curve_of, final_value, load_results
+from sfgrpo.study.results import curve_of, final_value, load_results, runs_of_row
 from sfgrpo.types import TAGS
 from tests.support.synthetic_study import SEEDS, UPDATES, write_study
 
@@ -20,73 +20,73 @@ def folder(tmp_path):
     return write_study(tmp_path / "study", rows=(ROW,))
 
 
-def test_finished_cells_are_read_whole(folder):
+def test_finished_runs_are_read_whole(folder):
     results = load_results(folder)
-    assert list(results.cells) == [(ROW, seed) for seed in SEEDS]
-    cell = results.cells[ROW, 1]
-    assert (cell.method, cell.reward, len(cell.history)) == ("stepwise", "clip", UPDATES)
-    assert cell.samples is not None
-    assert cell.samples.before.shape == (4 * len(cell.samples.texts), 32, 32, 3)
-    assert cell.samples.correct_after.shape == (len(cell.samples.texts), 4)
+    assert list(results.runs) == [(ROW, seed) for seed in SEEDS]
+    run = results.runs[ROW, 1]
+    assert (run.method, run.reward, len(run.history)) == ("stepwise", "clip", UPDATES)
+    assert run.samples is not None
+    assert run.samples.before.shape == (4 * len(run.samples.texts), 32, 32, 3)
+    assert run.samples.correct_after.shape == (len(run.samples.texts), 4)
     assert not results.unusable
 
 
-def test_a_folder_that_is_not_there_has_no_cells(tmp_path):
-    assert not load_results(tmp_path / "nothing").cells
+def test_a_folder_that_is_not_there_has_no_runs(tmp_path):
+    assert not load_results(tmp_path / "nothing").runs
 
 
 def test_curves_and_final_values_are_those_of_the_evaluations(folder):
-    cell = load_results(folder).cells[ROW, 0]
+    run = load_results(folder).runs[ROW, 0]
     raw = json.loads((folder / ROW / "0" / "evaluations.json").read_text())
-    curve = curve_of(cell, "geneval/overall")
+    curve = curve_of(run, "geneval/overall")
     assert curve is not None
     np.testing.assert_array_equal(curve.updates, [entry["update"] for entry in raw])
     np.testing.assert_array_equal(curve.values, [entry["geneval/overall"] for entry in raw])
-    assert final_value(cell, "geneval/overall") == raw[-1]["geneval/overall"]
-    assert curve_of(cell, "evaluation/none") is None
-    assert final_value(cell, "evaluation/none") is None
+    assert final_value(run, "geneval/overall") == raw[-1]["geneval/overall"]
+    assert curve_of(run, "evaluation/none") is None
+    assert final_value(run, "evaluation/none") is None
 
 
 def test_rows_keep_the_order_of_the_seeds_and_leave_missing_ones_out(folder):
-    assert [cell.seed for cell in cells_of_row(load_results(folder), ROW, (2, 5, 0))] == [2, 0]
+    assert [run.seed for run in runs_of_row(load_results(folder), ROW, (2, 5, 0))] == [2, 0]
 
 
 @pytest.mark.parametrize(
     ("file", "change", "reason"),
     [
-        ("cell.json", None, "no cell.json yet"),
+        ("run.json", None, "no run.json yet"),
         ("history.json", None, "no history.json yet"),
         ("history.json", "[{", "unreadable: "),
         ("history.json", "[]", f"still running, evaluated at 0 of {UPDATES} updates"),
         ("evaluations.json", '[{"update": 30}]', f"still running, evaluated at 30 of {UPDATES} updates"),
         ("evaluations.json", "[{}]", "unreadable: 'update'"),
-        ("cell.json", "{}", "unreadable: "),
+        ("run.json", "{}", "unreadable: "),
         ("samples.npz", "nonsense", "pickle"),
     ],
 )
-def test_cells_that_are_not_finished_or_damaged_are_left_out_with_a_reason(folder, file, change, reason):
+def test_runs_that_are_not_finished_or_damaged_are_left_out_with_a_reason(folder, file, change, reason):
     path = folder / ROW / "1" / file
     path.unlink() if change is None else path.write_text(change)
     results = load_results(folder)
-    assert list(results.cells) == [(ROW, 0), (ROW, 2)]
+    assert list(results.runs) == [(ROW, 0), (ROW, 2)]
     assert reason in results.unusable[ROW, 1]
 
 
-def test_a_cell_in_the_wrong_folder_is_left_out(folder):
+def test_a_run_in_the_wrong_folder_is_left_out(folder):
     (folder / ROW / "1").rename(folder / ROW / "9")
     assert "is of row 'stepwise_cfg1' and seed 1" in load_results(folder).unusable[ROW, 9]
 
 
-def test_a_cell_without_samples_counts(folder):
+def test_a_run_without_samples_counts(folder):
     (folder / ROW / "1" / "samples.npz").unlink()
-    assert load_results(folder).cells[ROW, 1].samples is None
+    assert load_results(folder).runs[ROW, 1].samples is None
 
 
-def test_what_is_no_cell_is_passed_over(folder):
+def test_what_is_no_run_is_passed_over(folder):
     (folder / ".row.1234.partial" / "0").mkdir(parents=True)
     (folder / ROW / ".0.1234.partial").mkdir()
     (folder / ROW / "notes.txt").write_text("")
-    assert len(load_results(folder).cells) == len(SEEDS)
+    assert len(load_results(folder).runs) == len(SEEDS)
     assert not load_results(folder).unusable
 
 

@@ -1,4 +1,4 @@
-"""A study of seconds, for real: cells train, resume, share one MLflow run as parent, and a report is made of them."""
+"""A study of seconds, for real: runs train, resume, share one MLflow run as parent, and a report is made of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sfgrpo.cli import main
 from sfgrpo.rewards import REWARDS
-from sfgrpo.study.__main__ import main
 from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.tracking.mlflow_tracker import PARENT_TAG
 from tests.support.tiny import Light
@@ -60,7 +60,7 @@ def inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def cells(project: Path) -> Path:
+def runs(project: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
         patch.setenv("SFGRPO_DEVICE", "cpu")
@@ -68,53 +68,53 @@ def cells(project: Path) -> Path:
         patch.setitem(REWARDS, "light", Light)
         for row in (FLOW_GRPO, STEPWISE):
             for seed in PLAN["tiny"]["seeds"]:
-                assert main(["cell", "tiny", row, str(seed)]) == 0
+                assert main(["study", "run", "tiny", row, str(seed)]) == 0
     return project / "study/tiny"
 
 
-def test_cell_writes_what_the_report_reads(cells):
-    cell = cells / STEPWISE / "3"
-    description = json.loads((cell / "cell.json").read_text())
+def test_run_writes_what_the_report_reads(runs):
+    run = runs / STEPWISE / "3"
+    description = json.loads((run / "run.json").read_text())
     assert (description["row"], description["seed"], description["method"]) == (STEPWISE, 3, "stepwise")
-    assert [each["update"] for each in json.loads((cell / "history.json").read_text())] == [1, 2]
-    evaluations = json.loads((cell / "evaluations.json").read_text())
+    assert [each["update"] for each in json.loads((run / "history.json").read_text())] == [1, 2]
+    evaluations = json.loads((run / "evaluations.json").read_text())
     assert [each["update"] for each in evaluations] == [0, 1, 2]
     assert evaluations[0].keys() >= {"geneval/overall", "evaluation/light", "evaluation_noisy/light"}
-    samples = np.load(cell / "samples.npz")
+    samples = np.load(run / "samples.npz")
     assert len(samples["before"]) == len(samples["after"]) == samples["correct_after"].size
 
 
-def test_methods_start_from_the_same_prompts_noise_and_weights(cells):
-    first = [json.loads((cells / row / "0/evaluations.json").read_text())[0] for row in (FLOW_GRPO, STEPWISE)]
+def test_methods_start_from_the_same_prompts_noise_and_weights(runs):
+    first = [json.loads((runs / row / "0/evaluations.json").read_text())[0] for row in (FLOW_GRPO, STEPWISE)]
     measured = ("time/", "memory/")
     assert {key: value for key, value in first[0].items() if not key.startswith(measured)} == {
         key: value for key, value in first[1].items() if not key.startswith(measured)
     }
-    histories = [json.loads((cells / row / "0/history.json").read_text()) for row in (FLOW_GRPO, STEPWISE)]
+    histories = [json.loads((runs / row / "0/history.json").read_text()) for row in (FLOW_GRPO, STEPWISE)]
     assert histories[0][0]["reward/mean"] == pytest.approx(histories[1][0]["reward/mean"], abs=1e-6)
     assert histories[0][1]["reward/mean"] != histories[1][1]["reward/mean"]
 
 
-def test_cells_are_tracked_under_one_run(cells, project):
+def test_runs_are_tracked_under_one_parent(runs, project):
     client = connect(TRACKING_URI)
     experiment = client.get_experiment_by_name("sfgrpo-study")
-    runs = client.search_runs([experiment.experiment_id])
-    (parent,) = [run for run in runs if PARENT_TAG not in run.data.tags]
-    children = [run for run in runs if PARENT_TAG in run.data.tags]
+    tracked = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in tracked if PARENT_TAG not in run.data.tags]
+    children = [run for run in tracked if PARENT_TAG in run.data.tags]
     assert {run.data.tags[PARENT_TAG] for run in children} == {parent.info.run_id}
     assert sorted(run.info.run_name for run in children) == [
         f"{row} seed {seed}" for row in (FLOW_GRPO, STEPWISE) for seed in (0, 3)
     ]
 
 
-def test_finished_cell_is_not_trained_again(cells, monkeypatch):
-    before = (cells / FLOW_GRPO / "0/history.json").read_bytes()
-    assert main(["cell", "tiny", FLOW_GRPO, "0"]) == 0
-    assert (cells / FLOW_GRPO / "0/history.json").read_bytes() == before
+def test_finished_run_is_not_trained_again(runs, monkeypatch):
+    before = (runs / FLOW_GRPO / "0/history.json").read_bytes()
+    assert main(["study", "run", "tiny", FLOW_GRPO, "0"]) == 0
+    assert (runs / FLOW_GRPO / "0/history.json").read_bytes() == before
 
 
-def test_report_is_one_page_with_figures_and_plots(cells, project):
-    assert main(["report", "tiny"]) == 0
+def test_report_is_one_page_with_figures_and_plots(runs, project):
+    assert main(["study", "report", "tiny"]) == 0
     report = project / "reports/study/tiny"
     page = (report / "report.html").read_text()
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "")
@@ -123,8 +123,8 @@ def test_report_is_one_page_with_figures_and_plots(cells, project):
     assert plotted[0].keys() == {"update", FLOW_GRPO, STEPWISE}
 
 
-def test_report_without_cells_says_what_fills_it(tmp_path, project, monkeypatch, capsys):
+def test_report_without_runs_says_what_fills_it(tmp_path, project, monkeypatch, capsys):
     (tmp_path / "experiments").symlink_to(project / "experiments")
     monkeypatch.chdir(tmp_path)
-    assert main(["report", "tiny"]) == 1
+    assert main(["study", "report", "tiny"]) == 1
     assert "study/tiny does not exist; `make study FORM=tiny` fills it" in capsys.readouterr().err

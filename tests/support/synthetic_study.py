@@ -66,32 +66,32 @@ def make_plan(seeds: tuple[int, ...] = SEEDS) -> Any:
             rows=("stepwise_cfg1", "stepwise_ddim"),
         ),
     )
-    return SimpleNamespace(form="synthetic", seeds=seeds, pairs=pairs, ablations=ablations)
+    return SimpleNamespace(preset="synthetic", seeds=seeds, pairs=pairs, ablations=ablations)
 
 
 def write_study(folder: Path, rows: tuple[str, ...] = tuple(ROWS), seeds: tuple[int, ...] = SEEDS) -> Path:
-    """Writes the cells of some rows and seeds; a cell does not depend on what else is written."""
+    """Writes the runs of some rows and seeds; a run does not depend on what else is written."""
     for row in rows:
         for seed in seeds:
-            write_cell(folder / row / str(seed), row, seed)
+            write_run(folder / row / str(seed), row, seed)
     return folder
 
 
-def write_cell(path: Path, row: str, seed: int) -> None:
-    """Writes one finished cell."""
+def write_run(path: Path, row: str, seed: int) -> None:
+    """Writes one finished run."""
     path.mkdir(parents=True)
-    cell = describe(row, seed)
+    run = describe(row, seed)
     generator = np.random.default_rng([seed, list(ROWS).index(row)])
     shared = np.random.default_rng([seed, 99])
-    history = make_history(cell, generator, shared)
-    _write(path / "cell.json", cell)
+    history = make_history(run, generator, shared)
+    _write(path / "run.json", run)
     _write(path / "history.json", history)
-    _write(path / "evaluations.json", make_evaluations(cell, generator))
-    np.savez_compressed(path / "samples.npz", **make_samples(cell, generator))
+    _write(path / "evaluations.json", make_evaluations(run, generator))
+    np.savez_compressed(path / "samples.npz", **make_samples(run, generator))
 
 
 def describe(row: str, seed: int) -> dict[str, Any]:
-    """Gives the `cell.json` of a row."""
+    """Gives the `run.json` of a row."""
     look = ROWS[row]
     stepwise = row.startswith("stepwise")
     sampler, guidance = look.get("sampler", "flow_sde"), look.get("guidance", 1.0)
@@ -121,48 +121,48 @@ def describe(row: str, seed: int) -> dict[str, Any]:
     }
 
 
-def level(cell: dict[str, Any], update: np.ndarray | float) -> Any:
+def level(run: dict[str, Any], update: np.ndarray | float) -> Any:
     """Gives the reward that a policy has at an update, without noise."""
-    speed = ROWS[cell["row"]]["speed"]
-    rise = RISE[cell["reward"]] * (1.0 + 0.12 * (speed - 1.0))
-    return BASE[cell["reward"]] + rise * (1.0 - np.exp(-np.asarray(update) * speed / 45.0))
+    speed = ROWS[run["row"]]["speed"]
+    rise = RISE[run["reward"]] * (1.0 + 0.12 * (speed - 1.0))
+    return BASE[run["reward"]] + rise * (1.0 - np.exp(-np.asarray(update) * speed / 45.0))
 
 
-def make_history(cell: dict[str, Any], generator: Any, shared: Any) -> list[dict[str, Any]]:
-    """Gives the `history.json` of a cell: prompts are easy or hard in the same updates of all rows."""
-    noise = RISE[cell["reward"]]
+def make_history(run: dict[str, Any], generator: Any, shared: Any) -> list[dict[str, Any]]:
+    """Gives the `history.json` of a run: prompts are easy or hard in the same updates of all rows."""
+    noise = RISE[run["reward"]]
     history = []
     for update in range(1, UPDATES + 1):
         luck = 0.25 * noise * shared.standard_normal() + 0.06 * noise * generator.standard_normal()
-        entry = {"update": update, "reward/mean": float(level(cell, update) + luck), "optim/grad_norm": 0.01}
-        if cell["method"] == "stepwise":
+        entry = {"update": update, "reward/mean": float(level(run, update) + luck), "optim/grad_norm": 0.01}
+        if run["method"] == "stepwise":
             entry["gain/mean"] = 0.01
             for step in range(STEPS):
                 size = noise * np.exp(-((step - 1.2) ** 2) / 9.0) * (1.0 + 0.1 * generator.standard_normal())
                 entry[f"gain/step_{step:02d}/abs_mean"] = float(abs(size))
         for phase, seconds in SECONDS.items():
-            entry[f"time/{phase}_s"] = float(phase_seconds(cell, phase, seconds) * np.exp(0.05 * generator.normal()))
+            entry[f"time/{phase}_s"] = float(phase_seconds(run, phase, seconds) * np.exp(0.05 * generator.normal()))
         history.append(entry)
     return history
 
 
-def phase_seconds(cell: dict[str, Any], phase: str, seconds: float) -> float:
+def phase_seconds(run: dict[str, Any], phase: str, seconds: float) -> float:
     """Gives what a phase costs: estimates in proportion to their substeps, none of it where credit is terminal."""
-    if cell["method"] == "flow_grpo":
+    if run["method"] == "flow_grpo":
         return {"estimates": 0.0, "decode": seconds / 8.0, "reward": seconds / 8.0}.get(phase, seconds)
-    return seconds * (cell["num_substeps"] - 1) if phase == "estimates" else seconds
+    return seconds * (run["num_substeps"] - 1) if phase == "estimates" else seconds
 
 
-def make_evaluations(cell: dict[str, Any], generator: Any) -> list[dict[str, Any]]:
-    """Gives the `evaluations.json` of a cell."""
-    size, evaluations = RISE[cell["reward"]], []
+def make_evaluations(run: dict[str, Any], generator: Any) -> list[dict[str, Any]]:
+    """Gives the `evaluations.json` of a run."""
+    size, evaluations = RISE[run["reward"]], []
     for update in range(0, UPDATES + 1, EVERY):
-        progress = float(level(cell, update) - BASE[cell["reward"]]) / size
+        progress = float(level(run, update) - BASE[run["reward"]]) / size
         jitter = 0.03 * size * generator.standard_normal() * (update > 0)
         entry: dict[str, Any] = {
             "update": update,
-            f"evaluation_noisy/{cell['reward']}": BASE[cell["reward"]] + size * progress + jitter,
-            f"evaluation/{cell['reward']}": BASE[cell["reward"]] + size * (0.2 + 0.9 * progress) + jitter,
+            f"evaluation_noisy/{run['reward']}": BASE[run["reward"]] + size * progress + jitter,
+            f"evaluation/{run['reward']}": BASE[run["reward"]] + size * (0.2 + 0.9 * progress) + jitter,
             "evaluation/likeness": 0.48 + 0.05 * progress + 0.004 * generator.standard_normal() * (update > 0),
         }
         luck = 0.012 * generator.standard_normal(len(TAGS)) * (update > 0)
@@ -174,8 +174,8 @@ def make_evaluations(cell: dict[str, Any], generator: Any) -> list[dict[str, Any
     return evaluations
 
 
-def make_samples(cell: dict[str, Any], generator: Any) -> dict[str, Any]:
-    """Gives the `samples.npz` of a cell: a disc of a colour, in the right place more often after training."""
+def make_samples(run: dict[str, Any], generator: Any) -> dict[str, Any]:
+    """Gives the `samples.npz` of a run: a disc of a colour, in the right place more often after training."""
     texts = [f"a photo of {thing}" for thing in THINGS]
     places = np.random.default_rng(5).uniform(8, 24, (len(texts) * 4, 2))
     height, width = np.mgrid[0:32, 0:32]
