@@ -23,15 +23,14 @@ from sfgrpo.factory import make_accelerator, make_policy, make_reward, use_threa
 from sfgrpo.grpo import scoring
 from sfgrpo.grpo.noise import gaussian_noise
 from sfgrpo.grpo.rollout import roll_out, row_slices
-from sfgrpo.grpo.scoring import score_latents, score_states, share_start_rewards
-from sfgrpo.grpo.update import make_scaler, update_policy
+from sfgrpo.grpo.scoring import StateScorer, share_start_rewards
+from sfgrpo.grpo.update import Objective, make_scaler, update_policy
 from sfgrpo.policies.base import Policy
 from sfgrpo.prompts import make_prompts
 from sfgrpo.rewards import Reward
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.runtime.timing import PhaseClock
-from sfgrpo.training.trainer import objective_of
-from sfgrpo.types import Conditioning, Prompt, RolloutBatch, Trajectory
+from sfgrpo.types import Conditioning, Prompt, RolloutBatch, Trajectory, joined
 
 PHASES = ("encode", "rollout", "estimates", "decode", "reward", "update")
 ROUNDS = 3
@@ -78,31 +77,27 @@ class Bench:
     def run(self, variant: Variant) -> dict[str, float]:
         """Does one update and gives the seconds of its phases."""
         config, policy, clock = self.config, self.policy, PhaseClock()
-        sampling, size = config.sampling, config.rollout.micro_batch_size
+        sampling = config.sampling
         texts = [prompt.text for prompt in self.prompts]
         with clock("encode") if not variant.kept_texts else contextlib.nullcontext():
             conditioning = policy.encode(texts)
-        objective = objective_of(config, policy, config.update.micro_batch_size)
+        objective = Objective.of(policy, sampling, config.update, config.update.micro_batch_size)
         groups, group_size = config.rollout.prompts_per_update, config.rollout.group_size
         start = gaussian_noise(0, "start_noise", 0, range(groups), policy.latent_shape)
         noise = gaussian_noise(0, "step_noise", 0, range(len(texts)), (sampling.num_steps, *policy.latent_shape))
         with clock("rollout"):
-            trajectory = roll_out(
-                policy,
-                conditioning,
-                start.repeat_interleave(group_size, 0),
-                noise,
-                objective.sigmas_S,
-                sampler=sampling.sampler,
-                noise_level=sampling.noise_level,
-                guidance_scale=sampling.guidance_scale,
-                micro_batch_size=size,
+            start = start.repeat_interleave(group_size, 0)
+            trajectory = joined(
+                [
+                    roll_out(policy, conditioning[rows], start[rows], noise[rows], objective.sigmas_S, sampling)
+                    for rows in row_slices(len(texts), config.rollout.micro_batch_size)
+                ]
             )
         if variant.stepwise:
             rewards_NS = self._scored(variant, trajectory, conditioning, objective.sigmas_S, clock)
         else:
-            final = trajectory.latents_NSCHW[:, -1]
-            rewards_NS = score_latents(policy, final, self.prompts, self.reward, size, clock)[:, None]
+            scorer = self._scorer(variant, objective.sigmas_S, (sampling.num_steps,))
+            rewards_NS = scorer.score(trajectory, conditioning, self.prompts, (), clock)
         by_group = rewards_NS.reshape(groups, -1)
         constant = (by_group.amax(1) == by_group.amin(1)).repeat_interleave(group_size)
         advantages = torch.randn(len(texts), sampling.num_steps, generator=torch.Generator().manual_seed(0))
@@ -135,19 +130,8 @@ class Bench:
             calls = [states] if variant.mixed_batches else [(state, num_steps) for state in states[:-1]]
             clocks = [PhaseClock() for _ in calls[1:]] + [clock]
             scored = [
-                score_states(
-                    self.policy,
-                    trajectory,
-                    conditioning,
-                    self.prompts,
-                    self.reward,
-                    sigmas_S,
-                    part,
-                    group_first_rows=range(0, len(self.prompts), group_size),
-                    num_substeps=variant.num_substeps,
-                    guidance_scale=config.sampling.guidance_scale,
-                    micro_batch_size=config.rollout.micro_batch_size,
-                    clock=part_clock,
+                self._scorer(variant, sigmas_S, part).score(
+                    trajectory, conditioning, self.prompts, range(0, len(self.prompts), group_size), part_clock
                 )
                 for part, part_clock in zip(calls, clocks, strict=True)
             ]
@@ -160,6 +144,17 @@ class Bench:
                 clock.seconds[phase] += share * part_clock.seconds[phase]
         rewards_NS = torch.cat([part[:, :1] for part in scored[:-1]] + [scored[-1]], dim=1)
         return share_start_rewards(rewards_NS, states, group_size)
+
+    def _scorer(self, variant: Variant, sigmas_S: Tensor, states: Sequence[int]) -> StateScorer:
+        return StateScorer(
+            policy=self.policy,
+            reward=self.reward,
+            sigmas_S=sigmas_S,
+            states=states,
+            num_substeps=variant.num_substeps,
+            guidance_scale=self.config.sampling.guidance_scale,
+            micro_batch_size=self.config.rollout.micro_batch_size,
+        )
 
     @torch.no_grad()
     def _velocities_anew(

@@ -20,6 +20,15 @@ TAGS: tuple[Tag, ...] = get_args(Tag)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 Box = tuple[float, float, float, float]
 
+SamplerName = Literal["flow_sde", "ddim_sde", "cps", "ode"]
+"""Rules of one denoising step, `sfgrpo.grpo.sde.SAMPLERS`."""
+Credit = Literal["joint", "per_step", "step_mean", "terminal"]
+"""What a step is credited with, `sfgrpo.grpo.advantages.group_advantages`."""
+StdScope = Literal["group", "global"]
+"""Samples over which the standard deviation of the credits is taken."""
+KlForm = Literal["exact", "flow_grpo"]
+"""Variance in the KL divergence, `sfgrpo.grpo.sde.gaussian_kl`."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Clause:

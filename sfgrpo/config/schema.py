@@ -8,11 +8,9 @@ import pydantic
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from sfgrpo.types import TAGS, Tag
+from sfgrpo.types import TAGS, Credit, KlForm, SamplerName, StdScope, Tag
 
 Section = TypeVar("Section")
-Sampler = Literal["flow_sde", "ddim_sde", "cps", "ode"]
-Credit = Literal["joint", "per_step", "step_mean", "terminal"]
 
 UnitInterval = Annotated[float, Ge(0), Le(1)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
@@ -86,7 +84,7 @@ class PolicyConfig:
 class SamplingConfig:
     """How the policy samples while it is trained."""
 
-    sampler: Sampler
+    sampler: SamplerName
     """Rule of one step; `ode` is deterministic."""
     num_steps: Annotated[int, Ge(2)]
     """Denoising steps K of a rollout."""
@@ -141,7 +139,7 @@ class AdvantageConfig:
 
     credit: Credit
     """`joint`, `per_step`, `step_mean`: gains, by what normalises them; `terminal`: the final reward (Flow-GRPO)."""
-    std: Literal["group", "global"]
+    std: StdScope
     """Whether the standard deviation is that of the group or of the whole rollout."""
     clip: PositiveFloat
     """Largest absolute advantage."""
@@ -169,7 +167,7 @@ class UpdateConfig:
     """Largest |ratio - 1| that is still rewarded; the log-prob is a mean over latent elements, so it is small."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL divergence from the start policy; 0 saves the reference pass."""
-    kl_form: Literal["exact", "flow_grpo"]
+    kl_form: KlForm
     """Variance in the KL: that of the step, or Flow-GRPO's, which leaves out dt."""
     trained_steps: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None = None
     """Denoising steps in the objective, ascending; null is all but the last, which is never trained."""

@@ -19,7 +19,7 @@ from sfgrpo.grpo.noise import gaussian_noise
 from sfgrpo.grpo.rollout import roll_out, row_slices
 from sfgrpo.policies.base import Policy
 from sfgrpo.rewards.base import Reward, checked_rewards
-from sfgrpo.types import Conditioning, Prompt
+from sfgrpo.types import Conditioning, Prompt, SamplerName
 
 if TYPE_CHECKING:
     from sfgrpo.config.schema import EvaluationConfig
@@ -42,7 +42,7 @@ class SamplingProtocol:
     """Of all noise."""
     micro_batch_size: int
     """Images that are denoised together; it changes nothing but rounding."""
-    sampler: str = "ode"
+    sampler: SamplerName = "ode"
     noise_level: float = 0.0
     """Of a stochastic sampler."""
 
@@ -81,36 +81,33 @@ class Evaluation:
         return self.table.to_dict() | {f"evaluation/{name}": value for name, value in self.rewards.items()}
 
 
+def draw_images(policy: Policy, conditioning: Conditioning, protocol: SamplingProtocol) -> NDArray[np.uint8]:
+    """Draw one image for each row of `conditioning`; row i takes noise i of the seed's streams."""
+    batches = row_slices(len(conditioning), protocol.micro_batch_size)
+    return np.concatenate([_draw_batch(policy, conditioning, protocol, rows) for rows in batches])
+
+
 @torch.no_grad()
-def draw_images(
-    policy: Policy, conditioning: Conditioning, protocol: SamplingProtocol, rows: slice = slice(None)
+def _draw_batch(
+    policy: Policy, conditioning: Conditioning, protocol: SamplingProtocol, rows: slice
 ) -> NDArray[np.uint8]:
-    """Draws one image for each of `rows` of `conditioning`; row i takes noise i of the seed's streams."""
-    sigmas, shape = policy.sigmas(protocol.num_steps).to(policy.device), policy.latent_shape
-    first, end, _ = rows.indices(len(conditioning))
-    images = []
-    # With no row at all there is still one batch, an empty one: a sharded model needs every process in every pass.
-    for part in row_slices(end - first, protocol.micro_batch_size) or [slice(0, 0)]:
-        indices = range(first + part.start, first + part.stop)
-        start = gaussian_noise(protocol.seed, "evaluation", 0, indices, shape)
-        step_shape = (protocol.num_steps, *shape)
-        if protocol.sampler == "ode":
-            step_noise = torch.zeros(()).expand(len(indices), *step_shape)
-        else:
-            step_noise = gaussian_noise(protocol.seed, "evaluation_steps", 0, indices, step_shape)
-        trajectory = roll_out(
-            policy,
-            conditioning[slice(indices.start, indices.stop)],
-            start.to(policy.device),
-            step_noise.to(policy.device),
-            sigmas,
-            sampler=protocol.sampler,
-            noise_level=protocol.noise_level,
-            guidance_scale=protocol.guidance_scale,
-            micro_batch_size=protocol.micro_batch_size,
-        )
-        images.append(policy.decode(trajectory.latents_NSCHW[:, -1]))
-    return np.concatenate(images)
+    """Draw the images of `rows` together; of no row at all the policy still runs once."""
+    indices = range(rows.start, rows.stop)
+    start = gaussian_noise(protocol.seed, "evaluation", 0, indices, policy.latent_shape)
+    step_shape = (protocol.num_steps, *policy.latent_shape)
+    if protocol.sampler == "ode":
+        step_noise = torch.zeros(()).expand(len(indices), *step_shape)
+    else:
+        step_noise = gaussian_noise(protocol.seed, "evaluation_steps", 0, indices, step_shape)
+    trajectory = roll_out(
+        policy,
+        conditioning[rows],
+        start.to(policy.device),
+        step_noise.to(policy.device),
+        policy.sigmas(protocol.num_steps).to(policy.device),
+        protocol,
+    )
+    return policy.decode(trajectory.latents_NSCHW[:, -1])
 
 
 def evaluate_policy(
@@ -206,7 +203,7 @@ def _judge(
     scores_NJ = torch.zeros(len(asked), len(judges))
     kept = small_NHWC = torch.empty(0, dtype=torch.uint8)
     for rows in batches[process::num_processes]:
-        images = draw_images(policy, conditioning[repeated], protocol, rows)
+        images = _draw_batch(policy, conditioning[repeated], protocol, rows)
         small = thumbnails(images)
         if not len(small_NHWC):
             kept = torch.zeros(len(shown_rows), *images.shape[1:], dtype=torch.uint8)

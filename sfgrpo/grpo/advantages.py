@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sfgrpo.grpo.gains import decayed_gains, step_gains
-
-Credit = Literal["joint", "per_step", "step_mean", "terminal"]
-Std = Literal["group", "global"]
+from sfgrpo.types import Credit, StdScope
 
 # Dimensions of the credit [P, G, K] over which the mean, then the std, is taken.
 _DIMS: dict[Credit, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -40,7 +37,7 @@ def group_advantages(
     group_size: int,
     states: Sequence[int],
     credit: Credit,
-    std: Std,
+    std: StdScope,
     clip: float,
     gae_lambda: float = 0.0,
     eps: float = 1e-4,

@@ -33,10 +33,14 @@ class Partition:
         """Gives the images of a process, ascending: [num_images / num_processes]."""
         return torch.arange(self.num_images).reshape(self.num_steps, self.num_processes, -1)[:, process_index].flatten()
 
-    def in_order(self, gathered: Tensor) -> Tensor:
-        """Puts rows that were gathered process by process, [num_images, ...], into the order of the images."""
-        by_process = gathered.reshape(self.num_processes, self.num_steps, -1, *gathered.shape[1:])
-        return by_process.transpose(0, 1).reshape(gathered.shape)
+    def in_order(self, rows: Tensor) -> Tensor:
+        """Put rows that come process by process, [num_images, ...], into the order of the images."""
+        by_process = rows.reshape(self.num_processes, self.num_steps, -1, *rows.shape[1:])
+        return by_process.transpose(0, 1).reshape(rows.shape)
+
+    def gather(self, own: Tensor, accelerator: Accelerator) -> Tensor:
+        """Gather what each process has for each of its images: [num_images, ...] in the order of the images."""
+        return self.in_order(gathered(own, accelerator))
 
 
 def gathered(value: Tensor, accelerator: Accelerator) -> Tensor:

@@ -1,13 +1,26 @@
-"""Runs the policy from noise to image along a schedule and keeps what training needs of every step."""
+"""The rollout: runs the policy from noise to image along a schedule and keeps what training needs of every step."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sfgrpo.grpo.sde import SAMPLERS, gaussian_log_prob, sample_step
 from sfgrpo.policies.base import Policy
-from sfgrpo.types import Conditioning, Trajectory
+from sfgrpo.types import Conditioning, SamplerName, Trajectory
+
+
+class Sampling(Protocol):
+    """How the policy samples: the section `sampling` of the parameters, or a protocol of an evaluation."""
+
+    @property
+    def sampler(self) -> SamplerName: ...
+    @property
+    def noise_level(self) -> float: ...
+    @property
+    def guidance_scale(self) -> float: ...
 
 
 @torch.no_grad()
@@ -17,63 +30,22 @@ def roll_out(
     start_noise_NCHW: Tensor,
     step_noise_NKCHW: Tensor,
     sigmas_S: Tensor,
-    *,
-    sampler: str,
-    noise_level: float,
-    guidance_scale: float,
-    micro_batch_size: int,
+    sampling: Sampling,
 ) -> Trajectory:
-    """Denoises N start states in K stochastic steps; step k takes state k to state k + 1.
+    """Denoise N start states together in K steps; step k takes state k to state k + 1.
 
     Noise comes in from outside, so that it depends on the image alone and not on batch or rank. No images at all
-    still make one run of the policy, since processes that share a model need one another in every pass.
+    still make one run of the policy: processes that share a model need one another in every pass.
     """
-    parts = [
-        _roll_out_batch(
-            policy,
-            conditioning[rows],
-            start_noise_NCHW[rows],
-            step_noise_NKCHW[rows],
-            sigmas_S,
-            sampler,
-            noise_level,
-            guidance_scale,
-        )
-        for rows in row_slices(len(start_noise_NCHW), micro_batch_size) or [slice(0, 0)]
-    ]
-    return Trajectory(
-        latents_NSCHW=torch.cat([part.latents_NSCHW for part in parts]),
-        velocities_NKCHW=torch.cat([part.velocities_NKCHW for part in parts]),
-        log_probs_NK=torch.cat([part.log_probs_NK for part in parts]),
-    )
-
-
-def row_slices(num_rows: int, micro_batch_size: int) -> list[slice]:
-    """Cuts rows 0..num_rows into consecutive slices of at most `micro_batch_size`."""
-    return [slice(start, min(start + micro_batch_size, num_rows)) for start in range(0, num_rows, micro_batch_size)]
-
-
-def _roll_out_batch(
-    policy: Policy,
-    conditioning: Conditioning,
-    start: Tensor,
-    noise_NKCHW: Tensor,
-    sigmas_S: Tensor,
-    sampler: str,
-    noise_level: float,
-    guidance_scale: float,
-) -> Trajectory:
-    x = start.float()
+    x = start_noise_NCHW.float()
     states, velocities, log_probs = [x], [], []
     for k in range(len(sigmas_S) - 1):
         sigma, sigma_next = sigmas_S[k].expand(len(x)), sigmas_S[k + 1].expand(len(x))
-        velocity = policy.velocity(x, sigma, conditioning, guidance_scale)
-        step = SAMPLERS[sampler](x, velocity, sigma, sigma_next, sigmas_S[1].item(), noise_level)
-        x = sample_step(step, noise_NKCHW[:, k])
+        velocity = policy.velocity(x, sigma, conditioning, sampling.guidance_scale)
+        step = SAMPLERS[sampling.sampler](x, velocity, sigma, sigma_next, sigmas_S[1].item(), sampling.noise_level)
+        x = sample_step(step, step_noise_NKCHW[:, k])
         stochastic = bool((step.std > 0).all())
-        log_probs.append(
-            gaussian_log_prob(x, step.mean, step.std) if stochastic else torch.full_like(sigma, float("nan"))
-        )
+        log_probs.append(gaussian_log_prob(x, step.mean, step.std) if stochastic else torch.full_like(sigma, torch.nan))
         states.append(x)
         velocities.append(velocity)
     return Trajectory(
@@ -81,3 +53,8 @@ def _roll_out_batch(
         velocities_NKCHW=torch.stack(velocities, dim=1),
         log_probs_NK=torch.stack(log_probs, dim=1),
     )
+
+
+def row_slices(num_rows: int, micro_batch_size: int) -> list[slice]:
+    """Cut rows 0..num_rows into consecutive slices of at most `micro_batch_size`."""
+    return [slice(start, min(start + micro_batch_size, num_rows)) for start in range(0, num_rows, micro_batch_size)]

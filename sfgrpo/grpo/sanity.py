@@ -28,7 +28,7 @@ def require_changed_sampler(
             batch.trajectory.latents_NSCHW[rows, 0],
             objective.sigmas_S[0].expand(len(before)),
             batch.conditioning[rows],
-            objective.guidance_scale,
+            objective.sampling.guidance_scale,
         )
     unchanged = torch.allclose(before, after, rtol=0, atol=1e-6 * float(before.abs().max()))
     if any_of(unchanged, accelerator):

@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sfgrpo.types import KlForm, SamplerName
+
 Latents = Float[Tensor, "N C H W"]
 PerSample = Float[Tensor, " N"]
-KlForm = Literal["exact", "flow_grpo"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,7 @@ def ode(
     return StepDistribution(mean=x - v * (t - p), std=torch.zeros_like(t))
 
 
-SAMPLERS: dict[str, Sampler] = {"flow_sde": flow_sde, "ddim_sde": ddim_sde, "cps": cps, "ode": ode}
+SAMPLERS: dict[SamplerName, Sampler] = {"flow_sde": flow_sde, "ddim_sde": ddim_sde, "cps": cps, "ode": ode}
 
 
 def sample_step(distribution: StepDistribution, noise: Latents) -> Float32[Tensor, "N C H W"]:
@@ -147,7 +148,7 @@ def gaussian_kl(
     return ((mean.float() - mean_ref.float()) ** 2 / (2 * variance)).mean(dim=(1, 2, 3))
 
 
-def stochastic_steps(sampler_name: str, sigmas: Float[Tensor, " S"], noise_level: float) -> list[bool]:
+def stochastic_steps(sampler_name: SamplerName, sigmas: Float[Tensor, " S"], noise_level: float) -> list[bool]:
     """Tells of each of the S - 1 steps of a schedule whether it has a density, that is a std above 0."""
     nothing = sigmas.new_zeros(len(sigmas) - 1, 1, 1, 1)
     step = SAMPLERS[sampler_name](nothing, nothing, sigmas[:-1], sigmas[1:], sigmas[1].item(), noise_level)
@@ -156,7 +157,7 @@ def stochastic_steps(sampler_name: str, sigmas: Float[Tensor, " S"], noise_level
 
 
 def trainable_steps(
-    sampler_name: str, sigmas: Float[Tensor, " S"], noise_level: float, requested: Sequence[int] | None = None
+    sampler_name: SamplerName, sigmas: Float[Tensor, " S"], noise_level: float, requested: Sequence[int] | None = None
 ) -> list[int]:
     """Lists the steps that the objective covers, in order: the requested ones, or all that can be trained.
 

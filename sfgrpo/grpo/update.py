@@ -11,10 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sfgrpo.config.schema import SamplingConfig, UpdateConfig
 from sfgrpo.errors import SanityCheckError
 from sfgrpo.grpo.distributed import even_slices, gathered, total, total_gradients
 from sfgrpo.grpo.losses import clipped_surrogate
-from sfgrpo.grpo.sde import SAMPLERS, StepDistribution, gaussian_kl, gaussian_log_prob
+from sfgrpo.grpo.sde import SAMPLERS, StepDistribution, gaussian_kl, gaussian_log_prob, trainable_steps
 from sfgrpo.policies.base import Policy
 from sfgrpo.types import RolloutBatch
 
@@ -28,18 +29,34 @@ LOWEST_SCALE = 1.0
 class Objective:
     """What an update maximises: everything about it that is not in the rollout."""
 
+    sampling: SamplingConfig
+    update: UpdateConfig
     sigmas_S: Tensor
-    sampler: str
-    noise_level: float
-    guidance_scale: float
-    trained_steps: tuple[int, ...]
-    clip_range: float
-    kl_coef: float
-    kl_form: Literal["exact", "flow_grpo"]
-    max_grad_norm: float
-    steps_per_update: int
+    trained_steps: Sequence[int]
     micro_batch_size: int
-    ratio_tolerance: float
+    """Images per forward and backward pass: `update.micro_batch_size`, or fewer if this process has fewer."""
+
+    @classmethod
+    def of(cls, policy: Policy, sampling: SamplingConfig, update: UpdateConfig, micro_batch_size: int) -> Objective:
+        """Add the policy's schedule to the parameters, and the steps that can be trained under it.
+
+        Raises:
+            ValueError: no step can be trained, or one of `update.trained_steps` cannot.
+        """
+        sigmas_S = policy.sigmas(sampling.num_steps).to(policy.device)
+        return cls(
+            sampling=sampling,
+            update=update,
+            sigmas_S=sigmas_S,
+            trained_steps=trainable_steps(sampling.sampler, sigmas_S, sampling.noise_level, update.trained_steps),
+            micro_batch_size=micro_batch_size,
+        )
+
+    def step_distribution(self, x: Tensor, velocity: Tensor, step: int) -> StepDistribution:
+        """Return the distribution of state `step + 1` given states x [N, C, H, W] at `step` and their velocities."""
+        sigma, sigma_next = (self.sigmas_S[state].expand(len(x)) for state in (step, step + 1))
+        rule = SAMPLERS[self.sampling.sampler]
+        return rule(x, velocity, sigma, sigma_next, float(self.sigmas_S[1]), self.sampling.noise_level)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +102,7 @@ def update_policy(
         SanityCheckError: the ratio of the first step is off 1 by more than `ratio_tolerance` on some process, which all
             learn; or no trainable parameter takes part in the loss.
     """
-    shares = torch.arange(len(batch.constant_N)).chunk(objective.steps_per_update)
+    shares = torch.arange(len(batch.constant_N)).chunk(objective.update.steps_per_update)
     constant_N = batch.constant_N.cpu()
     broken_loss_N, broken_gradient_N = torch.zeros(2, len(constant_N), dtype=torch.bool).unbind()
     passes: list[_Passes] = []
@@ -95,13 +112,13 @@ def update_policy(
         num_terms = len(share) * len(objective.trained_steps) * accelerator.num_processes
         done = _accumulate_gradients(policy, batch, rows, num_terms, objective, accelerator, scaler)
         if not passes:
-            _check_first_ratio(done.deviations, objective.ratio_tolerance)
+            _check_first_ratio(done.deviations, objective.update.ratio_tolerance)
         passes.append(done)
         if done.sums["broken"]:
             broken_loss_N[done.broken_rows] = True
         elif done.num_passes:
             parameters = list(policy.adapter_parameters().values())
-            steps.append(_take_step(parameters, optimizer, objective.max_grad_norm, accelerator, scaler))
+            steps.append(_take_step(parameters, optimizer, objective.update.max_grad_norm, accelerator, scaler))
             broken_gradient_N[rows] = steps[-1].kind == "broken"
         optimizer.zero_grad()
     num_broken = sum(bool(done.sums["broken"]) for done in passes) + sum(step.kind == "broken" for step in steps)
@@ -235,26 +252,21 @@ def _step_loss(
     """
     latents = batch.trajectory.latents_NSCHW
     x, taken = latents[rows, step], latents[rows, step + 1]
-    conditioning = batch.conditioning[rows]
-    sigma, sigma_next = (objective.sigmas_S[state].expand(len(rows)) for state in (step, step + 1))
-
-    def distribution(velocity: Tensor) -> StepDistribution:
-        sigma_max = float(objective.sigmas_S[1])
-        return SAMPLERS[objective.sampler](x, velocity, sigma, sigma_next, sigma_max, objective.noise_level)
-
-    now = distribution(policy.velocity(x, sigma, conditioning, objective.guidance_scale))
+    inputs = (x, objective.sigmas_S[step].expand(len(x)), batch.conditioning[rows], objective.sampling.guidance_scale)
+    now = objective.step_distribution(x, policy.velocity(*inputs), step)
     surrogate = clipped_surrogate(
         gaussian_log_prob(taken, now.mean, now.std),
         batch.trajectory.log_probs_NK[rows, step],
         batch.advantages_NK[rows, step],
-        objective.clip_range,
+        objective.update.clip_range,
     )
     kl = torch.zeros_like(surrogate.ratio)
-    if objective.kl_coef > 0:
-        start = distribution(policy.reference_velocity(x, sigma, conditioning, objective.guidance_scale))
-        kl = gaussian_kl(now.mean, start.mean, now.std, objective.kl_form, sigma - sigma_next)
+    if objective.update.kl_coef > 0:
+        start = objective.step_distribution(x, policy.reference_velocity(*inputs), step)
+        dt = (objective.sigmas_S[step] - objective.sigmas_S[step + 1]).expand(len(x))
+        kl = gaussian_kl(now.mean, start.mean, now.std, objective.update.kl_form, dt)
     noted = (surrogate.loss, surrogate.ratio, surrogate.deviation, surrogate.clipped, surrogate.approx_kl, kl)
-    return (surrogate.loss + objective.kl_coef * kl).sum(), torch.stack(noted, dim=1).detach()
+    return (surrogate.loss + objective.update.kl_coef * kl).sum(), torch.stack(noted, dim=1).detach()
 
 
 def _loss_of_nothing(policy: Policy, batch: RolloutBatch, step: int, objective: Objective) -> Tensor:
@@ -263,10 +275,10 @@ def _loss_of_nothing(policy: Policy, batch: RolloutBatch, step: int, objective: 
     They are those of one blank latent: not every attention kernel takes a batch of 0.
     """
     blank = torch.zeros_like(batch.trajectory.latents_NSCHW[:1, step])
-    arguments = (blank, objective.sigmas_S[step].expand(1), batch.conditioning[:1], objective.guidance_scale)
-    if objective.kl_coef > 0:
-        policy.reference_velocity(*arguments)
-    return 0 * policy.velocity(*arguments).sum()
+    inputs = (blank, objective.sigmas_S[step].expand(1), batch.conditioning[:1], objective.sampling.guidance_scale)
+    if objective.update.kl_coef > 0:
+        policy.reference_velocity(*inputs)
+    return 0 * policy.velocity(*inputs).sum()
 
 
 def _check_first_ratio(deviations: Sequence[float], tolerance: float) -> None:

@@ -35,18 +35,16 @@ from sfgrpo.grpo.distributed import (
     Partition,
     any_of,
     even_slices,
-    gathered,
     highest,
     require_same_everywhere,
     shared_files,
 )
 from sfgrpo.grpo.gains import step_gains
 from sfgrpo.grpo.noise import gaussian_noise
-from sfgrpo.grpo.nonfinite import NumericalGuard, broken_images, without_broken_groups
+from sfgrpo.grpo.nonfinite import NumericalGuard
 from sfgrpo.grpo.rollout import roll_out, row_slices
 from sfgrpo.grpo.sanity import require_changed_sampler
-from sfgrpo.grpo.scoring import score_states, share_start_rewards
-from sfgrpo.grpo.sde import trainable_steps
+from sfgrpo.grpo.scoring import StateScorer, collect_rewards
 from sfgrpo.grpo.update import Objective, update_policy
 from sfgrpo.policies.base import Policy
 from sfgrpo.prompts import prompts_of_update
@@ -108,7 +106,17 @@ class Trainer:
             num_processes=accelerator.num_processes,
         )
         self._learner = Learner.of(policy, config)
-        self._objective = objective_of(config, policy, self._batches.update_micro_batch)
+        self._objective = Objective.of(policy, config.sampling, config.update, self._batches.update_micro_batch)
+        self._scorer = StateScorer(
+            policy=policy,
+            reward=materials.reward,
+            sigmas_S=self._objective.sigmas_S,
+            states=config.scored_states,
+            num_substeps=config.estimates.num_substeps,
+            guidance_scale=config.sampling.guidance_scale,
+            micro_batch_size=self._batches.rollout_micro_batch,
+            cut=functools.partial(even_slices, accelerator=accelerator),
+        )
         self._texts = sorted({prompt.text for prompt in materials.prompts})
         self._encoded = _encode_in_batches(policy, self._texts)
         self.history: list[dict[str, Any]] = []
@@ -231,10 +239,18 @@ class Trainer:
             own = rows[part].tolist()
             with clock("rollout"):
                 trajectories.append(self._roll_out(update_index, own, conditioning[part]))
-            rewards_NS = self._score(trajectories[-1], own, prompts, conditioning[part], clock)
-            rewards.append(rewards_NS.masked_fill(broken_images(trajectories[-1])[:, None], torch.nan))
+            # The first image of a group scores the start state, which all of them share.
+            first_rows = [row for row, image in enumerate(own) if image % config.rollout.group_size == 0]
+            own_prompts = [prompts[image] for image in own]
+            rewards.append(self._scorer.score(trajectories[-1], conditioning[part], own_prompts, first_rows, clock))
             self._heed_notice(self._seconds_of_update - (time.monotonic() - started))
-        rewards_NS, unrewarded_N = self._rewards_of_all(torch.cat(rewards))
+        rewards_NS, unrewarded_N = collect_rewards(
+            torch.cat(rewards),
+            states=config.scored_states,
+            group_size=config.rollout.group_size,
+            partition=self._partition,
+            accelerator=self._accelerator,
+        )
         advantages = group_advantages(
             rewards_NS,
             group_size=config.rollout.group_size,
@@ -259,8 +275,8 @@ class Trainer:
             self._sampler_changed = True
         broken = {
             "reward": unrewarded_N,
-            "loss": self._of_all(outcome.broken_loss_N),
-            "gradient": self._of_all(outcome.broken_gradient_N),
+            "loss": self._partition.gather(outcome.broken_loss_N, self._accelerator),
+            "gradient": self._partition.gather(outcome.broken_gradient_N, self._accelerator),
         }
         for what, images in broken.items():
             self._guard.record(update_index, what, [prompts[image] for image in images.nonzero().flatten().tolist()])
@@ -301,48 +317,8 @@ class Trainer:
             gaussian_noise(config.seed, "start_noise", update_index, groups, shape).to(self._policy.device),
             gaussian_noise(config.seed, "step_noise", update_index, images, step_shape).to(self._policy.device),
             self._objective.sigmas_S,
-            sampler=config.sampling.sampler,
-            noise_level=config.sampling.noise_level,
-            guidance_scale=config.sampling.guidance_scale,
-            micro_batch_size=len(images),
+            config.sampling,
         )
-
-    def _score(
-        self,
-        trajectory: Trajectory,
-        images: Sequence[int],
-        prompts: Sequence[Prompt],
-        conditioning: Conditioning,
-        clock: PhaseClock,
-    ) -> Tensor:
-        """Rewards the states that the credit needs; the first image of a group does so for the shared start state."""
-        config = self._config
-        return score_states(
-            self._policy,
-            trajectory,
-            conditioning,
-            [prompts[image] for image in images],
-            self._materials.reward,
-            self._objective.sigmas_S,
-            config.scored_states,
-            group_first_rows=[row for row, image in enumerate(images) if image % config.rollout.group_size == 0],
-            num_substeps=config.estimates.num_substeps,
-            guidance_scale=config.sampling.guidance_scale,
-            micro_batch_size=self._batches.rollout_micro_batch,
-            clock=clock,
-            cut=functools.partial(even_slices, accelerator=self._accelerator),
-        )
-
-    def _of_all(self, own: Tensor) -> Tensor:
-        """Gathers what each process has for each of its images, in the order of the images of the update."""
-        return self._partition.in_order(gathered(own, self._accelerator))
-
-    def _rewards_of_all(self, own_rewards_NS: Tensor) -> tuple[Tensor, Tensor]:
-        """Gathers the rewards of all images, [num_images, S], and tells which images had none to learn from."""
-        config = self._config
-        rewards_NS = self._of_all(own_rewards_NS)
-        rewards_NS = share_start_rewards(rewards_NS, config.scored_states, config.rollout.group_size)
-        return without_broken_groups(rewards_NS, config.rollout.group_size)
 
     def _save(self) -> None:
         """Writes a checkpoint of everything that the rest of the run depends on."""
@@ -396,27 +372,6 @@ class Trainer:
         for entry in self.history:
             materials.tracker.log_metrics({k: v for k, v in entry.items() if k != "update"}, entry["update"])
         self._periodic.record_again()
-
-
-def objective_of(config: TrainStage, policy: Policy, micro_batch_size: int) -> Objective:
-    """Gathers what an update maximises from the configuration and the policy's schedule."""
-    sigmas = policy.sigmas(config.sampling.num_steps).to(policy.device)
-    sampling, update = config.sampling, config.update
-    steps = trainable_steps(sampling.sampler, sigmas, sampling.noise_level, update.trained_steps)
-    return Objective(
-        sigmas_S=sigmas,
-        sampler=sampling.sampler,
-        noise_level=sampling.noise_level,
-        guidance_scale=sampling.guidance_scale,
-        trained_steps=tuple(steps),
-        clip_range=update.clip_range,
-        kl_coef=update.kl_coef,
-        kl_form=update.kl_form,
-        max_grad_norm=update.max_grad_norm,
-        steps_per_update=update.steps_per_update,
-        micro_batch_size=micro_batch_size,
-        ratio_tolerance=update.ratio_tolerance,
-    )
 
 
 def _encode_in_batches(policy: Policy, texts: Sequence[str], batch_size: int = 128) -> Conditioning:

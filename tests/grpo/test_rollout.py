@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sfgrpo.config.schema import SamplingConfig
 from sfgrpo.grpo.rollout import roll_out, row_slices
 from sfgrpo.policies.base import Policy
-from sfgrpo.types import Trajectory
+from sfgrpo.types import Trajectory, joined
 from tests.support import oracles
 from tests.support.tiny import counted_passes, disturb, make_tiny_pipeline, make_tiny_policy, tiny_prompts
 
@@ -27,13 +28,13 @@ def noises(policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
     return start, torch.randn(NUM_IMAGES, NUM_STEPS, *policy.latent_shape, generator=generator)
 
 
-def rolled_out(policy: Policy, sampler: str = "flow_sde", micro_batch_size: int = NUM_IMAGES, **changes) -> Trajectory:
-    options = {"noise_level": 0.7, "guidance_scale": 1.0} | changes
-    conditioning = policy.encode([prompt.text for prompt in tiny_prompts(NUM_IMAGES)])
-    sigmas = policy.sigmas(NUM_STEPS)
-    return roll_out(
-        policy, conditioning, *noises(policy), sigmas, sampler=sampler, micro_batch_size=micro_batch_size, **options
-    )
+def rolled_out(
+    policy: Policy, sampler: str = "flow_sde", guidance_scale: float = 1.0, rows: slice = slice(None)
+) -> Trajectory:
+    sampling = SamplingConfig(sampler=sampler, num_steps=NUM_STEPS, noise_level=0.7, guidance_scale=guidance_scale)
+    conditioning = policy.encode([prompt.text for prompt in tiny_prompts(NUM_IMAGES)])[rows]
+    start, noise = noises(policy)
+    return roll_out(policy, conditioning, start[rows], noise[rows], policy.sigmas(NUM_STEPS), sampling)
 
 
 def test_every_state_velocity_and_log_prob_is_kept(policy):
@@ -84,7 +85,8 @@ def test_step_without_density_has_no_log_prob(policy, sampler, has_density):
 
 
 def test_micro_batches_change_no_image(policy):
-    together, apart = rolled_out(policy), rolled_out(policy, micro_batch_size=3)
+    together = rolled_out(policy)
+    apart = joined([rolled_out(policy, rows=rows) for rows in row_slices(NUM_IMAGES, 3)])
     for field in ("latents_NSCHW", "velocities_NKCHW", "log_probs_NK"):
         torch.testing.assert_close(getattr(apart, field), getattr(together, field), rtol=1e-4, atol=1e-4)
 
@@ -92,9 +94,15 @@ def test_micro_batches_change_no_image(policy):
 @pytest.mark.parametrize(("scale", "passes_per_step"), [(1.0, 1), (4.5, 2)])
 def test_rollout_costs_one_pass_per_step_and_two_with_guidance(policy, scale, passes_per_step):
     with counted_passes(policy) as sizes:
-        rolled_out(policy, guidance_scale=scale, micro_batch_size=2)
+        rolled_out(policy, guidance_scale=scale)
     assert sum(sizes) == NUM_IMAGES * NUM_STEPS * passes_per_step
-    assert len(sizes) == NUM_STEPS * 2
+    assert len(sizes) == NUM_STEPS
+
+
+def test_rollout_of_no_image_still_makes_every_pass(policy):
+    with counted_passes(policy) as sizes:
+        trajectory = rolled_out(policy, rows=slice(0, 0))
+    assert len(sizes) == NUM_STEPS and len(trajectory.latents_NSCHW) == 0
 
 
 def test_rollout_keeps_no_gradient(policy):

@@ -7,12 +7,15 @@ import itertools
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from sfgrpo.config.batching import BatchArithmetic
+from sfgrpo.config.schema import SamplingConfig
 from sfgrpo.config.stages import TrainStage, load_config
+from sfgrpo.grpo.distributed import Partition
 from sfgrpo.grpo.estimates import substep_sigmas
 from sfgrpo.grpo.rollout import roll_out, row_slices
-from sfgrpo.grpo.scoring import estimate_states, score_latents, score_states, share_start_rewards
+from sfgrpo.grpo.scoring import StateScorer, collect_rewards, share_start_rewards
 from sfgrpo.policies.base import Policy
 from sfgrpo.runtime.timing import PhaseClock
 from sfgrpo.types import Conditioning, Prompt, Trajectory
@@ -43,17 +46,8 @@ def line() -> Line:
     start = torch.randn(NUM_PROMPTS, *policy.latent_shape, generator=generator).repeat_interleave(GROUP_SIZE, dim=0)
     noise = torch.randn(NUM_IMAGES, NUM_STEPS, *policy.latent_shape, generator=generator)
     sigmas = policy.sigmas(NUM_STEPS)
-    trajectory = roll_out(
-        policy,
-        conditioning,
-        start,
-        noise,
-        sigmas,
-        sampler="flow_sde",
-        noise_level=0.7,
-        guidance_scale=1.0,
-        micro_batch_size=NUM_IMAGES,
-    )
+    sampling = SamplingConfig(sampler="flow_sde", num_steps=NUM_STEPS, noise_level=0.7)
+    trajectory = roll_out(policy, conditioning, start, noise, sigmas, sampling)
     return Line(policy=policy, trajectory=trajectory, conditioning=conditioning, prompts=prompts, sigmas=sigmas)
 
 
@@ -68,39 +62,29 @@ def naive_estimate(line: Line, row: int, state: int, num_substeps: int, guidance
     return x[0]
 
 
+def scorer_for(line: Line, **changes) -> StateScorer:
+    options = {
+        "policy": line.policy,
+        "reward": Light(),
+        "sigmas_S": line.sigmas,
+        "states": range(NUM_STEPS + 1),
+        "num_substeps": 2,
+        "guidance_scale": 1.0,
+        "micro_batch_size": 5,
+    }
+    return StateScorer(**options | changes)
+
+
 def estimated(line: Line, rows: list[int], states: list[int], num_substeps: int, **changes) -> torch.Tensor:
-    options = {"guidance_scale": 1.0, "micro_batch_size": 5} | changes
-    return estimate_states(
-        line.policy,
-        line.trajectory,
-        line.conditioning,
-        line.sigmas,
-        torch.tensor(rows),
-        torch.tensor(states),
-        num_substeps=num_substeps,
-        **options,
-    )
+    scorer = scorer_for(line, num_substeps=num_substeps, **changes)
+    return scorer.estimate(line.trajectory, line.conditioning, torch.tensor(rows), torch.tensor(states))
 
 
-def scored(
-    line: Line, reward=None, num_substeps: int = 2, micro_batch_size: int = 5, states=range(NUM_STEPS + 1), **changes
-) -> torch.Tensor:
-    states = tuple(states)
-    rewards = score_states(
-        line.policy,
-        changes.get("trajectory", line.trajectory),
-        line.conditioning,
-        line.prompts,
-        reward or Light(),
-        line.sigmas,
-        states,
-        group_first_rows=range(0, NUM_IMAGES, GROUP_SIZE),
-        num_substeps=num_substeps,
-        guidance_scale=1.0,
-        micro_batch_size=micro_batch_size,
-        clock=changes.get("clock", PhaseClock()),
-    )
-    return share_start_rewards(rewards, states, GROUP_SIZE)
+def scored(line: Line, clock: PhaseClock | None = None, **changes) -> torch.Tensor:
+    """Scores the line's images, with the start state's reward shared by the group."""
+    scorer, first_rows = scorer_for(line, **changes), range(0, NUM_IMAGES, GROUP_SIZE)
+    rewards = scorer.score(line.trajectory, line.conditioning, line.prompts, first_rows, clock or PhaseClock())
+    return share_start_rewards(rewards, scorer.states, GROUP_SIZE)
 
 
 def every_state() -> tuple[list[int], list[int]]:
@@ -175,8 +159,8 @@ def test_every_reward_is_that_of_its_state(line):
 
 
 def test_final_state_is_the_image_itself(line):
-    final = score_latents(line.policy, line.trajectory.latents_NSCHW[:, -1], line.prompts, Light(), 99, PhaseClock())
-    torch.testing.assert_close(scored(line)[:, -1], final, rtol=0, atol=1e-3)
+    images = line.policy.decode(line.trajectory.latents_NSCHW[:, -1])
+    torch.testing.assert_close(scored(line)[:, -1], Light()(images, line.prompts), rtol=0, atol=1e-3)
 
 
 class Counting(Light):
@@ -192,7 +176,7 @@ class Counting(Light):
 
 def test_start_state_is_rewarded_once_for_its_group(line):
     reward = Counting()
-    rewards = scored(line, reward)
+    rewards = scored(line, reward=reward)
     per_group = 1 + GROUP_SIZE * NUM_STEPS
     assert [reward.seen.count(prompt) for prompt in dict.fromkeys(line.prompts)] == [per_group] * NUM_PROMPTS
     first = rewards[:, 0].reshape(NUM_PROMPTS, GROUP_SIZE)
@@ -203,27 +187,35 @@ def test_start_state_is_rewarded_once_for_its_group(line):
 @pytest.mark.parametrize("states", [(0, 2, NUM_STEPS), (0, NUM_STEPS), (1, NUM_STEPS), (NUM_STEPS,)])
 def test_states_that_are_left_out_cost_nothing_and_change_no_reward(line, states):
     reward = Counting()
-    rewards = scored(line, reward, states=states)
+    rewards = scored(line, reward=reward, states=states)
     torch.testing.assert_close(rewards, scored(line)[:, list(states)], rtol=0, atol=2e-3)
     assert len(reward.seen) == sum(NUM_PROMPTS if state == 0 else NUM_IMAGES for state in states)
 
 
 def test_rows_that_speak_for_no_group_have_no_start_reward(line):
-    rewards = score_states(
-        line.policy,
-        line.trajectory,
-        line.conditioning,
-        line.prompts,
-        Light(),
-        line.sigmas,
-        (0, NUM_STEPS),
-        group_first_rows=[],
-        num_substeps=2,
-        guidance_scale=1.0,
-        micro_batch_size=5,
-        clock=PhaseClock(),
-    )
+    scorer = scorer_for(line, states=(0, NUM_STEPS))
+    rewards = scorer.score(line.trajectory, line.conditioning, line.prompts, [], PhaseClock())
     assert rewards[:, 0].isnan().all() and rewards[:, 1].isfinite().all()
+
+
+def test_image_whose_path_is_not_finite_has_no_reward_at_all(line):
+    latents = line.trajectory.latents_NSCHW.clone()
+    latents[3, 2, 0, 0, 0] = torch.inf
+    broken = dataclasses.replace(line, trajectory=dataclasses.replace(line.trajectory, latents_NSCHW=latents))
+    rewards, expected = scored(broken, states=(1, NUM_STEPS)), scored(line, states=(1, NUM_STEPS))
+    assert rewards[3].isnan().all()
+    others = [0, 1, 2, 4, 5]
+    torch.testing.assert_close(rewards[others], expected[others])
+
+
+def test_collected_rewards_share_the_start_and_make_broken_groups_constant():
+    own = torch.tensor([[0.5, 1.0], [torch.nan, 2.0], [0.25, torch.inf], [torch.nan, 4.0]])
+    partition = Partition(num_images=4, num_steps=1, num_processes=1)
+    rewards, broken_N = collect_rewards(
+        own, states=(0, 1), group_size=2, partition=partition, accelerator=Accelerator(cpu=True)
+    )
+    assert rewards.tolist() == [[0.5, 1.0], [0.5, 2.0], [1.5, 1.5], [1.5, 1.5]]
+    assert broken_N.tolist() == [False, False, True, False]
 
 
 def test_empty_slices_change_no_estimate(line):

@@ -29,8 +29,6 @@ from tests.support.update import (
     weights,
 )
 
-GROUP_SIZE = 2
-
 
 @pytest.fixture
 def policy() -> Policy:
@@ -58,29 +56,29 @@ def plain_descent(policy: Policy) -> torch.optim.Optimizer:
 
 def naive_loss(policy: Policy, batch: RolloutBatch, objective: Objective, rows: range) -> torch.Tensor:
     """Writes the objective out: mean over images and steps of -min(ratio A, clip(ratio) A) + kl_coef KL."""
-    sigmas, total = objective.sigmas_S, torch.zeros(())
+    sigmas, update, total = objective.sigmas_S, objective.update, torch.zeros(())
     for n in rows:
         for k in objective.trained_steps:
             x, taken = batch.trajectory.latents_NSCHW[n, k], batch.trajectory.latents_NSCHW[n, k + 1]
-            arguments = (x[None], sigmas[[k]], batch.conditioning[[n]], objective.guidance_scale)
+            arguments = (x[None], sigmas[[k]], batch.conditioning[[n]], objective.sampling.guidance_scale)
             t, p, sigma_max = sigmas[k].item(), sigmas[k + 1].item(), sigmas[1].item()
             mean, std = oracles.flow_sde(x, policy.velocity(*arguments)[0], t, p, sigma_max, NOISE_LEVEL)
             log_prob = torch.distributions.Normal(mean, std).log_prob(taken).mean()
             ratio = torch.exp(log_prob - batch.trajectory.log_probs_NK[n, k])
             advantage = batch.advantages_NK[n, k]
-            clipped = ratio.clamp(1 - objective.clip_range, 1 + objective.clip_range)
+            clipped = ratio.clamp(1 - update.clip_range, 1 + update.clip_range)
             total = total - torch.minimum(ratio * advantage, clipped * advantage)
-            if objective.kl_coef:
+            if update.kl_coef:
                 start, _ = oracles.flow_sde(x, policy.reference_velocity(*arguments)[0], t, p, sigma_max, NOISE_LEVEL)
                 one, other = torch.distributions.Normal(mean, std), torch.distributions.Normal(start, std)
                 kl = torch.distributions.kl_divergence(one, other).mean()
-                total = total + objective.kl_coef * kl * (t - p if objective.kl_form == "flow_grpo" else 1)
+                total = total + update.kl_coef * kl * (t - p if update.kl_form == "flow_grpo" else 1)
     return total / (len(rows) * len(objective.trained_steps))
 
 
 def naive_update(policy: Policy, batch: RolloutBatch, objective: Objective) -> None:
     """Takes the plain descent steps of the naive loss, share by share."""
-    share = NUM_IMAGES // objective.steps_per_update
+    share = NUM_IMAGES // objective.update.steps_per_update
     parameters = list(policy.adapter_parameters().values())
     for first in range(0, NUM_IMAGES, share):
         loss = naive_loss(policy, batch, objective, range(first, first + share))
