@@ -4,6 +4,10 @@ INSTALLED := .venv/.installed
 S3_INSTALLED := .venv-s3/.installed
 INFRA_INSTALLED := .venv-infra/.installed
 
+# Processes that share the tests, a whole module at a time; most tests keep one core busy or wait.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 FORM ?= short
 .PHONY: help setup s3-server infra-tools stack stack-down stack-status deploy demo repro study test test-distributed \
@@ -58,8 +62,7 @@ study: setup ## Compares Stepwise-Flow-GRPO with Flow-GRPO; FORM=long for the lo
 	@$(BIN)/python -m flows.study $(FORM)
 
 test: setup s3-server infra-tools ## Runs every test but those of test-stack
-	@$(BIN)/python -m pytest -m "not distributed and not stack"
-	@$(MAKE) --no-print-directory test-distributed
+	@$(PYTEST) -m "not stack"
 
 test-distributed: setup ## Runs the tests that start several processes
 	@$(BIN)/python -m pytest -m distributed
