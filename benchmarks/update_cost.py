@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sfgrpo.config.stages import TrainStage, load_config
+from sfgrpo.config.stages import PromptsStage, TrainStage, load_config
 from sfgrpo.factory import make_accelerator, make_policy, make_reward, use_threads
 from sfgrpo.grpo import scoring
 from sfgrpo.grpo.noise import gaussian_noise
@@ -216,9 +216,9 @@ def measured(run: Callable[[Variant], dict[str, float]], named: Mapping[str, Var
 def main(row: str = "stepwise_unguided_geneval") -> None:
     """Measures and prints."""
     path, environment = Path("experiments/shapes") / f"{row}.yaml", read_environment()
-    config = load_config("train", path)
+    config = load_config(TrainStage, path)
     use_threads(environment)
-    pool, _ = make_prompts(load_config("prompts", path))
+    pool, _ = make_prompts(load_config(PromptsStage, path))
     prompts = [pool[index] for index in range(config.rollout.prompts_per_update)]
     bench = Bench(
         config=config,

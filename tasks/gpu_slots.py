@@ -10,7 +10,7 @@ from prefect import get_client
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
-from sfgrpo.config.stages import load_config
+from sfgrpo.config.stages import LaunchStage, load_config
 from sfgrpo.errors import ConfigError
 from sfgrpo.paths import PARAMS
 
@@ -28,7 +28,7 @@ def gpu_slots() -> Iterator[None]:
     Raises:
         ConfigError: the server has no such limit, since nobody deployed to it.
     """
-    wanted = load_config("launch", Path(PARAMS)).launch.num_processes
+    wanted = load_config(LaunchStage, Path(PARAMS)).launch.num_processes
     with concurrency(
         LIMIT, min(wanted, _num_slots()), lease_duration=LEASE_S, raise_on_lease_renewal_failure=False, strict=True
     ):

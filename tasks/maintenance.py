@@ -25,7 +25,7 @@ def recheck() -> dict[str, Any]:
 @stage_task("close stale runs")
 def close_stale_runs() -> dict[str, Any]:
     """Close the MLflow runs of dead processes; return the runs at work, closed and silent."""
-    return _reported("sweep")
+    return _reported("close_stale_runs")
 
 
 @stage_task("retention")

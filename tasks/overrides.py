@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from sfgrpo.config.batching import BatchArithmetic
-from sfgrpo.config.stages import STAGES, load_config, to_flat_dict
+from sfgrpo.config.stages import STAGES, LaunchStage, TrainStage, load_config, to_flat_dict
 from sfgrpo.errors import ConfigError
 from sfgrpo.paths import PARAMS
 
@@ -60,8 +60,8 @@ def _checked(text: str) -> dict[str, Any]:
         path.write_text(text, encoding="utf-8")
         try:
             flat = {name: value for stage in STAGES for name, value in to_flat_dict(load_config(stage, path)).items()}
-            launch = load_config("launch", path).launch
-            BatchArithmetic(config=load_config("train", path), num_processes=launch.world_size)
+            launch = load_config(LaunchStage, path).launch
+            BatchArithmetic(config=load_config(TrainStage, path), num_processes=launch.world_size)
         except ConfigError as error:
             raise ConfigError(str(error).replace(str(path), PARAMS)) from error
     return flat

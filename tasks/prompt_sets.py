@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfgrpo.config.stages import load_config
+from sfgrpo.config.stages import PromptsStage, load_config
 from sfgrpo.errors import SfgrpoError
 from sfgrpo.geneval.prompt_sets import twin_key
 from sfgrpo.paths import EVALUATION_PROMPTS, PARAMS, TRAINING_PROMPTS
@@ -40,7 +40,7 @@ def read_prompt_sets() -> PromptSets:
         SfgrpoError: a set has another size than the parameters ask for, or training holds an evaluation prompt or the
             order-swapped twin of one.
     """
-    wanted = load_config("prompts", Path(PARAMS)).prompts
+    wanted = load_config(PromptsStage, Path(PARAMS)).prompts
     training, evaluation = read_prompts(TRAINING_PROMPTS), read_prompts(EVALUATION_PROMPTS)
     held_out = set(map(twin_key, evaluation))
     if overlap := [prompt.text for prompt in training if twin_key(prompt) in held_out]:

@@ -224,7 +224,7 @@ def top_level(server: S3Server) -> list[str]:
 
 def test_log_and_traceback_are_without_secrets(tmp_path):
     program = (
-        "import logging, os, sys; from sfgrpo.__main__ import prepare; prepare()\n"
+        "import logging, os, sys; from sfgrpo.runtime.entry_point import set_up_logging; set_up_logging()\n"
         "secret = os.environ['MLFLOW_TRACKING_PASSWORD']\n"
         "try: raise ValueError(f'caught with {secret}')\n"
         "except ValueError: logging.getLogger('x').exception('http://user:some-password@host %s', secret)\n"

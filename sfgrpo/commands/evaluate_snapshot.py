@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sfgrpo.checkpoint.snapshots import Snapshot, evaluation_key, list_snapshots, read_snapshot
-from sfgrpo.config.stages import load_config
+from sfgrpo.config.stages import TrainStage, load_config
 from sfgrpo.errors import ConfigError, SfgrpoError
 from sfgrpo.evaluation.store import EVALUATIONS, claimed_evaluation, read_metrics
 from sfgrpo.factory import check_pretrained, device_of, make_held_out, make_policy, make_reward, use_threads
@@ -43,7 +43,7 @@ def _snapshot_of(folder: Path, update: int) -> Snapshot:
 
 
 def _judge(folder: Path, snapshot: Snapshot, store: Path, environment: Environment) -> None:
-    config = load_config("train", folder / INPUTS / PARAMS)
+    config = load_config(TrainStage, folder / INPUTS / PARAMS)
     prompts = read_prompts(folder / INPUTS / EVALUATION_PROMPTS.name)
     adapter = read_snapshot(folder, snapshot.update)
     kind = device_of(environment).partition(":")[0]

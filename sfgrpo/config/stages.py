@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, TypeAlias, TypeVar, get_args
 
 from pydantic import NonNegativeInt
 
@@ -153,73 +153,46 @@ Stage: TypeAlias = (
     | RegistryStage
     | LaunchStage
 )
-STAGES: Mapping[str, type[Stage]] = {
-    "pretrain": PretrainStage,
-    "pretrain_reward": PretrainRewardStage,
-    "prompts": PromptsStage,
-    "train": TrainStage,
-    "evaluate": EvaluateStage,
-    "register": RegisterStage,
-    "promote": PromoteStage,
-    "rollback": RegistryStage,
-    "recheck": RegistryStage,
-    "launch": LaunchStage,
-}
+STAGES: tuple[type[Stage], ...] = get_args(Stage)
+StageType = TypeVar("StageType", bound=Stage)
 
 
-@overload
-def load_config(stage: Literal["pretrain"], path: Path) -> PretrainStage: ...
-@overload
-def load_config(stage: Literal["pretrain_reward"], path: Path) -> PretrainRewardStage: ...
-@overload
-def load_config(stage: Literal["prompts"], path: Path) -> PromptsStage: ...
-@overload
-def load_config(stage: Literal["train"], path: Path) -> TrainStage: ...
-@overload
-def load_config(stage: Literal["evaluate"], path: Path) -> EvaluateStage: ...
-@overload
-def load_config(stage: Literal["register"], path: Path) -> RegisterStage: ...
-@overload
-def load_config(stage: Literal["promote"], path: Path) -> PromoteStage: ...
-@overload
-def load_config(stage: Literal["rollback", "recheck"], path: Path) -> RegistryStage: ...
-@overload
-def load_config(stage: Literal["launch"], path: Path) -> LaunchStage: ...
-@overload
-def load_config(stage: str, path: Path) -> Stage: ...
-def load_config(stage: str, path: Path) -> Stage:
-    """Reads what `stage` needs from the parameter file, and from the files that it extends.
+def load_config(stage: type[StageType], path: Path) -> StageType:
+    """Load the parameters of a stage from a parameter file and the files that it extends.
 
-    Raises `ConfigError` with one line for each problem, opening with the file and the dotted path of the parameter.
-    The sections of other stages are not checked, but a section that no stage knows is an error.
+    The sections of other stages are not checked, but a section that no stage has is an error.
+
+    Raises:
+        ConfigError: one line for each problem, starting with the file and the dotted path of the parameter.
     """
-    if stage not in STAGES:
-        raise ConfigError(f"{stage!r} is no stage; allowed are {', '.join(STAGES)}")
     values = read_parameters(path)
-    names = {stage: [field.name for field in dataclasses.fields(schema)] for stage, schema in STAGES.items()}
-    known = list(dict.fromkeys(name for fields in names.values() for name in fields))
+    known = list(dict.fromkeys(field.name for each in STAGES for field in dataclasses.fields(each)))
     if unknown := [str(key) for key in values if key not in known]:
         raise ConfigError("\n".join(f"{path}: {key}: {unknown_key(key, known)}" for key in unknown))
-    return validated(STAGES[stage], {key: values[key] for key in names[stage] if key in values}, str(path))
+    names = [field.name for field in dataclasses.fields(stage)]
+    return validated(stage, {name: values[name] for name in names if name in values}, str(path))
 
 
 def to_flat_dict(config: Stage) -> dict[str, Any]:
-    """Spells a configuration as dotted keys and JSON values: `{"sampling.num_steps": 10, ...}`."""
-    return dict(_flattened(dataclasses.asdict(config)))
+    """Return a configuration as dotted keys and JSON values: `{"sampling.num_steps": 10, ...}`."""
+    return flatten(dataclasses.asdict(config))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys; tuples become lists, as in JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
 def config_digest(config: Stage) -> str:
-    """Gives the SHA-256 of every value of a configuration, as 64 hex digits."""
+    """Return the SHA-256 of every value of a configuration as 64 hex digits."""
     canonical = json.dumps(to_flat_dict(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flattened(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
 def _sampling_conflicts(config: TrainStage) -> Iterator[str]:

@@ -29,12 +29,12 @@ END = b"\0"
 
 
 class GracefulShutdown:
-    """Whether this process was told to stop, by the first of `SIGNALS` that it gets within the block.
+    """Context manager that lets a process save its state when one of `SIGNALS` tells it to stop.
 
-    The signal raises `Preempted`; inside `deferred()` it only sets `stop_requested`, for the code there to look at. The process
-    then has `grace_s` seconds to leave the block and is ended with `ExitStatus.RESUMABLE` if it does not. Further
-    signals change nothing, since supervisors repeat them, but a second Ctrl-C ends the process at once. Outside the
-    main thread, which alone gets signals, no stop is ever requested.
+    The first signal raises `Preempted`; inside `deferred()` it only sets `stop_requested`, which the code there has to
+    check. The process then has `grace_s` seconds to leave the block, after which it is ended with
+    `ExitStatus.RESUMABLE`. Further signals change nothing, since supervisors repeat them, except that a second Ctrl-C
+    ends the process at once. Only the main thread receives signals; in any other, no stop is ever requested.
     """
 
     def __init__(self, grace_s: float) -> None:

@@ -93,7 +93,7 @@ def stages_of_run(plan: Plan, row: str, seed: int) -> tuple[PromptsStage, TrainS
             f"seeds {', '.join(map(str, plan.seeds))}"
         )
     path = ROWS / f"{row}.yaml"
-    prompts, train = load_config("prompts", path), load_config("train", path)
+    prompts, train = load_config(PromptsStage, path), load_config(TrainStage, path)
     every = plan.evaluate_every_num_updates
     return dataclasses.replace(prompts, seed=seed), dataclasses.replace(
         train,

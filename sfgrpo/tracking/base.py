@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from sfgrpo.config.stages import flatten
 from sfgrpo.errors import Preempted
 from sfgrpo.runtime.manifest import sha256_of_file
 
@@ -90,7 +91,7 @@ class RecordingTracker(Tracker):
         pass
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        self.params |= flatten(params)
+        self.params |= param_texts(params)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         for key, value in metrics.items():
@@ -162,12 +163,6 @@ def ending(tracker: Tracker) -> Iterator[Tracker]:
     tracker.finish("FINISHED")
 
 
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Turns nested mappings into dotted names, and values into the text that `params.yaml` would hold."""
-    flat: dict[str, str] = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
-    return flat
+def param_texts(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return parameters by dotted name, each as the text that `params.yaml` would hold."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flatten(params).items()}

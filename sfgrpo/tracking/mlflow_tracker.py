@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from sfgrpo.errors import TrackingError
 from sfgrpo.runtime.manifest import sha256_of_file
 from sfgrpo.runtime.process import ProcessIdentity, this_owner
-from sfgrpo.tracking.base import RunStatus, Tracker, flatten
+from sfgrpo.tracking.base import RunStatus, Tracker, param_texts
 from sfgrpo.tracking.delivery import DeliveryQueue, first_line
 from sfgrpo.tracking.mlflow_client import connect, find_or_create_experiment, find_run, is_outage, load_mlflow
 
@@ -105,7 +105,7 @@ class MlflowTracker(Tracker):
         self._raise_refusal()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        flat = {key: value[:MAX_PARAM_LENGTH] for key, value in flatten(params).items()}
+        flat = {key: value[:MAX_PARAM_LENGTH] for key, value in param_texts(params).items()}
         self._put(functools.partial(self._send_params, flat))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:

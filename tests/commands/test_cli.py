@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sfgrpo.cli import COMMANDS, main
-from sfgrpo.config.stages import STAGES, load_config
+from sfgrpo.config.stages import STAGES, TrainStage, load_config
 from sfgrpo.runtime.environment import Environment
 from tests.support.tiny_run import ROOT, TINY, write_params
 
@@ -48,11 +48,12 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 OPTIONS = {
     "train": ("--params", "--resume"),
     "evaluate_snapshot": (),
+    "study": (),
     "promote": ("--params", "--model", "--version", "--judge-only", "--apply"),
     "rollback": ("--params", "--model"),
     "recheck": ("--params", "--model"),
     "sample": ("--model", "--out", "--seed", "--steps", "--guidance"),
-    "sweep": ("--quiet-h", "--report"),
+    "close_stale_runs": ("--quiet-h", "--report"),
     "retention": ("--days", "--rehearse", "--report"),
 }
 """Options of commands, where that is not the parameter file alone."""
@@ -80,16 +81,24 @@ def test_help_names_stages_parameters_environment_and_exit_status(tmp_path):
     assert [word for word in words if word not in text] == []
 
 
-def test_every_stage_is_a_command():
-    assert set(COMMANDS) >= set(STAGES) - {"launch"}
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_values_are_options_of_no_stage_but_which_run_or_version_is_meant_may_be(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     shown = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert shown == {"--help", *OPTIONS.get(command, ("--params",))}
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if "_" in name])
+def test_hyphens_may_be_typed_for_underscores(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command.replace("_", "-"), "--help"])
+
+
+def test_former_name_of_a_command_is_refused_with_the_new_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["sweep"])
+    assert "error: the command sweep is now close_stale_runs; use that name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["tarin"], ["train", "--learning-rate", "1"]])
@@ -150,7 +159,7 @@ def test_show_prints_parameters_and_arithmetic(tmp_path, capsys):
 @pytest.mark.parametrize("stage", STAGES)
 def test_full_scale_parameters_load(stage):
     config = load_config(stage, ROOT / "params/sd35_medium.yaml")
-    if stage == "train":
+    if isinstance(config, TrainStage):
         assert (config.rollout.num_images, config.update.clip_range, config.policy.resolution) == (1152, 1e-4, 512)
 
 

@@ -14,7 +14,16 @@ from ruamel.yaml import YAML
 
 from sfgrpo.config import schema
 from sfgrpo.config.batching import BatchArithmetic
-from sfgrpo.config.stages import STAGES, TrainStage, config_digest, load_config, to_flat_dict
+from sfgrpo.config.stages import (
+    STAGES,
+    PretrainStage,
+    PromptsStage,
+    StageType,
+    TrainStage,
+    config_digest,
+    load_config,
+    to_flat_dict,
+)
 from sfgrpo.errors import ConfigError, SfgrpoError
 from sfgrpo.runtime.environment import Environment, read_environment
 from tests.support.paths import ROOT
@@ -41,7 +50,7 @@ EXAMPLE = {
 }
 
 
-def load(tmp_path: Path, changes: dict[str, Any], stage: str = "train") -> Any:
+def load(tmp_path: Path, changes: dict[str, Any], stage: type[StageType] = TrainStage) -> StageType:
     """Loads the example parameters with values replaced by dotted path."""
     values = copy.deepcopy(EXAMPLE)
     for path, value in changes.items():
@@ -63,12 +72,11 @@ def train(tmp_path: Path) -> TrainStage:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_shipped_parameters_load_for_every_stage(stage):
-    config = load_config(stage, PARAMS)
-    assert isinstance(config, STAGES[stage])
+    assert isinstance(load_config(stage, PARAMS), stage)
 
 
 def test_shipped_parameters_are_exactly_the_sections_of_the_stages():
-    known = {field.name for stage in STAGES.values() for field in dataclasses.fields(stage)}
+    known = {field.name for stage in STAGES for field in dataclasses.fields(stage)}
     assert set(SHIPPED) == known
 
 
@@ -107,7 +115,7 @@ def test_misspelt_key_is_reported_with_its_path_and_the_nearest_one(tmp_path):
 
 def test_misspelt_key_of_a_nested_section_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"pretrain\.autoencoder\.kl_weigth: .* did you mean kl_weight\?"):
-        load(tmp_path, {"pretrain.autoencoder.kl_weigth": 1.0}, stage="pretrain")
+        load(tmp_path, {"pretrain.autoencoder.kl_weigth": 1.0}, stage=PretrainStage)
 
 
 def test_unknown_section_is_an_error_for_every_stage(tmp_path):
@@ -126,7 +134,7 @@ def test_missing_section_is_reported(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text("seed: 0")
     with pytest.raises(ConfigError, match=r"params\.yaml: prompts: missing"):
-        load_config("prompts", path)
+        load_config(PromptsStage, path)
 
 
 @pytest.mark.parametrize(
@@ -163,18 +171,18 @@ def test_all_problems_are_reported_at_once(tmp_path):
 
 def test_task_left_out_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"prompts\.num_evaluation: .*counting.* missing; give every task a number"):
-        load(tmp_path, {"prompts.num_evaluation": {"single_object": 1}}, stage="prompts")
+        load(tmp_path, {"prompts.num_evaluation": {"single_object": 1}}, stage=PromptsStage)
 
 
 def test_unknown_task_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"task_weights\.color: 'color' is not 'single_object', .*"):
-        load(tmp_path, {"prompts.task_weights.color": 1}, stage="prompts")
+        load(tmp_path, {"prompts.task_weights.color": 1}, stage=PromptsStage)
 
 
 def test_tasks_that_are_all_zero_are_refused(tmp_path):
     weights = dict.fromkeys(SHIPPED["prompts"]["task_weights"], 0)
     with pytest.raises(ConfigError, match="every task has 0; give at least one"):
-        load(tmp_path, {"prompts.task_weights": weights}, stage="prompts")
+        load(tmp_path, {"prompts.task_weights": weights}, stage=PromptsStage)
 
 
 @pytest.mark.parametrize(
@@ -252,23 +260,18 @@ def test_file_that_is_no_mapping_is_refused(tmp_path, text, problem):
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=problem):
-        load_config("train", path)
+        load_config(TrainStage, path)
 
 
 def test_missing_file_is_a_configuration_error(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read \(No such file"):
-        load_config("train", tmp_path / "none.yaml")
+        load_config(TrainStage, tmp_path / "none.yaml")
 
 
 def test_file_that_is_not_text_is_a_configuration_error(tmp_path):
     (tmp_path / "params.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8 text"):
-        load_config("train", tmp_path / "params.yaml")
-
-
-def test_unknown_stage_is_refused():
-    with pytest.raises(ConfigError, match="'deploy' is no stage; allowed are pretrain, pretrain_reward, prompts"):
-        load_config("deploy", PARAMS)
+        load_config(TrainStage, tmp_path / "params.yaml")
 
 
 def test_configuration_error_is_also_a_value_error():
@@ -281,7 +284,7 @@ def test_flat_dict_has_dotted_keys_and_json_values(train):
     assert flat["update.betas"] == [0.9, 0.999]
     assert json.loads(json.dumps(flat)) == flat
     assert (
-        to_flat_dict(load_config("prompts", PARAMS))["prompts.task_weights.counting"]
+        to_flat_dict(load_config(PromptsStage, PARAMS))["prompts.task_weights.counting"]
         == SHIPPED["prompts"]["task_weights"]["counting"]
     )
 
@@ -296,11 +299,11 @@ def test_digest_changes_with_every_value_and_with_nothing_else(train, tmp_path):
 def test_digest_is_the_same_in_another_process():
     code = (
         "from pathlib import Path; from sfgrpo.config.stages import *;"
-        "print(config_digest(load_config('train', Path('params.yaml'))))"
+        "print(config_digest(load_config(TrainStage, Path('params.yaml'))))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True, env=environment)
-    assert output.strip() == config_digest(load_config("train", PARAMS))
+    assert output.strip() == config_digest(load_config(TrainStage, PARAMS))
 
 
 def test_batch_arithmetic_of_one_process(train):

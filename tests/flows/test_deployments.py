@@ -31,7 +31,7 @@ from prefect.states import Scheduled
 from ruamel.yaml import YAML
 
 from flows.deploy import RESUMPTION, ZOMBIES
-from sfgrpo.config.stages import load_config
+from sfgrpo.config.stages import PromptsStage, load_config
 from sfgrpo.prompts import make_prompts, write_prompts
 from tests.support.stub_pipeline import ROOT, STUB, build_stub_pipeline, calls
 
@@ -467,7 +467,7 @@ def prepared(platform: Platform) -> Iterator[Path]:
 
 
 def test_refreshed_prompts_are_kept_and_then_taken_by_the_next_training(platform, client, prepared):
-    wanted = load_config("prompts", ROOT / "params.yaml")
+    wanted = load_config(PromptsStage, ROOT / "params.yaml")
     training, evaluation = make_prompts(
         dataclasses.replace(wanted, prompts=dataclasses.replace(wanted.prompts, edition=1))
     )

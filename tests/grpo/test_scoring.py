@@ -131,7 +131,7 @@ def test_guidance_of_the_rollout_is_that_of_the_estimates(line):
 
 @pytest.mark.parametrize("num_substeps", [1, 2, 3, 5, 9])
 def test_passes_are_those_that_the_batch_arithmetic_announces(line, num_substeps, pytestconfig):
-    config = load_config("train", pytestconfig.rootpath / "params.yaml")
+    config = load_config(TrainStage, pytestconfig.rootpath / "params.yaml")
     config: TrainStage = dataclasses.replace(
         config,
         sampling=dataclasses.replace(config.sampling, num_steps=NUM_STEPS),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sfgrpo.cli import main
-from sfgrpo.config.stages import load_config
+from sfgrpo.config.stages import PretrainStage, load_config
 from sfgrpo.runtime.manifest import verify_manifest
 from tests.support.tiny_run import ROOT
 
@@ -74,7 +74,7 @@ def test_plain_diffusers_loads_it_and_draws(tmp_path):
 
 
 def test_card_names_what_params_yaml_says(card):
-    stage = load_config("pretrain", ROOT / "params.yaml")
+    stage = load_config(PretrainStage, ROOT / "params.yaml")
     recipe = stage.pretrain
     for fact in (
         f"seed {stage.seed}",
@@ -91,7 +91,7 @@ def test_card_names_time_and_machine(card):
 
 
 def test_card_has_a_row_of_scores_for_every_guidance_scale(card):
-    scales = load_config("pretrain", ROOT / "params.yaml").pretrain.evaluation.guidance_scales
+    scales = load_config(PretrainStage, ROOT / "params.yaml").pretrain.evaluation.guidance_scales
     assert {1.0, 4.5} <= set(scales)
     cell = r"\| \d\.\d\d ± \d\.\d\d "
     for scale in scales:

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from sfgrpo.config.pretrain_schema import PretrainConfig
-from sfgrpo.config.stages import load_config
+from sfgrpo.config.stages import PretrainStage, load_config
 from sfgrpo.pretraining import base_model
 from sfgrpo.pretraining.base_model import pretrain_base_model
 from sfgrpo.runtime.manifest import verify_manifest
@@ -20,7 +20,7 @@ from sfgrpo.runtime.manifest import verify_manifest
 
 @pytest.fixture
 def config(pytestconfig: pytest.Config) -> PretrainConfig:
-    whole = load_config("pretrain", pytestconfig.rootpath / "params.yaml").pretrain
+    whole = load_config(PretrainStage, pytestconfig.rootpath / "params.yaml").pretrain
     return dataclasses.replace(
         whole,
         num_images=40,

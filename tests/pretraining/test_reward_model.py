@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from sfgrpo.config.pretrain_schema import PretrainRewardConfig
-from sfgrpo.config.stages import load_config
+from sfgrpo.config.stages import PretrainRewardStage, load_config
 from sfgrpo.pretraining import reward_model
 from sfgrpo.pretraining.dataset import render_pictures
 from sfgrpo.pretraining.reward_model import REWARD_MODEL, pretrain_reward_model
@@ -25,7 +25,7 @@ MAX_BYTES = 2_500_000
 
 @pytest.fixture
 def recipe(pytestconfig) -> PretrainRewardConfig:
-    return load_config("pretrain_reward", pytestconfig.rootpath / "params.yaml").pretrain_reward
+    return load_config(PretrainRewardStage, pytestconfig.rootpath / "params.yaml").pretrain_reward
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tests.support.rank_stubs import hear_signals
 
 SCRIPT = """
 import sys, time
-from sfgrpo.__main__ import guarded, prepare
+from sfgrpo.runtime.entry_point import run_guarded, set_up_logging
 from sfgrpo.errors import Preempted
 from sfgrpo.runtime.shutdown import GracefulShutdown
 
@@ -31,8 +31,8 @@ def train():
     with GracefulShutdown(grace_s={grace_s}) as shutdown:
 {body}
 
-prepare()
-status = guarded(train)
+set_up_logging()
+status = run_guarded(train)
 {after}
 sys.exit(status)
 """

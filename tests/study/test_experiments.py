@@ -10,7 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from sfgrpo.config.loading import read_mapping, read_parameters
-from sfgrpo.config.stages import load_config, to_flat_dict
+from sfgrpo.config.stages import EvaluateStage, PromptsStage, RegisterStage, TrainStage, load_config, to_flat_dict
 from sfgrpo.errors import ConfigError
 from sfgrpo.study.config import PLANS, ROWS, load_plan, stages_of_run
 from tests.support.paths import ROOT
@@ -26,7 +26,7 @@ def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def values_of(path: Path) -> dict[str, Any]:
-    return {**to_flat_dict(load_config("train", path)), **to_flat_dict(load_config("prompts", path))}
+    return {**to_flat_dict(load_config(TrainStage, path)), **to_flat_dict(load_config(PromptsStage, path))}
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> set[str]:
@@ -43,7 +43,7 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
 def test_experiment_loads_for_every_stage(path: Path) -> None:
-    for stage in ("prompts", "train", "evaluate", "register"):
+    for stage in (PromptsStage, TrainStage, EvaluateStage, RegisterStage):
         load_config(stage, path)
 
 

@@ -6,7 +6,7 @@ import signal
 
 LAUNCHER = """
 import json, pathlib, sys
-from sfgrpo.cli import guarded, prepare
+from sfgrpo.runtime.entry_point import run_guarded, set_up_logging
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S, GracefulShutdown
 from sfgrpo.config.schema import LaunchConfig
@@ -18,12 +18,12 @@ def launch():
         from sfgrpo.runtime.launcher import launch_ranks
         launch_ranks(LaunchConfig(**json.loads(sys.argv[1])), environment, ["rank.py"], shutdown)
 
-prepare()
-sys.exit(guarded(launch))
+set_up_logging()
+sys.exit(run_guarded(launch))
 """
 RANK = """
 import os, pathlib, sys, time
-from sfgrpo.cli import guarded, prepare
+from sfgrpo.runtime.entry_point import run_guarded, set_up_logging
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.errors import ConfigError, Preempted, RewardError
 from sfgrpo.runtime.shutdown import GracefulShutdown
@@ -55,8 +55,8 @@ def train():
                 mark(f"saved_{rank}")
                 raise Preempted("its state after update 3 is saved, and starting it again goes on")
 
-prepare()
-sys.exit(guarded(train))
+set_up_logging()
+sys.exit(run_guarded(train))
 """
 
 

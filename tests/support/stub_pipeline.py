@@ -87,8 +87,9 @@ def build_stub_pipeline(folder: Path) -> None:
     (folder / "sfgrpo/__main__.py").write_text(STUB)
     stages = read_definition()["stages"]
     # The outputs of frozen stages are files of the repository.
-    outputs = {output for stage in stages.values() if not stage.get("frozen") for output in stage["outs"]}
-    for dependency in {path for stage in stages.values() for path in stage["deps"]} - outputs:
+    shipped = {output for stage in stages.values() if stage.get("frozen") for kept in stage["outs"] for output in kept}
+    made = {output for stage in stages.values() if not stage.get("frozen") for output in stage["outs"]}
+    for dependency in {path for stage in stages.values() for path in stage["deps"]} - made | shipped:
         if not (path := folder / dependency).exists():
             path.mkdir(parents=True)
             (path / "content").touch()

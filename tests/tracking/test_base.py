@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sfgrpo.errors import Preempted
-from sfgrpo.tracking.base import RecordingTracker, SilentTracker, ending, flatten
+from sfgrpo.tracking.base import RecordingTracker, SilentTracker, ending, param_texts
 from sfgrpo.tracking.provenance import provenance_tags
 
 
@@ -64,7 +64,7 @@ def test_silent_tracker_touches_nothing(tmp_path):
 
 
 def test_flattening_leaves_dotted_names_alone():
-    assert flatten({"a.b": "text"}) == {"a.b": "text"}
+    assert param_texts({"a.b": "text"}) == {"a.b": "text"}
 
 
 def test_tracking_modules_load_without_mlflow():

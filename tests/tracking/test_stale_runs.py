@@ -161,7 +161,7 @@ def test_command_tells_and_writes_what_it_found(uri, tmp_path, monkeypatch, caps
     run_id = killed_run(uri)
     foreign_run(uri, {}, hours_ago=3)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert main(["sweep", "--report", str(tmp_path / "reports/sweep.json")]) == 0
+    assert main(["close-stale-runs", "--report", str(tmp_path / "reports/sweep.json")]) == 0
     output = capsys.readouterr().out
     assert "closed killed: process" in output
     assert "silent foreign: no record for 3.0 h from unknown" in output
