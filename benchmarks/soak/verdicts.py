@@ -13,7 +13,7 @@ import torch
 from benchmarks.soak.training import MARK, processes_where
 from sfgrpo.checkpoint.state import CHECKPOINTS, TrainingState, latest_checkpoint, load_checkpoint
 from sfgrpo.runtime.files import PARTIAL_SUFFIX
-from sfgrpo.storage.mirror import Mirror
+from sfgrpo.storage.restore import restore_run
 from sfgrpo.storage.s3 import Bucket
 from sfgrpo.tracking.mlflow_client import connect
 
@@ -98,7 +98,7 @@ def _mirrored(empty: Path, folder: Path, mirror: str) -> Iterator[Verdict]:
     """Restores the run from the bucket and compares; looks for anything else there."""
     restored = empty / folder.name
     restored.mkdir(parents=True)
-    Mirror(mirror, restored).restore()
+    restore_run(mirror, restored)
     newest, other = latest_checkpoint(folder / CHECKPOINTS), latest_checkpoint(restored / CHECKPOINTS)
     same = newest is not None and other is not None and newest.name == other.name and _same_files(newest, other, "")
     yield "S3: final checkpoint restored, byte for byte", _unless(same, f"{newest} and {other} differ")

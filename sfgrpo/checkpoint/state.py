@@ -118,7 +118,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     would throw the run away.
     """
     errors: list[IntegrityError] = []
-    for update_index in sorted(_saved_updates(root), reverse=True):
+    for update_index in sorted(saved_updates(root), reverse=True):
         path = checkpoint_path(root, update_index)
         try:
             verify_manifest(path)
@@ -183,12 +183,13 @@ def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _prune(root: Path, update_index: int, keep: int, protected: Collection[int]) -> None:
-    older = sorted(saved for saved in _saved_updates(root) if saved < update_index)
+    older = sorted(saved for saved in saved_updates(root) if saved < update_index)
     for saved in older[: max(0, len(older) - (keep - 1))]:
         if saved not in protected:
             remove_directory(checkpoint_path(root, saved))
 
 
-def _saved_updates(root: Path) -> list[int]:
+def saved_updates(root: Path) -> list[int]:
+    """Return the updates that have a checkpoint below `root`, damaged or not."""
     names = (path.name.removeprefix("update-") for path in root.glob("update-*"))
     return [int(name) for name in names if name.isdecimal()]

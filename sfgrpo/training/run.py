@@ -80,10 +80,10 @@ def find_inputs(name: str, environment: Environment) -> Path:
                 f"no run {name} in {environment.scratch_dir}; set SFGRPO_MIRROR to the bucket that has it, or start it "
                 "anew without --resume"
             )
-        from sfgrpo.storage.mirror import Mirror, require_run
+        from sfgrpo.storage.restore import require_run, restore_run
 
         require_run(environment.mirror, name)
-        Mirror(environment.mirror, folder).restore()
+        restore_run(environment.mirror, folder)
     return folder / INPUTS
 
 
@@ -219,10 +219,11 @@ def _mirrored(
         return
     from sfgrpo.checkpoint.state import CHECKPOINTS, latest_checkpoint
     from sfgrpo.storage.mirror import Mirror
+    from sfgrpo.storage.restore import restore_run
 
     mirror = Mirror(environment.mirror, folder, environment.s3_encryption)
     try:
-        mirror.restore()
+        restore_run(environment.mirror, folder)
     except MirrorError as error:
         if latest_checkpoint(folder / CHECKPOINTS) is None:
             raise

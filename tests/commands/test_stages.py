@@ -290,10 +290,7 @@ class Away:
     num_syncs = 0
 
     def __init__(self, uri: str, folder: Path, encryption: str | None) -> None:
-        self.uri = uri
-
-    def restore(self) -> bool:
-        raise MirrorError(f"{self.uri} is out of reach")
+        pass
 
     def sync(self) -> None:
         Away.num_syncs += 1
@@ -302,9 +299,14 @@ class Away:
         pass
 
 
+def unreachable(uri: str, folder: Path) -> bool:
+    raise MirrorError(f"{uri} is out of reach")
+
+
 def test_run_needs_its_mirror_only_where_nothing_else_has_it(folder, tracker, monkeypatch, capsys, caplog):
     monkeypatch.setenv("SFGRPO_MIRROR", "s3://runs/test")
     monkeypatch.setattr("sfgrpo.storage.mirror.Mirror", Away)
+    monkeypatch.setattr("sfgrpo.storage.restore.restore_run", unreachable)
     assert main(["train"]) == 1
     assert_error(capsys, "s3://runs/test is out of reach")
     monkeypatch.delenv("SFGRPO_MIRROR")

@@ -23,7 +23,8 @@ from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.runtime.manifest import verify_manifest, write_manifest
 from sfgrpo.runtime.redaction import without_secrets
 from sfgrpo.storage import mirror, s3
-from sfgrpo.storage.mirror import Mirror, require_run, run_names
+from sfgrpo.storage.mirror import Mirror
+from sfgrpo.storage.restore import require_run, restore_run, run_names
 from sfgrpo.storage.s3 import Bucket
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.published import publish
@@ -107,17 +108,17 @@ def test_bare_machine_gets_the_folder_bit_for_bit(uri, folder, tmp_path):
     (folder / "best" / "adapter.safetensors").write_bytes(b"best")
     sent(uri, folder)
     bare = tmp_path / "bare" / "run"
-    assert Mirror(uri, bare).restore()
+    assert restore_run(uri, bare)
     newest = {name: data for name, data in content(folder).items() if "update-000010" not in name}
     assert content(bare) == newest
     verify_manifest(bare / "checkpoints" / "update-000020")
-    assert not Mirror(uri, bare).restore()
+    assert not restore_run(uri, bare)
 
 
 def test_file_of_many_parts_comes_back_bit_for_bit(uri, folder, tmp_path):
     path = save(folder, 10, size=2 * s3.PART_SIZE + 12345)
     sent(uri, folder)
-    assert Mirror(uri, tmp_path / "bare" / "run").restore()
+    assert restore_run(uri, tmp_path / "bare" / "run")
     assert content(tmp_path / "bare" / "run" / "checkpoints" / path.name) == content(path)
 
 
@@ -144,7 +145,7 @@ def test_snapshots_are_in_the_bucket_as_long_as_they_are_in_the_folder(s3_server
     save(folder, 10)
     sent(uri, folder)
     assert stored(s3_server, uri) == content(folder)
-    assert Mirror(uri, tmp_path / "bare" / "run").restore()
+    assert restore_run(uri, tmp_path / "bare" / "run")
     assert read_snapshot(tmp_path / "bare" / "run", 5) == read_snapshot(folder, 5)
     prune_snapshots(folder, {5})
     save(folder, 20)
@@ -173,7 +174,7 @@ def test_server_that_is_killed_midway_gets_everything_in_the_end(s3_server, uri,
     copy.close(WAIT_S)
     assert stored(s3_server, uri) == content(folder)
     warnings = [record.message for record in caplog.records if record.name == "sfgrpo.storage.mirror"]
-    assert "the run is not mirrored now, which is tried until it works" in warnings[0]
+    assert "mirroring failed and is retried until it succeeds" in warnings[0]
     assert "is up to date again after" in warnings[-1]
 
 
@@ -256,7 +257,7 @@ def test_half_uploaded_checkpoint_is_not_taken_for_whole(s3_server, uri, folder,
     sent(uri, folder)
     Bucket(uri).remove("run/checkpoints/update-000002/manifest.json")
     bare = tmp_path / "bare" / "run"
-    assert Mirror(uri, bare).restore()
+    assert restore_run(uri, bare)
     assert [path.name for path in (bare / "checkpoints").iterdir()] == ["update-000001"]
     sent(uri, folder)
     assert stored(s3_server, uri) == content(folder)
@@ -277,19 +278,19 @@ def test_damaged_checkpoint_is_skipped_for_an_older_one(s3_server, uri, folder, 
     sent(uri, folder)
     damage(s3_server, uri, f"checkpoints/update-000002/{name}", change)
     bare = tmp_path / "bare" / "run"
-    assert Mirror(uri, bare).restore()
+    assert restore_run(uri, bare)
     assert [path.name for path in (bare / "checkpoints").iterdir()] == ["update-000001"]
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert "checkpoint update-000002 of" in record.message and "is damaged" in record.message
+    assert "skipped checkpoint update-000002 of" in record.message and "is damaged" in record.message
 
 
 def test_damaged_file_is_left_out_with_a_warning(s3_server, uri, folder, tmp_path, caplog):
     sent(uri, folder)
     damage(s3_server, uri, "samples_000000.png", flipped)
     bare = tmp_path / "bare" / "run"
-    assert Mirror(uri, bare).restore()
+    assert restore_run(uri, bare)
     assert list(content(bare)) == ["inputs/deep/prompts.jsonl"]
-    assert "samples_000000.png of" in caplog.text and "is left out" in caplog.text
+    assert "skipped samples_000000.png of" in caplog.text
 
 
 def test_folder_with_a_newer_checkpoint_keeps_what_it_has(uri, folder):
@@ -298,7 +299,7 @@ def test_folder_with_a_newer_checkpoint_keeps_what_it_has(uri, folder):
     save(folder, 2)
     (folder / "samples_000000.png").write_bytes(b"mine")
     (folder / "inputs" / "deep" / "prompts.jsonl").unlink()
-    assert Mirror(uri, folder).restore()
+    assert restore_run(uri, folder)
     assert (folder / "samples_000000.png").read_bytes() == b"mine"
     assert (folder / "inputs" / "deep" / "prompts.jsonl").exists()
 
@@ -311,7 +312,7 @@ def test_files_of_a_newer_checkpoint_come_with_it(uri, folder, tmp_path):
     (folder / "best").write_bytes(b"second")
     save(folder, 2)
     sent(uri, folder)
-    assert Mirror(uri, older).restore()
+    assert restore_run(uri, older)
     assert (older / "best").read_bytes() == b"second"
     assert (older / "checkpoints" / "update-000002").exists()
 
@@ -321,7 +322,7 @@ def test_damaged_checkpoint_of_the_folder_is_replaced(uri, folder):
     whole = content(path)
     sent(uri, folder)
     (path / "state.json").write_text("damaged")
-    assert Mirror(uri, folder).restore()
+    assert restore_run(uri, folder)
     assert content(path) == whole
 
 
@@ -357,7 +358,7 @@ def test_checkpoints_after_the_newest_of_the_folder_stay_in_the_bucket(uri, fold
     sent(uri, bare)
     save(bare, 1)
     sent(uri, bare)
-    assert Mirror(uri, bare).restore()
+    assert restore_run(uri, bare)
     assert (bare / "checkpoints" / "update-000002").exists()
 
 
@@ -406,7 +407,7 @@ def test_outage_is_told_once_and_its_end_too(s3_server, uri, folder, proxy, monk
     assert stored(s3_server, uri) == content(folder)
     messages = [record.message for record in caplog.records if record.name == "sfgrpo.storage.mirror"]
     assert len(messages) == 2
-    assert "is not mirrored now" in messages[0] and "is up to date again" in messages[1]
+    assert "mirroring failed" in messages[0] and "is up to date again" in messages[1]
 
 
 def test_mirror_that_closes_in_an_outage_says_what_is_behind(uri, folder, proxy, caplog):
@@ -414,7 +415,7 @@ def test_mirror_that_closes_in_an_outage_says_what_is_behind(uri, folder, proxy,
     copy = Mirror(uri, folder)
     copy.sync()
     copy.close(0.3)
-    assert f"{uri}/run is behind the run after 0.3 s of waiting; all of it is in {folder}" in caplog.text
+    assert f"{uri}/run is incomplete after waiting 0.3 s; the whole run is in {folder}" in caplog.text
 
 
 def test_upload_that_arrives_changed_is_seen(uri, folder, monkeypatch):
@@ -480,7 +481,7 @@ def test_wrong_secret_is_a_clear_error_without_the_secret(uri, folder, monkeypat
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-and-secret")
     with pytest.raises(MirrorError) as caught:
-        Mirror(uri, folder).restore()
+        restore_run(uri, folder)
     assert f"{uri}/run cannot be used with these credentials (SignatureDoesNotMatch: " in str(caught.value)
     assert "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY" in str(caught.value)
     copy = Mirror(uri, folder)
@@ -498,14 +499,14 @@ def test_missing_credentials_are_a_clear_error(uri, folder, monkeypatch, tmp_pat
     with pytest.raises(
         MirrorError, match=r"cannot be used with these credentials \(NoCredentialsError: .*; check AWS_"
     ):
-        Mirror(uri, folder).restore()
+        restore_run(uri, folder)
 
 
 def test_secrets_in_messages_are_blotted_out(uri, folder, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:password@127.0.0.1:1")
     monkeypatch.setattr(s3, "NUM_ATTEMPTS", 1)
     with pytest.raises(MirrorError) as caught:
-        Mirror(uri, folder).restore()
+        restore_run(uri, folder)
     assert "password" not in str(caught.value) and "cannot be used" in str(caught.value)
     monkeypatch.setenv("AWS_SESSION_TOKEN", "token-with-a-newline\n")
     assert without_secrets("Invalid header value b'token-with-a-newline\\n'") == "Invalid header value b'***\\n'"
@@ -515,12 +516,12 @@ def test_server_that_is_away_is_a_clear_error(uri, folder, monkeypatch):
     monkeypatch.setattr(s3, "NUM_ATTEMPTS", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(MirrorError, match=rf"{uri}/run cannot be used \(EndpointConnectionError: .*AWS_ENDPOINT_URL"):
-        Mirror(uri, folder).restore()
+        restore_run(uri, folder)
 
 
 def test_missing_bucket_is_a_clear_error(uri, folder):
     with pytest.raises(MirrorError, match="there is no bucket absent; create it or correct the address"):
-        Mirror("s3://absent/runs", folder).restore()
+        restore_run("s3://absent/runs", folder)
 
 
 @pytest.mark.parametrize("wrong", ["runs", "s3://", "s3://key:secret@runs/prefix", "https://runs/prefix", "s3:/runs"])
@@ -531,13 +532,13 @@ def test_address_of_no_bucket_is_refused(tmp_path, wrong):
 
 
 def test_runs_of_a_bucket_are_listed(uri, folder):
-    with pytest.raises(MirrorError, match=rf"^no run run in {uri}; there is none at all$"):
+    with pytest.raises(MirrorError, match=rf"^no run run in {uri}; the runs there are none$"):
         require_run(uri, "run")
     sent(uri, folder)
     sent(uri, Path(shutil.copytree(folder, folder.with_name("other"))))
     assert run_names(uri) == ["other", "run"]
     require_run(f"{uri}/", "run")
-    with pytest.raises(MirrorError, match=rf"^no run third in {uri}; there are other, run$"):
+    with pytest.raises(MirrorError, match=rf"^no run third in {uri}; the runs there are other, run$"):
         require_run(uri, "third")
 
 

@@ -17,6 +17,7 @@ from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.storage import s3
 from sfgrpo.storage.mirror import Mirror
+from sfgrpo.storage.restore import restore_run
 from sfgrpo.storage.s3 import Bucket
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.s3 import BUCKET, S3Server
@@ -239,7 +240,7 @@ def test_mirror_brings_a_run_through_a_faulty_network_and_back(uri, proxy, no_pa
     assert copy.wait(120)
     copy.close(1)
     bare = tmp_path / "bare" / "run"
-    assert Mirror(uri, bare).restore()
+    assert restore_run(uri, bare)
     assert proxy.num_faults > 3
     newest = bare / "checkpoints" / "update-000003"
     assert (newest / "state.safetensors").read_bytes() == CONTENT

@@ -209,6 +209,6 @@ def test_first_node_that_is_killed_and_loses_its_disk_goes_on_from_the_mirror(un
             training.first.kill()
             training.first.lose_disk(lay_out_node)
             training.require_same_end(undisturbed)
-            assert f"came from {KEPT}/train-" in training.first.output(), outputs(training.nodes)
+            assert f"from {KEPT}/train-" in training.first.output(), outputs(training.nodes)
             # Where the nodes meet is gone with the first one, so the second one ends, to be started again.
             assert [node.statuses for node in training.nodes] == [[-9, 0], [75, 0]], outputs(training.nodes)
