@@ -16,7 +16,7 @@ from jaxtyping import install_import_hook
 
 from tests.support.s3 import BUCKET, S3Server
 
-MATHS = ("schedule", "sde", "estimates", "gains", "advantages", "losses")
+MATHS = ("sde", "estimates", "gains", "advantages", "losses")
 
 # Must come before the first import of the modules it names.
 install_import_hook([f"sfgrpo.grpo.{module}" for module in MATHS], "beartype.beartype")

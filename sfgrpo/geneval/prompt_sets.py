@@ -1,4 +1,4 @@
-"""GenEval's prompt sets: the published evaluation prompts, made anew bit for bit, and training prompts apart from them.
+"""Training prompts of GenEval's tasks that share nothing with its evaluation prompts.
 
 A prompt space is a list of grammar arguments, so that the largest, half a million two-colour prompts, is never built.
 """
@@ -19,72 +19,26 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 COUNTS = (2, 3, 4)
 COLORLESS_CLASS = "person"
 """The one class that is never asked for in a colour."""
-FLOW_GRPO_WEIGHTS: dict[Tag, float] = {
-    "single_object": 0.0,
-    "two_object": 1.0,
-    "counting": 5.0,
-    "colors": 1.0,
-    "position": 7.0,
-    "color_attr": 3.0,
-}
-"""Ratio of the tasks in Flow-GRPO's training set (arXiv:2505.05470)."""
-NUM_FLOW_GRPO_PROMPTS = 50_000
 
 _T = TypeVar("_T")
 
 
-def evaluation_prompts(class_names: Sequence[str], *, seed: int = 43, num_draws: int = 100) -> list[Prompt]:
-    """Makes the evaluation prompts as GenEval's create_prompts.py does, draw for draw.
-
-    With the defaults and the 80 published class names these are the 553 prompts of evaluation_metadata.jsonl:
-    `num_draws` draws of every task but single_object, which has every class once; of equal prompts the first stays.
-    """
-    generator = np.random.default_rng(seed)
-    num_classes, person = len(class_names), class_names.index(COLORLESS_CLASS)
-    colorable = [class_names[(person + 1 + index) % num_classes] for index in range(num_classes - 1)]
-
-    def one(names: Sequence[_T]) -> _T:
-        return names[generator.choice(len(names))]
-
-    def several(names: Sequence[_T], size: int) -> list[_T]:
-        return [names[index] for index in generator.choice(len(names), size=size, replace=False)]
-
-    def count() -> int:
-        return int(generator.integers(COUNTS[0], COUNTS[-1], endpoint=True))
-
-    # Each draw's arguments are evaluated in the published order: classes, then count, colour or relation.
-    prompts = [single_object(name) for name in several(class_names, num_classes)]
-    prompts += [two_object(*several(class_names, 2)) for _ in range(num_draws)]
-    prompts += [counting(one(class_names), count()) for _ in range(num_draws)]
-    prompts += [colors(one(colorable), one(COLORS)) for _ in range(num_draws)]
-    for _ in range(num_draws):
-        name, target = several(class_names, 2)
-        prompts.append(position(name, target, one(RELATIONS)))
-    prompts += [color_attr(*several(colorable, 2), *several(COLORS, 2)) for _ in range(num_draws)]
-    return list(dict.fromkeys(prompts))
-
-
 def twin_key(prompt: Prompt) -> Hashable:
-    """Names a prompt up to order: "a A and a B" and "a B and a A" share a key, all other prompts have their own."""
+    """Return what identifies a prompt up to order: "a A and a B" and "a B and a A" share a key, all other prompts have their own."""
     if prompt.tag in ("two_object", "color_attr"):
         return prompt.tag, frozenset((clause.class_name, clause.color) for clause in prompt.include)
     return prompt.tag, prompt.text
-
-
-def count_unique(prompts: Iterable[Prompt]) -> int:
-    """Counts distinct texts: small tasks repeat their prompts to fill their share."""
-    return len({prompt.text for prompt in prompts})
 
 
 def training_prompts(
     class_names: Sequence[str],
     held_out: Iterable[Prompt],
     *,
-    num_prompts: int = NUM_FLOW_GRPO_PROMPTS,
-    weights: Mapping[Tag, float] = FLOW_GRPO_WEIGHTS,
+    num_prompts: int,
+    weights: Mapping[Tag, float],
     seed: int | tuple[int, int],
 ) -> list[Prompt]:
-    """Draws a training set in Flow-GRPO's manner, shuffled: tasks by `weights`, nothing from `held_out` nor its twins.
+    """Draw a training set in Flow-GRPO's manner, shuffled: tasks by `weights`, nothing from `held_out` nor its twins.
 
     Differs: Flow-GRPO fills a task that is too small by drawing with replacement; here every prompt of it comes up
     once before any comes up again.
@@ -99,7 +53,7 @@ def training_prompts(
 
 
 def largest_remainder(weights: Mapping[Tag, float], total: int) -> dict[Tag, int]:
-    """Splits `total` among the tasks by weight; what rounding down leaves over goes to the largest remainders."""
+    """Split `total` among the tasks by weight; what rounding down leaves over goes to the largest remainders."""
     exact = {tag: total * weights[tag] / sum(weights.values()) for tag in TAGS}
     shares = {tag: int(exact[tag]) for tag in TAGS}
     for tag in sorted(TAGS, key=lambda tag: shares[tag] - exact[tag])[: total - sum(shares.values())]:
@@ -113,7 +67,7 @@ def endless_draws(
     held_out_keys: Container[Hashable],
     generator: np.random.Generator,
 ) -> Iterator[Prompt]:
-    """Yields prompts without replacement in random order, then in another order, and so on; skips held-out twins.
+    """Yield prompts without replacement in random order, then in another order, and so on; skips held-out twins.
 
     Raises:
         ValueError: every candidate is held out.
@@ -133,7 +87,7 @@ def endless_draws(
 
 
 def _prompt_spaces(class_names: Sequence[str]) -> dict[Tag, tuple[Callable[[Any], Prompt], list[Any]]]:
-    """Lists every task's grammar function with all arguments it can take."""
+    """List every task's grammar function with all arguments it can take."""
     colorable = [name for name in class_names if name != COLORLESS_CLASS]
     pairs = list(itertools.permutations(class_names, 2))
     colorable_pairs = itertools.permutations(colorable, 2)

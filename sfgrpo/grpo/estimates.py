@@ -1,4 +1,4 @@
-"""Estimates of the two ends of a path from one of its states, and the grid on which a state is run to its end."""
+"""The clean estimate of a state, and the grid on which a state is run to its end."""
 
 from __future__ import annotations
 
@@ -9,19 +9,12 @@ from torch import Tensor
 def clean_estimate(
     x: Float[Tensor, "N C H W"], velocity: Float[Tensor, "N C H W"], sigma: Float[Tensor, " N"]
 ) -> Float32[Tensor, "N C H W"]:
-    """Gives x0_hat = x - sigma v, which is E[x0 | x_t] for the ideal velocity (Tweedie's formula)."""
+    """Return x0_hat = x - sigma v, which is E[x0 | x_t] for the ideal velocity (Tweedie's formula)."""
     return x.float() - sigma.float().view(-1, 1, 1, 1) * velocity.float()
 
 
-def noise_estimate(
-    x: Float[Tensor, "N C H W"], velocity: Float[Tensor, "N C H W"], sigma: Float[Tensor, " N"]
-) -> Float32[Tensor, "N C H W"]:
-    """Gives x1_hat = x + (1 - sigma) v, which is E[x1 | x_t] for the ideal velocity."""
-    return x.float() + (1 - sigma.float().view(-1, 1, 1, 1)) * velocity.float()
-
-
 def substep_sigmas(sigmas_S: Float[Tensor, " S"], num_substeps: int) -> list[Float[Tensor, " nodes"]]:
-    """Lays, for every state but the image, the grid on which a short ODE runs from its sigma to 0.
+    """Return, for every state but the image, the grid on which a short ODE runs from its sigma to 0.
 
     Entry k starts at sigmas_S[k], ends at 0 and has min(num_substeps, steps that remain) substeps. With one substep
     the ODE is the plain `clean_estimate`; with all that remain it is the rest of the schedule.
@@ -37,6 +30,6 @@ def substep_sigmas(sigmas_S: Float[Tensor, " S"], num_substeps: int) -> list[Flo
 
 
 def _even_indices(first: int, last: int, num_intervals: int) -> list[int]:
-    """Spreads node indices evenly from first to last, rounding half up; at most one interval per index."""
+    """Spread node indices evenly from first to last, rounding half up; at most one interval per index."""
     num_intervals = min(num_intervals, last - first)
     return [first + (2 * i * (last - first) + num_intervals) // (2 * num_intervals) for i in range(num_intervals + 1)]

@@ -1,4 +1,4 @@
-"""The reward contract: images and prompts in, one number per image out; anything else is an error that says where."""
+"""The reward contract: images and prompts in, one number per image out, and the checks of it."""
 
 from __future__ import annotations
 
@@ -20,47 +20,19 @@ class Reward(abc.ABC):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """Word that names the reward in the configuration and in metrics."""
+        """Name of the reward in the configuration and in metrics."""
 
     @abc.abstractmethod
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
-        """Scores RGB images [N, H, W, 3] for their N prompts: float32 [N] on the CPU, higher is better."""
-
-
-class WeightedReward(Reward):
-    """The weighted sum of other rewards, as in Flow-GRPO's multi_score: raw values, nothing normalised."""
-
-    def __init__(self, weighted: Sequence[tuple[Reward, float]]) -> None:
-        """Takes rewards with their weights.
-
-        Raises:
-            ValueError: no reward, one reward twice, or a weight that is not finite and positive.
-        """
-        names = [reward.name for reward, _ in weighted]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"rewards {names} cannot be weighted; name at least one, and none twice")
-        for reward, weight in weighted:
-            if not 0.0 < weight < float("inf"):
-                raise ValueError(f"weight {weight} of reward {reward.name} is not finite and positive; leave it out")
-        self._weighted = tuple(weighted)
-
-    @property
-    def name(self) -> str:
-        """Formula of the sum, such as "0.8*geneval+0.2*likeness"."""
-        return "+".join(f"{weight:g}*{reward.name}" for reward, weight in self._weighted)
-
-    def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
-        """Adds up the parts, each held to its contract; a part that is not finite makes the sum so."""
-        parts = [weight * raw_rewards(reward, images, prompts) for reward, weight in self._weighted]
-        return torch.stack(parts).sum(dim=0)
+        """Score RGB images [N, H, W, 3] for their N prompts: float32 [N] on the CPU, higher is better."""
 
 
 def checked_rewards(reward: Reward, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
-    """Calls a reward and holds it to its contract: one finite float32 number for every image [N, H, W, 3].
+    """Call a reward on images [N, H, W, 3] and require one finite float32 number for each.
 
     Raises:
         ValueError: there is not one prompt for every image.
-        RewardError: the reward raised (chained), gave the wrong shape or type, or something that is not finite.
+        RewardError: the reward raised (chained), or returned a wrong shape or type or a number that is not finite.
     """
     rewards = raw_rewards(reward, images, prompts)
     broken = torch.nonzero(~torch.isfinite(rewards)).flatten().tolist()
@@ -74,7 +46,7 @@ def checked_rewards(reward: Reward, images: NDArray[np.uint8], prompts: Sequence
 
 
 def raw_rewards(reward: Reward, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
-    """Calls a reward as `checked_rewards` does, and lets NaN and infinity pass: a training can go on without them."""
+    """Call a reward as `checked_rewards` does, but let NaN and infinity pass: a training can go on without them."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images with {len(prompts)} prompts; give one prompt for every image")
     try:
@@ -94,12 +66,12 @@ def raw_rewards(reward: Reward, images: NDArray[np.uint8], prompts: Sequence[Pro
 
 
 def distinct_rewards(*rewards: Reward) -> tuple[Reward, ...]:
-    """Leaves out rewards of a name that came before."""
+    """Return the rewards without those whose name came before."""
     return tuple({reward.name: reward for reward in reversed(rewards)}.values())[::-1]
 
 
 def _first_failure(reward: Reward, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> int | None:
-    """Finds the first image that the reward fails on alone, for the error message."""
+    """Return the first image that the reward fails on alone, for the error message."""
     for index in range(len(images)):
         try:
             reward(images[index : index + 1], prompts[index : index + 1])

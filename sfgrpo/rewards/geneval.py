@@ -31,7 +31,7 @@ def soft_credit(prompt: Prompt, detections: Sequence[Detection]) -> float:
     No score threshold enters, so an object that grows clearer pays before GenEval would count it. With scores of 0
     and 1 only, the value is the mean of Flow-GRPO's parts, each clamped.
 
-    Differs: from Flow-GRPO's `score` (`sfgrpo.geneval.scorer.partial_credit`) in four points. Parts are clamped: there
+    Differs: from the score of Flow-GRPO's reward server in four points. Parts are clamped: there
     sixteen dogs for one are worth -14. Scores count in full instead of by a threshold. A wrong relation is worth 0,
     while there 0 and 1 are both appended, so that the wrong side costs a quarter and not a third. A clause that names
     both a colour and a relation is paid for its relation even when the colour is wrong; no GenEval prompt has one.

@@ -10,15 +10,13 @@ import pytest
 
 from sfgrpo.geneval import grammar
 from sfgrpo.geneval.prompt_sets import (
-    FLOW_GRPO_WEIGHTS,
-    count_unique,
-    evaluation_prompts,
     largest_remainder,
     training_prompts,
     twin_key,
 )
 from sfgrpo.types import TAGS, Prompt
 from tests.support.paths import ROOT
+from tests.support.reproductions import FLOW_GRPO_WEIGHTS, NUM_FLOW_GRPO_PROMPTS, evaluation_prompts
 
 GENEVAL = ROOT / "data" / "geneval"
 LINES = (GENEVAL / "evaluation_metadata.jsonl").read_text().splitlines()
@@ -76,7 +74,8 @@ def test_another_seed_gives_other_evaluation_prompts():
 
 @pytest.fixture(scope="module")
 def training() -> list[Prompt]:
-    return training_prompts(CLASS_NAMES, evaluation_prompts(CLASS_NAMES), seed=0)
+    held_out = evaluation_prompts(CLASS_NAMES)
+    return training_prompts(CLASS_NAMES, held_out, num_prompts=NUM_FLOW_GRPO_PROMPTS, weights=FLOW_GRPO_WEIGHTS, seed=0)
 
 
 def test_training_prompts_have_flow_grpos_shares(training):
@@ -85,7 +84,7 @@ def test_training_prompts_have_flow_grpos_shares(training):
 
 
 def test_training_prompts_have_as_many_unique_texts_as_there_can_be(training):
-    assert count_unique(training) == 20588 + 160 + 8824 + 696 + 2941
+    assert len({prompt.text for prompt in training}) == 20588 + 160 + 8824 + 696 + 2941
 
 
 def test_training_prompts_hold_no_evaluation_prompt_nor_its_twin(training):
@@ -99,14 +98,16 @@ def test_small_tasks_repeat_their_prompts_evenly(training):
 
 
 def test_training_prompts_follow_their_seed():
-    draws = [training_prompts(CLASS_NAMES, (), num_prompts=20, seed=seed) for seed in (0, 0, 1)]
+    draws = [
+        training_prompts(CLASS_NAMES, (), num_prompts=20, weights=FLOW_GRPO_WEIGHTS, seed=seed) for seed in (0, 0, 1)
+    ]
     assert draws[0] == draws[1] != draws[2]
 
 
 def test_a_task_held_out_in_full_is_refused():
     everything = [grammar.counting(name, count) for name, count in itertools.product(CLASS_NAMES, (2, 3, 4))]
     with pytest.raises(ValueError, match="all 240 prompts of a task are held out"):
-        training_prompts(CLASS_NAMES, everything, num_prompts=100, seed=0)
+        training_prompts(CLASS_NAMES, everything, num_prompts=100, weights=FLOW_GRPO_WEIGHTS, seed=0)
 
 
 def test_twins_share_a_key_only_where_order_means_nothing():

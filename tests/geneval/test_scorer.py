@@ -13,14 +13,11 @@ import pytest
 from sfgrpo.geneval.grammar import color_attr, colors, counting, position, single_object, two_object
 from sfgrpo.geneval.relations import relations_between
 from sfgrpo.geneval.scorer import (
-    DetectionFilter,
     filter_detections,
-    intersection_over_union,
     is_correct,
-    is_strict,
-    partial_credit,
 )
 from sfgrpo.types import Box, Detection, Prompt
+from tests.support.reproductions import is_strict, partial_credit
 
 GOLDEN = Path(__file__).parents[1] / "data" / "geneval_golden_vectors.jsonl.gz"
 
@@ -83,18 +80,6 @@ def test_best_sixteen_of_a_class_are_kept_in_order_of_score():
 def test_of_equal_scores_the_later_detection_leads():
     detections = [seen("dog", 0.9, color="red"), seen("dog", 0.9, color="blue")]
     assert [detection.color for detection in filter_detections(detections, "colors")["dog"]] == ["blue", "red"]
-
-
-def test_overlapping_boxes_stay_unless_suppression_is_asked_for():
-    detections = [seen("dog", 0.8), seen("dog", 0.9, (0.0, 0.0, 10.0, 9.0)), seen("dog", 0.7, (50.0, 0.0, 60.0, 10.0))]
-    assert len(filter_detections(detections, "colors")["dog"]) == 3
-    kept = filter_detections(detections, "colors", DetectionFilter(max_overlap=0.5))["dog"]
-    assert [detection.score for detection in kept] == [0.9, 0.7]
-
-
-def test_overlap_counts_both_border_pixels():
-    assert intersection_over_union((0, 0, 1, 1), (1, 1, 2, 2)) == pytest.approx(1 / 7)
-    assert intersection_over_union((0, 0, 1, 1), (3, 3, 4, 4)) == 0.0
 
 
 def test_extra_instances_pass_the_official_verdict_but_not_the_strict_one():

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfgrpo.grpo.schedule import shifted_sigmas
 from sfgrpo.grpo.sde import (
     SAMPLERS,
     StepDistribution,
@@ -27,6 +26,10 @@ SIGMA_NEXT = torch.tensor([0.96, 0.8, 0.5, 0.2, 0.01, 0.0])
 SIGMA_MAX = 0.96
 NOISY = ("flow_sde", "ddim_sde", "cps")
 EVERY = list(range(10))
+
+
+def shifted_sigmas(num_steps: int) -> Tensor:
+    return torch.from_numpy(oracles.shifted_sigmas(num_steps, shift=3.0)).float()
 
 
 def full(value: float) -> Tensor:
@@ -192,32 +195,32 @@ def test_kl_of_a_deterministic_step_is_refused() -> None:
     ],
 )
 def test_stochastic_steps_are_those_with_a_density(name: str, noise_level: float, deterministic: list[int]) -> None:
-    stochastic = stochastic_steps(name, shifted_sigmas(10, 3.0), noise_level)
+    stochastic = stochastic_steps(name, shifted_sigmas(10), noise_level)
     assert [step for step, has_density in enumerate(stochastic) if not has_density] == deterministic
 
 
 @pytest.mark.parametrize("name", NOISY)
 def test_all_steps_but_the_last_are_trained_by_default(name: str) -> None:
-    assert trainable_steps(name, shifted_sigmas(10, 3.0), 0.7) == list(range(9))
+    assert trainable_steps(name, shifted_sigmas(10), 0.7) == list(range(9))
 
 
 def test_requested_steps_are_trained_once_and_in_order() -> None:
-    assert trainable_steps("flow_sde", shifted_sigmas(10, 3.0), 0.7, [4, 0, 4]) == [0, 4]
+    assert trainable_steps("flow_sde", shifted_sigmas(10), 0.7, [4, 0, 4]) == [0, 4]
 
 
 @pytest.mark.parametrize("name", NOISY)
 @pytest.mark.parametrize("step", [9, 10, -1])
 def test_last_step_is_refused(name: str, step: int) -> None:
     with pytest.raises(ValueError, match=rf"steps \[{step}\] cannot be trained, .* are \[0, 1, 2, 3, 4, 5, 6, 7, 8\]"):
-        trainable_steps(name, shifted_sigmas(10, 3.0), 0.7, [0, step])
+        trainable_steps(name, shifted_sigmas(10), 0.7, [0, step])
 
 
 def test_deterministic_step_is_refused() -> None:
     with pytest.raises(ValueError, match=r"steps \[0\] cannot be trained, .* allowed under ode .* are \[\]"):
-        trainable_steps("ode", shifted_sigmas(10, 3.0), 0.7, [0])
+        trainable_steps("ode", shifted_sigmas(10), 0.7, [0])
 
 
 @pytest.mark.parametrize(("name", "noise_level", "num_steps"), [("ode", 0.7, 10), ("cps", 0.0, 10), ("cps", 0.7, 1)])
 def test_schedule_without_any_step_to_train_is_refused(name: str, noise_level: float, num_steps: int) -> None:
     with pytest.raises(ValueError, match="no step is left to train"):
-        trainable_steps(name, shifted_sigmas(num_steps, 3.0), noise_level)
+        trainable_steps(name, shifted_sigmas(num_steps), noise_level)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from sfgrpo.grpo.schedule import shifted_sigmas
 from sfgrpo.policies.base import Policy
 from sfgrpo.policies.sd3 import SD3Policy
+from tests.support import oracles
 from tests.support.paths import ROOT
 from tests.support.tiny import build_tiny_pipeline, counted_passes, disturb, make_tiny_pipeline, make_tiny_policy
 
@@ -153,12 +153,25 @@ def test_resolution_that_the_model_cannot_draw_is_refused(make):
         make(resolution=36)
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_sigmas_of_sd3_are_the_shifted_grid(shift):
+def sigmas_at_shift(shift: float, num_steps: int) -> torch.Tensor:
     pipeline = make_tiny_pipeline()
     pipeline.scheduler.register_to_config(shift=shift)
     pipeline.register_modules(scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config))
-    torch.testing.assert_close(make_tiny_policy(pipeline).sigmas(10), shifted_sigmas(10, shift), rtol=1e-5, atol=1e-6)
+    return make_tiny_policy(pipeline).sigmas(num_steps)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.5])
+@pytest.mark.parametrize("num_steps", [1, 10, 40])
+def test_sigmas_of_sd3_are_the_shifted_grid(shift, num_steps):
+    sigmas = sigmas_at_shift(shift, num_steps)
+    assert sigmas.dtype == torch.float32 and sigmas[0] == 1 and sigmas[-1] == 0
+    expected = torch.from_numpy(oracles.shifted_sigmas(num_steps, shift)).float()
+    torch.testing.assert_close(sigmas, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ten_steps_at_shift_three_are_the_labels_of_the_paper():
+    expected = torch.tensor([1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0])
+    torch.testing.assert_close(sigmas_at_shift(3.0, 10), expected, rtol=0, atol=5e-5)
 
 
 def test_bfloat16_policy_gives_float32_velocities_and_trains_a_float32_adapter():

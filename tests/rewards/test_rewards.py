@@ -10,14 +10,14 @@ import torch
 
 from sfgrpo.errors import RewardError
 from sfgrpo.geneval.grammar import color_attr, colors, counting, position, single_object, two_object
-from sfgrpo.geneval.scorer import partial_credit
-from sfgrpo.rewards import Reward, WeightedReward, build_reward, checked_rewards
+from sfgrpo.rewards import Reward, build_reward, checked_rewards
 from sfgrpo.rewards.base import raw_rewards
 from sfgrpo.rewards.geneval import GenEvalReward, StrictGenEvalReward, soft_credit
 from sfgrpo.rewards.likeness import LikenessReward, likeness
 from sfgrpo.shapes.prompt_sets import all_prompts
 from sfgrpo.shapes.world import Shape, render, sample_scene
 from sfgrpo.types import TAGS, Box, Detection
+from tests.support.reproductions import partial_credit
 
 LEFT, RIGHT = (0.0, 0.0, 10.0, 10.0), (50.0, 0.0, 60.0, 10.0)
 
@@ -165,39 +165,6 @@ def test_likeness_fades_with_contrast():
     values = [likeness(image, single_object("circle")) for image in faded]
     assert values == sorted(values, reverse=True)
     assert values[-1] == 0.0
-
-
-def test_weighted_reward_adds_raw_rewards():
-    parts = [(Constant(torch.tensor([1.0, 2.0]), "one"), 0.5), (Constant(torch.tensor([4.0, -1.0]), "two"), 2.0)]
-    reward = WeightedReward(parts)
-    torch.testing.assert_close(reward(BLANK, CAT_AND_DOG), torch.tensor([8.5, -1.0]))
-    assert reward.name == "0.5*one+2*two"
-
-
-def test_part_that_is_not_finite_makes_the_weighted_reward_so():
-    parts = [(Constant(torch.tensor([1.0, math.nan]), "one"), 0.5), (Constant(torch.zeros(2), "two"), 0.5)]
-    rewards = raw_rewards(WeightedReward(parts), BLANK, CAT_AND_DOG)
-    assert rewards.isnan().tolist() == [False, True]
-    with pytest.raises(RewardError, match=r"reward 0.5\*one\+0.5\*two gave nan for image 1"):
-        checked_rewards(WeightedReward(parts), BLANK, CAT_AND_DOG)
-
-
-def test_weighted_reward_names_the_broken_part():
-    reward = WeightedReward([(Constant(torch.zeros(3), "one"), 1.0)])
-    with pytest.raises(RewardError, match=r"reward one gave \[3\]"):
-        checked_rewards(reward, BLANK, CAT_AND_DOG)
-
-
-@pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
-def test_weights_are_finite_and_positive(weight):
-    with pytest.raises(ValueError, match="is not finite and positive"):
-        WeightedReward([(Constant(torch.zeros(2)), weight)])
-
-
-@pytest.mark.parametrize("number", [0, 2])
-def test_a_reward_is_weighted_once(number):
-    with pytest.raises(ValueError, match="name at least one, and none twice"):
-        WeightedReward([(Constant(torch.zeros(2)), 1.0)] * number)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

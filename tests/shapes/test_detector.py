@@ -6,11 +6,12 @@ import cv2
 import numpy as np
 import pytest
 
-from sfgrpo.geneval.scorer import is_correct, is_strict
+from sfgrpo.geneval.scorer import is_correct
 from sfgrpo.shapes.detector import detect, detect_images
 from sfgrpo.shapes.prompt_sets import all_prompts
 from sfgrpo.shapes.world import CLASSES, COLORS, Shape, render, sample_scene
 from sfgrpo.types import TAGS
+from tests.support.reproductions import is_strict
 
 
 def pictures(tag: str, num_images: int, seed: int = 0):

@@ -142,3 +142,18 @@ def clipped_surrogate(
         bound = min(ratio, 1 + clip_range) if gain >= 0 else max(ratio, 1 - clip_range)
         losses.append(-bound * gain)
     return losses
+
+
+def shifted_sigmas(num_steps: int, shift: float) -> Array:
+    """Return num_steps + 1 noise levels from 1 to 0, moved towards noise by s -> shift s / (1 + (shift - 1) s).
+
+    Source: FlowMatchEulerDiscreteScheduler of diffusers as StableDiffusion3Pipeline uses it; the shift is that of
+    Esser et al., eq. 23, arXiv:2403.03206. It is applied twice, to the end of the grid and to the grid itself: the
+    lowest sigma before the closing 0 is the twice shifted 1/1000.
+    """
+    lowest = _shifted(1 / 1000, shift)
+    return np.append(_shifted(np.linspace(1, lowest, num_steps), shift), 0.0)
+
+
+def _shifted(sigma: Array | float, shift: float) -> Array:
+    return np.asarray(shift * sigma / (1 + (shift - 1) * sigma))
