@@ -21,8 +21,9 @@ from torch import Tensor
 from sfgrpo.config.stages import PromptsStage, TrainStage, load_config
 from sfgrpo.factory import make_accelerator, make_policy, make_reward, use_threads
 from sfgrpo.grpo import scoring
+from sfgrpo.grpo.distributed import row_slices
 from sfgrpo.grpo.noise import gaussian_noise
-from sfgrpo.grpo.rollout import roll_out, row_slices
+from sfgrpo.grpo.rollout import roll_out
 from sfgrpo.grpo.scoring import StateScorer, share_start_rewards
 from sfgrpo.grpo.update import Objective, make_scaler, update_policy
 from sfgrpo.policies.base import Policy

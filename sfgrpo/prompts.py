@@ -1,4 +1,4 @@
-"""Prompt files, and which prompts belong to which update."""
+"""Prompt files, the prompts of each update, and the making of prompt sets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sfgrpo.types import Prompt, Tag
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Reads a file of GenEval metadata, one JSON object a line.
+    """Read a file of GenEval metadata, one JSON object a line.
 
     Raises:
         ValueError: a line is not a prompt; the message starts with path and line number.
@@ -34,7 +34,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
-    """Writes a file of GenEval metadata; a reader sees the old file or the new one, never a part."""
+    """Write a file of GenEval metadata, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -45,23 +45,23 @@ def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
 
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:
-    """Digests prompts and their order: the SHA-256, in hex, of the file that `write_prompts` would write."""
+    """Return the SHA-256, in hex, of the file that `write_prompts` would write."""
     return hashlib.sha256(_to_lines(prompts).encode()).hexdigest()
 
 
 def prompts_of_update(prompts: Sized, update_index: int, prompts_per_update: int, seed: int) -> list[int]:
-    """Picks the positions in `prompts` that an update rolls out: a slice of an endless, reshuffled row of epochs.
+    """Return the positions in `prompts` that an update rolls out: a slice of an endless sequence of shuffled epochs.
 
-    Every epoch holds every position once, in an order of its own. The answer depends on the arguments alone, so a
-    resumed run needs no state. Equal texts at two positions stay two prompts; an update across the border of two
-    epochs may hold one position twice, and these too are two groups.
+    Every epoch holds every position once, in an order of its own. The result depends on the arguments alone, so a
+    resumed run needs no state. Equal texts at two positions stay two prompts; an update across two epochs may hold a
+    position twice, as two groups.
 
     Raises:
-        ValueError: there are no prompts, or none are asked for.
+        ValueError: there are no prompts, or none are requested.
     """
     if len(prompts) == 0 or prompts_per_update < 1 or update_index < 0:
         raise ValueError(
-            f"update {update_index} asks for {prompts_per_update} of {len(prompts)} prompts; "
+            f"update {update_index} requests {prompts_per_update} of {len(prompts)} prompts; "
             "give a non-negative update, at least one prompt per update and a non-empty prompt set"
         )
     first = update_index * prompts_per_update
@@ -79,12 +79,12 @@ GENEVAL = Path("data/geneval")
 
 
 def make_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
-    """Draws the training prompts and the evaluation prompts, none of which is trained on."""
+    """Draw training prompts, and evaluation prompts that are never trained on."""
     return _shapes_prompts(config) if config.prompts.source == "shapes" else _geneval_prompts(config)
 
 
 def _drawing_seed(config: PromptsStage) -> int | tuple[int, int]:
-    """Seeds the drawing of the training prompts: every edition in a way of its own, the first by the seed alone."""
+    """Return the seed of the training prompts, its own for every edition; the first takes the seed alone."""
     edition = config.prompts.edition
     return (config.seed, edition) if edition else config.seed
 

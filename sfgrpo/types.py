@@ -1,4 +1,4 @@
-"""Frozen containers that flow down the line: prompts, detections, trajectories, and what scoring makes of them.
+"""Containers shared by all layers: prompts, detections, conditioning, trajectories and rollout batches.
 
 Dimension suffixes: `P` prompts, `G` images per prompt (the group), `N` = P*G, `K` denoising steps,
 `S` = K+1 states, `C H W` latent channels, height and width. Index 0 along K and S is pure noise.
@@ -42,7 +42,7 @@ class Clause:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Clause:
-        """Reads one item of GenEval's include or exclude list."""
+        """Read one item of GenEval's include or exclude list."""
         unknown = set(metadata) - {"class", "count", "color", "position"}
         if unknown:
             raise ValueError(f"clause has unknown keys {sorted(unknown)}; allowed are class, count, color, position")
@@ -57,7 +57,7 @@ class Clause:
         )
 
     def to_metadata(self) -> dict[str, Any]:
-        """Writes the item as GenEval does: absent keys instead of nulls."""
+        """Return the item as GenEval writes it: absent keys instead of nulls."""
         metadata: dict[str, Any] = {"class": self.class_name, "count": self.count}
         if self.color is not None:
             metadata["color"] = self.color
@@ -68,7 +68,7 @@ class Clause:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A text prompt with GenEval's metadata, which says what a correct image shows."""
+    """A text prompt with GenEval's metadata of what a correct image shows."""
 
     text: str
     tag: Tag
@@ -77,7 +77,7 @@ class Prompt:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Prompt:
-        """Reads one line of a GenEval metadata file."""
+        """Read one line of a GenEval metadata file."""
         if metadata["tag"] not in TAGS:
             raise ValueError(f"tag {metadata['tag']!r} is unknown; allowed are {', '.join(TAGS)}")
         return cls(
@@ -88,7 +88,7 @@ class Prompt:
         )
 
     def to_metadata(self) -> dict[str, Any]:
-        """Writes the line in GenEval's own key order."""
+        """Return the line in GenEval's own key order."""
         metadata: dict[str, Any] = {"tag": self.tag, "include": [clause.to_metadata() for clause in self.include]}
         if self.exclude:
             metadata["exclude"] = [clause.to_metadata() for clause in self.exclude]
@@ -105,12 +105,12 @@ class Detection:
     score: float
     """Confidence in 0..1."""
     color: str | None = None
-    """Nearest named colour; None when the detector was not asked for one."""
+    """Nearest named colour; None if the detector tells none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Conditioning:
-    """What the transformer is told about N prompts: text tokens and their pooled summary."""
+    """The text conditioning of N prompts."""
 
     tokens: Tensor  # [N, L, D]
     pooled: Tensor  # [N, E]
@@ -122,22 +122,22 @@ class Conditioning:
         return Conditioning(tokens=self.tokens[rows], pooled=self.pooled[rows])
 
     def to(self, device: device) -> Conditioning:
-        """Moves both tensors."""
+        """Return a copy on the device."""
         return Conditioning(tokens=self.tokens.to(device), pooled=self.pooled.to(device))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """N denoising runs: every state, the velocity at it, and the log-prob of every step taken."""
+    """N denoising runs: their states, velocities and log-probs of the steps taken."""
 
     latents_NSCHW: Tensor
     velocities_NKCHW: Tensor
     log_probs_NK: Tensor
-    """NaN where the step was deterministic: such a step has no density and is never trained."""
+    """NaN for a deterministic step, which has no density and is never trained."""
 
 
 def joined(trajectories: Sequence[Trajectory]) -> Trajectory:
-    """Puts the runs of several trajectories one after the other."""
+    """Concatenate the runs of several trajectories."""
     from torch import cat
 
     return Trajectory(
@@ -149,10 +149,10 @@ def joined(trajectories: Sequence[Trajectory]) -> Trajectory:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutBatch:
-    """What an update of the policy learns from."""
+    """The rollout that a policy update learns from."""
 
     trajectory: Trajectory
     conditioning: Conditioning
     advantages_NK: Tensor
     constant_N: Tensor
-    """True where a whole group had nothing to tell apart: no forward pass is spent on it."""
+    """True for images of a group of equal credits: no forward pass is spent on them."""

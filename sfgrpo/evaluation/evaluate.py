@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfgrpo.geneval.table import GenEvalTable, summarise
-from sfgrpo.grpo.distributed import summed
+from sfgrpo.grpo.distributed import row_slices, summed
 from sfgrpo.grpo.noise import gaussian_noise
-from sfgrpo.grpo.rollout import roll_out, row_slices
+from sfgrpo.grpo.rollout import roll_out
 from sfgrpo.policies.base import Policy
 from sfgrpo.rewards.base import Reward, checked_rewards
 from sfgrpo.types import Conditioning, Prompt, SamplerName

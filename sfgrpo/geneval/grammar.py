@@ -1,4 +1,4 @@
-"""GenEval's prompt grammar: one function per task, each returning the text with the metadata that judges it.
+"""GenEval's prompt grammar: one function per task, which returns the prompt's text and metadata.
 
 The odd plurals ("two toothbrushs") and articles ("a photo of a skis") are part of the benchmark and kept verbatim.
 """
@@ -11,24 +11,24 @@ NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "
 
 
 def with_article(phrase: str) -> str:
-    """Puts "an" before a vowel letter and "a" before anything else."""
+    """Return the phrase after "an" if it starts with a vowel letter, else after "a"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def plural(name: str) -> str:
-    """Adds "es" to a name that ends in "s", and "s" to any other."""
+    """Return the name with "es" if it ends in "s", else with "s"."""
     return f"{name}es" if name.endswith("s") else f"{name}s"
 
 
 def single_object(name: str) -> Prompt:
-    """ "a photo of a NAME"."""
+    """Return "a photo of a NAME"."""
     return Prompt(
         text=f"a photo of {with_article(name)}", tag="single_object", include=(Clause(class_name=name, count=1),)
     )
 
 
 def two_object(first: str, second: str) -> Prompt:
-    """ "a photo of a FIRST and a SECOND"."""
+    """Return "a photo of a FIRST and a SECOND"."""
     return Prompt(
         text=f"a photo of {with_article(first)} and {with_article(second)}",
         tag="two_object",
@@ -37,7 +37,7 @@ def two_object(first: str, second: str) -> Prompt:
 
 
 def counting(name: str, count: int) -> Prompt:
-    """ "a photo of three NAMEs"; one more than asked is excluded."""
+    """Return "a photo of three NAMEs", which excludes one more than that."""
     return Prompt(
         text=f"a photo of {NUMBER_WORDS[count]} {plural(name)}",
         tag="counting",
@@ -47,7 +47,7 @@ def counting(name: str, count: int) -> Prompt:
 
 
 def colors(name: str, color: str) -> Prompt:
-    """ "a photo of a COLOR NAME"."""
+    """Return "a photo of a COLOR NAME"."""
     return Prompt(
         text=f"a photo of {with_article(color)} {name}",
         tag="colors",
@@ -56,7 +56,7 @@ def colors(name: str, color: str) -> Prompt:
 
 
 def position(name: str, target: str, relation: Relation) -> Prompt:
-    """ "a photo of a NAME RELATION a TARGET"; the target is include clause 0, as in GenEval's files."""
+    """Return "a photo of a NAME RELATION a TARGET"; the target is include clause 0, as in GenEval's files."""
     return Prompt(
         text=f"a photo of {with_article(name)} {relation} {with_article(target)}",
         tag="position",
@@ -65,7 +65,7 @@ def position(name: str, target: str, relation: Relation) -> Prompt:
 
 
 def color_attr(first: str, second: str, first_color: str, second_color: str) -> Prompt:
-    """ "a photo of a COLOR FIRST and a COLOR SECOND"."""
+    """Return "a photo of a COLOR FIRST and a COLOR SECOND"."""
     return Prompt(
         text=f"a photo of {with_article(first_color)} {first} and {with_article(second_color)} {second}",
         tag="color_attr",

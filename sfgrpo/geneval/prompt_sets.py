@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 def twin_key(prompt: Prompt) -> Hashable:
-    """Return what identifies a prompt up to order: "a A and a B" and "a B and a A" share a key, all other prompts have their own."""
+    """Return a key that "a A and a B" shares with "a B and a A"; all other prompts have keys of their own."""
     if prompt.tag in ("two_object", "color_attr"):
         return prompt.tag, frozenset((clause.class_name, clause.color) for clause in prompt.include)
     return prompt.tag, prompt.text
@@ -40,8 +40,8 @@ def training_prompts(
 ) -> list[Prompt]:
     """Draw a training set in Flow-GRPO's manner, shuffled: tasks by `weights`, nothing from `held_out` nor its twins.
 
-    Differs: Flow-GRPO fills a task that is too small by drawing with replacement; here every prompt of it comes up
-    once before any comes up again.
+    Differs: Flow-GRPO fills a task that is too small by drawing with replacement; here each of its prompts is drawn
+    once before any is drawn again.
     """
     generator = np.random.default_rng(seed)
     held_out_keys = set(map(twin_key, held_out))
@@ -53,7 +53,7 @@ def training_prompts(
 
 
 def largest_remainder(weights: Mapping[Tag, float], total: int) -> dict[Tag, int]:
-    """Split `total` among the tasks by weight; what rounding down leaves over goes to the largest remainders."""
+    """Split `total` among the tasks by weight; the rest after rounding down goes to the largest remainders."""
     exact = {tag: total * weights[tag] / sum(weights.values()) for tag in TAGS}
     shares = {tag: int(exact[tag]) for tag in TAGS}
     for tag in sorted(TAGS, key=lambda tag: shares[tag] - exact[tag])[: total - sum(shares.values())]:
@@ -67,7 +67,7 @@ def endless_draws(
     held_out_keys: Container[Hashable],
     generator: np.random.Generator,
 ) -> Iterator[Prompt]:
-    """Yield prompts without replacement in random order, then in another order, and so on; skips held-out twins.
+    """Yield prompts without replacement in random order, then in another order, and so on; skip held-out twins.
 
     Raises:
         ValueError: every candidate is held out.
@@ -87,7 +87,7 @@ def endless_draws(
 
 
 def _prompt_spaces(class_names: Sequence[str]) -> dict[Tag, tuple[Callable[[Any], Prompt], list[Any]]]:
-    """List every task's grammar function with all arguments it can take."""
+    """Return every task's grammar function with all arguments it can take."""
     colorable = [name for name in class_names if name != COLORLESS_CLASS]
     pairs = list(itertools.permutations(class_names, 2))
     colorable_pairs = itertools.permutations(colorable, 2)

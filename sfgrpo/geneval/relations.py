@@ -1,4 +1,4 @@
-"""Where one box lies relative to another, by GenEval's rule."""
+"""Spatial relations of two boxes, by GenEval's rule."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SLACK = 0.1
 
 
 def relations_between(box: Box, target: Box) -> set[Relation]:
-    """Relations of `box` to `target`: none, one, or two on a diagonal (GenEval, evaluate_images.py).
+    """Return the relations of `box` to `target`: none, one, or two on a diagonal (GenEval, evaluate_images.py).
 
-    Offsets between the centres are shortened by a tenth of the summed extents per axis, then divided by the norm of
-    the unshortened offset; a component beyond one half in absolute value names a relation. y grows downward.
+    The offset between the centres is shortened by a tenth of the summed extents per axis, then divided by its norm
+    before that; a component beyond one half in absolute value is a relation. y grows downward.
     """
     offset = [(box[axis] + box[axis + 2] - target[axis] - target[axis + 2]) / 2 for axis in (0, 1)]
     extent = [box[axis + 2] - box[axis] + target[axis + 2] - target[axis] for axis in (0, 1)]

@@ -1,4 +1,4 @@
-"""GenEval's summary: the share of correct images of every task and their unweighted mean, with standard errors."""
+"""GenEval's table: the share of correct images of every task and their unweighted mean, with standard errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Share:
 
     mean: float
     stderr: float
-    """Clustered by prompt: the images of a prompt are not independent. This is the one to report."""
+    """Clustered by prompt, whose images are not independent: the error to report."""
     stderr_binomial: float
     """As if all images were independent."""
 
@@ -42,7 +42,7 @@ class GenEvalTable:
     tasks: Mapping[Tag, Share]
     """Tasks that were evaluated, in GenEval's order."""
     overall: Share
-    """Unweighted mean of the tasks, so an image of a large task weighs less than one of a small task."""
+    """Unweighted mean of the tasks: an image of a large task weighs less than one of a small task."""
     correct_images: float
     """Share of all images pooled."""
     correct_prompts: float
@@ -51,7 +51,7 @@ class GenEvalTable:
     num_images: int
 
     def to_dict(self) -> dict[str, float]:
-        """Flattens the table to metrics named "geneval/overall", "geneval/overall_stderr", "geneval/position", ..."""
+        """Return the table as metrics "geneval/overall", "geneval/overall_stderr", "geneval/position", ..."""
         metrics: dict[str, float] = {}
         named: list[tuple[str, Share]] = [("overall", self.overall), *self.tasks.items()]
         for name, share in named:
@@ -67,19 +67,19 @@ class GenEvalTable:
 
 
 def summarise(tags: Sequence[Tag], correct_PG: NDArray[np.bool_]) -> GenEvalTable:
-    """Summarises verdicts, one row of `correct_PG` [prompts, images per prompt] for every tag of `tags`.
+    """Summarise which images are correct: a row of `correct_PG` [prompts, images per prompt] for every tag of `tags`.
 
-    A task's clustered standard error is std(prompt means) / sqrt(prompts), the sample standard deviation; with one
-    prompt it is the binomial one of a single image, as if its images were copies. Tasks are independent, so the
-    overall one is sqrt(sum of squares) / tasks.
+    A task's clustered standard error is std(prompt means) / sqrt(prompts), with the sample standard deviation; for one
+    prompt it is the binomial error of a single image, as if its images were copies. Tasks are independent, so the
+    overall error is sqrt(sum of squares) / tasks.
 
     Raises:
-        ValueError: no verdicts, or not one row for every tag.
+        ValueError: no images, or not one row for every tag.
     """
     correct_PG = np.asarray(correct_PG, dtype=bool)
     if correct_PG.ndim != 2 or len(correct_PG) != len(tags) or correct_PG.size == 0:
         raise ValueError(
-            f"verdicts have shape {list(correct_PG.shape)} for {len(tags)} prompts; "
+            f"correct_PG has shape {list(correct_PG.shape)} for {len(tags)} prompts; "
             "give a non-empty array [prompts, images per prompt]"
         )
     of_tag = np.asarray(tags)
@@ -110,7 +110,7 @@ def _share(correct_PG: NDArray[np.bool_]) -> Share:
 
 
 def markdown_table(rows: Mapping[str, GenEvalTable]) -> str:
-    """Lays named tables out as Markdown: overall, then the six tasks, as in the paper; a dash where not evaluated."""
+    """Format tables as Markdown: overall, then the six tasks, as in the paper; a dash for tasks not evaluated."""
     lines = [["Model", "Overall", *COLUMNS.values()], ["---"] + ["---:"] * (1 + len(COLUMNS))]
     for name, table in rows.items():
         cells = [str(table.tasks[tag]) if tag in table.tasks else "-" for tag in COLUMNS]

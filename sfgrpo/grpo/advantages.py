@@ -1,4 +1,4 @@
-"""How much better each step did than its group: stepwise gains, or the final reward, normalised within groups."""
+"""Advantages of steps: stepwise gains, or the final reward, normalised within groups."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _DIMS: dict[Credit, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Advantages:
-    """The advantage of every step, and which samples have none to learn from."""
+    """The advantage of every step, and which samples have nothing to learn from."""
 
     values_NK: Float[Tensor, "N K"]
     constant_N: Bool[Tensor, " N"]
-    """True for the members of a group without spread: their advantages are exactly 0, and they need no update."""
+    """True for the members of a group of equal credits: their advantages are exactly 0, and they need no update."""
 
 
 def group_advantages(
@@ -42,22 +42,22 @@ def group_advantages(
     gae_lambda: float = 0.0,
     eps: float = 1e-4,
 ) -> Advantages:
-    """Normalises the credit c of each step within its group, (c - mean) / (std + eps), and clips it to +-clip.
+    """Normalise the credit c of each step within its group, (c - mean) / (std + eps), and clip it to +-clip.
 
-    A group is `group_size` neighbouring rows: it is told by position, never by prompt text. Std is the population's.
+    A group is `group_size` neighbouring rows, whatever their prompts. Std is the population's.
 
     `joint`     gains; one mean and one std over all steps of the group. Stepwise-Flow-GRPO, arXiv:2603.28718
     `per_step`  gains; a mean and a std per step. An ablation of the paper, and slower there
     `step_mean` gains; a mean per step, and the std of `joint`. Not in the paper
     `terminal`  final reward; one mean and std, the same number on every step. Flow-GRPO, arXiv:2505.05470
 
-    Steps between two scored states share what was gained between these.
+    Steps between two scored states share the gain between them.
 
     Args:
-        rewards_NS: reward of every scored state, the last being the image's.
-        states: their numbers, ascending from 0 to K; under `terminal` K alone will do.
-        std: `group` as above, or `global` to take the std, not the mean, over all groups of the batch at once.
-        gae_lambda: share of the later gains in a step's own, see `decayed_gains`; of no effect under `terminal`.
+        rewards_NS: reward of every scored state, the image's last.
+        states: indices of these states, ascending from 0 to K; under `terminal` K alone is enough.
+        std: `group` as above, or `global` for the std (not the mean) over all groups of the batch.
+        gae_lambda: share of the later gains in a step's own, see `decayed_gains`; no effect under `terminal`.
         eps: 1e-4, as in Flow-GRPO's code; in units of the reward.
     """
     _check_rewards(rewards_NS, group_size, states, credit)
@@ -70,7 +70,7 @@ def group_advantages(
     mean_dims, std_dims = _DIMS[credit]
     if std == "global":
         std_dims = (0, *std_dims)
-    # Rounding may leave the mean of equal numbers a little off them, and eps is small enough to make that visible.
+    # The mean of equal numbers may round to another number, and divided by a small eps that would be an advantage.
     constant = credit_PGK.amax(mean_dims, keepdim=True) == credit_PGK.amin(mean_dims, keepdim=True)
     centred = (credit_PGK - credit_PGK.mean(mean_dims, keepdim=True)).masked_fill(constant, 0)
     scale = credit_PGK.std(std_dims, correction=0, keepdim=True)

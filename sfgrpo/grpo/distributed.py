@@ -1,4 +1,4 @@
-"""The processes of a run: which images are whose, and how their numbers come together; transport is accelerate's."""
+"""The processes of a run: which images belong to which, and how their numbers are gathered, by accelerate."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from sfgrpo.errors import SanityCheckError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Partition:
-    """Which images of an update are whose: every process has an equal, consecutive part of each optimiser step's.
+    """The images of each process: an equal, consecutive part of the images of each optimiser step.
 
-    Optimiser steps therefore see the same images, and micro-batches are the same, however many processes there are;
-    a group may span processes.
+    Optimiser steps and micro-batches therefore hold the same images for any number of processes; a group may span
+    processes.
     """
 
     num_images: int
     num_steps: int
-    """Optimiser steps, each of which takes its own consecutive images."""
+    """Optimiser steps, each of its own consecutive images."""
     num_processes: int
 
     def rows(self, process_index: int) -> Tensor:
-        """Gives the images of a process, ascending: [num_images / num_processes]."""
+        """Return the indices of a process's images, ascending: [num_images / num_processes]."""
         return torch.arange(self.num_images).reshape(self.num_steps, self.num_processes, -1)[:, process_index].flatten()
 
     def in_order(self, rows: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Partition:
 
 
 def gathered(value: Tensor, accelerator: Accelerator) -> Tensor:
-    """Concatenates the tensors of all processes, equal in shape, along the first dimension; it is on the CPU."""
+    """Concatenate the tensors of all processes, equal in shape, along the first dimension, on the CPU."""
     if accelerator.num_processes == 1:
         return value.cpu()
     everyone: Tensor = accelerator.gather(value.contiguous().to(accelerator.device))
@@ -52,43 +52,41 @@ def gathered(value: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def summed(value: Tensor, accelerator: Accelerator) -> Tensor:
-    """Adds up the tensors of all processes, equal in shape, number by number; the result is on the CPU."""
+    """Add up the tensors of all processes, equal in shape, element by element, on the CPU."""
     return gathered(value[None], accelerator).sum(dim=0, dtype=value.dtype)
 
 
 def total(values: Sequence[float], accelerator: Accelerator) -> list[float]:
-    """Adds each number up over all processes, in float64."""
+    """Return the sum of each number over all processes, in float64."""
     return _rows_of_all(values, accelerator).sum(dim=0).tolist()
 
 
 def highest(values: Sequence[float], accelerator: Accelerator) -> list[float]:
-    """Gives the largest of each number over all processes, NaN when any is."""
+    """Return the maximum of each number over all processes; NaN if any of them is."""
     return _rows_of_all(values, accelerator).amax(dim=0).tolist()
 
 
 def any_of(flag: bool, accelerator: Accelerator) -> bool:
-    """Tells whether the flag is up on any process."""
+    """Return whether the flag is set on any process."""
     return bool(total([flag], accelerator)[0])
 
 
 def total_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Adds the gradients up over all processes, in one transfer; a parameter without one counts as zero."""
+    """Add up the gradients of all processes in place; a parameter without one counts as zero."""
     trained = list(parameters)
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     if accelerator.num_processes == 1:
         return
+    # One flat tensor: one transfer instead of one for each of the adapter's hundreds of small matrices.
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-    summed: Tensor = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="sum")
-    for gradient, part in zip(
-        gradients, torch.split(summed, [gradient.numel() for gradient in gradients]), strict=True
-    ):
-        gradient.copy_(part.view_as(gradient))
+    total = accelerator.reduce(nn.utils.parameters_to_vector(gradients), reduction="sum")
+    nn.utils.vector_to_parameters(total, gradients)
 
 
 def agree(text: str, accelerator: Accelerator) -> bool:
-    """Tells whether all processes hold the same text."""
+    """Return whether all processes have the same text."""
     # 48 bits are exact in float64.
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
     numbers = _rows_of_all([number], accelerator)
@@ -96,19 +94,20 @@ def agree(text: str, accelerator: Accelerator) -> bool:
 
 
 def require_same_everywhere(parameters: Mapping[str, Tensor], accelerator: Accelerator) -> None:
-    """Raises `SanityCheckError` on all processes unless all hold the same parameters, bit for bit."""
+    """Raise `SanityCheckError` on all processes unless all have the same parameters, bit for bit."""
     digest = hashlib.sha256()
     for value in parameters.values():
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     if not agree(digest.hexdigest(), accelerator):
         raise SanityCheckError(
-            "the adapters of the processes are no longer the same: they have drifted apart; use the same hardware and "
-            "the same package versions on every node"
+            "the adapters of the processes are no longer the same; use the same hardware and the same package versions "
+            "on every node"
         )
 
 
 def shared_files(files: Mapping[str, bytes] | None, accelerator: Accelerator) -> dict[str, bytes]:
-    """Gives every process the files of the first one that has any; no files when none has."""
+    """Return, on every process, the files of the first process that has any; no files when none has."""
+    # As one uint8 tensor, and not by broadcast_object_list: that pickles, and a checkpoint may be large.
     holder = round(-highest([-accelerator.process_index if files else -accelerator.num_processes], accelerator)[0])
     if holder == accelerator.num_processes:
         return {}
@@ -122,17 +121,19 @@ def shared_files(files: Mapping[str, bytes] | None, accelerator: Accelerator) ->
     }
 
 
-def even_slices(num_rows: int, micro_batch_size: int, accelerator: Accelerator) -> list[slice]:
-    """Cuts rows into consecutive slices, empty ones at the end, so that every process has as many as any other.
+def row_slices(num_rows: int, micro_batch_size: int) -> list[slice]:
+    """Cut rows 0..num_rows into consecutive slices of at most `micro_batch_size`."""
+    return [slice(start, min(start + micro_batch_size, num_rows)) for start in range(0, num_rows, micro_batch_size)]
 
-    A sharded model exchanges its weights in every pass, so a process with fewer rows has to take part with none.
+
+def even_slices(num_rows: int, micro_batch_size: int, accelerator: Accelerator) -> list[slice]:
+    """Cut rows into slices of at most `micro_batch_size`; empty ones at the end make their number equal everywhere.
+
+    A sharded model exchanges its weights in every pass, so a process with fewer rows takes part with empty batches.
     """
-    starts = list(range(0, num_rows, micro_batch_size))
-    most = round(highest([len(starts)], accelerator)[0])
-    ends = [min(start + micro_batch_size, num_rows) for start in starts]
-    return [slice(start, end) for start, end in zip(starts, ends, strict=True)] + [slice(num_rows, num_rows)] * (
-        most - len(starts)
-    )
+    slices = row_slices(num_rows, micro_batch_size)
+    most = round(highest([len(slices)], accelerator)[0])
+    return slices + [slice(num_rows, num_rows)] * (most - len(slices))
 
 
 def _broadcast(content: bytes, holder: int, accelerator: Accelerator) -> bytes:
@@ -145,7 +146,7 @@ def _broadcast(content: bytes, holder: int, accelerator: Accelerator) -> bytes:
 
 
 def _rows_of_all(values: Sequence[float], accelerator: Accelerator) -> Tensor:
-    """Gives the numbers of every process: [num_processes, len(values)] in float64 on the CPU."""
-    # Not all accelerators know float64; the bits travel as integers.
+    """Gather the numbers of every process: [num_processes, len(values)] in float64 on the CPU."""
+    # The bits travel as integers, since not all accelerators have float64.
     bits = torch.tensor(values, dtype=torch.float64).reshape(1, -1).view(torch.int64)
     return gathered(bits, accelerator).view(torch.float64)

@@ -1,4 +1,4 @@
-"""The clipped surrogate objective, and the numbers that explain it."""
+"""The clipped surrogate objective, and its diagnostics."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Beyond e^20 a ratio says only that something broke; clamped so that it stays a number in float32."""
+"""Log-ratios are clamped to it, so that the ratio stays finite in float32; beyond e^20 something is broken anyway."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyLoss:
-    """The loss of each trained (sample, step), and its explanation in detached numbers, one for each, too."""
+    """The loss of each trained (sample, step), and its diagnostics, one detached number for each as well."""
 
     loss: Float[Tensor, "*shape"]
     ratio: Float[Tensor, "*shape"]
@@ -32,14 +32,13 @@ def clipped_surrogate(
     advantage: Float[Tensor, "*shape"],
     clip_range: float,
 ) -> PolicyLoss:
-    """Gives -min(ratio A, clip(ratio, 1 - clip_range, 1 + clip_range) A) per element, ratio = exp(log_prob - old).
+    """Return -min(ratio A, clip(ratio, 1 - clip_range, 1 + clip_range) A) per element, ratio = exp(log_prob - old).
 
     Source: PPO, eq. 7, arXiv:1707.06347. The mean over elements, and a KL penalty, are left to the caller.
-
-    An element whose log-ratio is NaN or infinite is NaN in everything that comes out, and touches no other.
+    An element whose log-ratio is NaN or infinite becomes NaN in all results and changes no other element.
     """
     log_ratio = log_prob - old_log_prob
-    # The clamp would make an ordinary number of an infinite one.
+    # Before the clamp, which would turn infinity into an ordinary number.
     log_ratio = log_ratio.where(log_ratio.isfinite(), torch.nan).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: kept away from the optimiser, counted, and written down with their prompts."""
+"""Numbers that are not finite: kept from the optimiser, counted, and written to a file with their prompts."""
 
 from __future__ import annotations
 
@@ -13,29 +13,26 @@ from sfgrpo.errors import NumericsError
 from sfgrpo.types import Prompt, Trajectory
 
 NUM_NAMED = 3
-"""Prompts that the error names; the file has them all."""
+"""Prompts in the error message; the file has all of them."""
 
 
 def broken_images(trajectory: Trajectory) -> Tensor:
-    """Tells of every image whether a latent or velocity on its way is NaN or infinite: [N], on the CPU.
+    """Return which images have a latent or velocity that is NaN or infinite, [N] on the CPU.
 
-    Its picture then means nothing, though it may well get a reward.
+    The decoded image may still get a finite reward, but it means nothing.
     """
     parts = (trajectory.latents_NSCHW, trajectory.velocities_NKCHW)
     return torch.stack([~part.flatten(1).isfinite().all(dim=1) for part in parts]).any(dim=0).cpu()
 
 
 def without_broken_groups(rewards_NS: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Makes constant every group that has a reward which is NaN or infinite, so that nothing is learnt from it.
+    """Make every group with a NaN or infinite reward constant, so that nothing is learnt from it.
 
-    The constant is the mean reward of the images of the other groups, which disturbs means and spreads the least.
-
-    Args:
-        rewards_NS: rewards of whole groups, the last state being the image.
-        group_size: images of a group, which are neighbours.
+    The constant is the mean reward of the images of the other groups, which changes means and spreads the least.
+    `rewards_NS` are the rewards of whole groups, neighbours of each other, the image's last.
 
     Returns:
-        The rewards, all finite, and whether an image had one that was not, [N].
+        The rewards, all finite, and which images had one that was not, [N].
     """
     broken_N = ~rewards_NS.isfinite().all(dim=1)
     member_N = broken_N.reshape(-1, group_size).any(dim=1).repeat_interleave(group_size)
@@ -45,21 +42,19 @@ def without_broken_groups(rewards_NS: Tensor, group_size: int) -> tuple[Tensor, 
 
 
 class NumericalGuard:
-    """Counts the updates in which something was not finite, and stops a run that has too many of them.
+    """Counter of the updates in which something was not finite; stops a run that has too many of them.
 
-    All processes must record the same, so that all stop together; one of them writes.
+    All processes must record the same, so that they stop together; one of them writes the file.
     """
 
     def __init__(self, limit: int, path: Path, *, count: int = 0, writes: bool = True) -> None:
-        """Takes `update.max_broken_updates`, the file to write, and the updates that were counted before a resume."""
+        """Take `update.max_broken_updates`, the file to write, and the count before a resume."""
         self.count = count
         self._limit, self._path, self._writes = limit, path, writes
         self._last: int | None = None
 
     def record(self, update_index: int, kind: str, prompts: Sequence[Prompt]) -> None:
-        """Notes the prompts of the images whose `kind` (reward, loss, gradient) is not finite, if there are any.
-
-        An update counts once, however much of it is broken.
+        """Write down the prompts of images whose `kind` (reward, loss, gradient) is not finite; an update counts once.
 
         Raises:
             NumericsError: more updates than the limit are broken.
@@ -78,6 +73,6 @@ class NumericalGuard:
             raise NumericsError(
                 f"{self.count} updates had a reward, loss or gradient that is not finite, more than "
                 f"update.max_broken_updates = {self._limit}, the last of them a {kind} of "
-                f"{', '.join(map(repr, texts[:NUM_NAMED]))}; lower update.learning_rate or mend the reward, and see "
+                f"{', '.join(map(repr, texts[:NUM_NAMED]))}; lower update.learning_rate or fix the reward, and see "
                 f"{self._path} for all prompts"
             )

@@ -53,8 +53,3 @@ def roll_out(
         velocities_NKCHW=torch.stack(velocities, dim=1),
         log_probs_NK=torch.stack(log_probs, dim=1),
     )
-
-
-def row_slices(num_rows: int, micro_batch_size: int) -> list[slice]:
-    """Cut rows 0..num_rows into consecutive slices of at most `micro_batch_size`."""
-    return [slice(start, min(start + micro_batch_size, num_rows)) for start in range(0, num_rows, micro_batch_size)]

@@ -1,4 +1,4 @@
-"""Checks that what a training publishes is not what it started from."""
+"""Check that training changes the policy."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from sfgrpo.types import RolloutBatch
 def require_changed_sampler(
     policy: Policy, batch: RolloutBatch, num_rows: int, objective: Objective, accelerator: Accelerator
 ) -> None:
-    """Raises `SanityCheckError` on all processes when the policy's output, on any, is still that of the rollout.
+    """Raise `SanityCheckError` on all processes if the policy's output on one of them is still that of the rollout.
 
-    To be asked after an update that trained, by all processes at the same time: the same output means that nothing was
-    trained. The first `num_rows` images have to be a batch of the rollout, since batches of other sizes round
-    differently, in float16 and bfloat16 by more than a first update moves the output.
+    All processes call it together, after an update that trained. The first `num_rows` images must have been a batch of
+    the rollout: batches of other sizes round differently, in float16 and bfloat16 by more than a first update changes.
     """
     rows = slice(0, num_rows)
     before = batch.trajectory.velocities_NKCHW[rows, 0]

@@ -9,10 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sfgrpo.grpo.distributed import Partition
+from sfgrpo.grpo.distributed import Partition, row_slices
 from sfgrpo.grpo.estimates import clean_estimate, substep_sigmas
 from sfgrpo.grpo.nonfinite import broken_images, without_broken_groups
-from sfgrpo.grpo.rollout import row_slices
 from sfgrpo.policies.base import Policy
 from sfgrpo.rewards.base import Reward, raw_rewards
 from sfgrpo.runtime.timing import PhaseClock

@@ -33,8 +33,8 @@ class StepDistribution:
 class Sampler(Protocol):
     """A rule that turns a state and its velocity into the distribution of the next state.
 
-    Every rule is the Euler step of the ODE at noise level 0. `sigma_max` is the second sigma of the schedule: it
-    stands in for sigma in 1 - sigma where sigma is 1. Samples of one batch may be at different sigmas.
+    Every rule is the Euler step of the ODE at noise level 0. `sigma_max` is the second sigma of the schedule and
+    replaces sigma in 1 - sigma where sigma is 1. Samples of one batch may be at different sigmas.
     """
 
     def __call__(
@@ -51,7 +51,7 @@ class Sampler(Protocol):
 def flow_sde(
     x: Latents, velocity: Latents, sigma: PerSample, sigma_next: PerSample, sigma_max: float, noise_level: float
 ) -> StepDistribution:
-    """Steps by x(1 - s^2 dt/2t) - v(1 + s^2 (1-t)/2t) dt with std s sqrt(dt), s = noise_level sqrt(t/(1-t)).
+    """Step by x(1 - s^2 dt/2t) - v(1 + s^2 (1-t)/2t) dt with std s sqrt(dt), s = noise_level sqrt(t/(1-t)).
 
     Source: Flow-GRPO, arXiv:2505.05470. Euler-Maruyama of an SDE with the marginals of the ODE, of order 1.
     """
@@ -65,13 +65,14 @@ def flow_sde(
 def ddim_sde(
     x: Latents, velocity: Latents, sigma: PerSample, sigma_next: PerSample, sigma_max: float, noise_level: float
 ) -> StepDistribution:
-    """Steps to (1-p) x0_hat + sqrt(p^2 - std^2) x1_hat with std noise_level p sqrt(1-t).
+    """Step to (1-p) x0_hat + sqrt(p^2 - std^2) x1_hat with std noise_level p sqrt(1-t).
 
     Source: Stepwise-Flow-GRPO, arXiv:2603.28718. The std does not shrink with dt, so the marginals of the ODE are
     kept only as far as x0_hat is certain; where it is not, some variance is lost at every step however short.
     Differs: at t = 1 the printed std is 0; sigma_max is used there, as in `flow_sde`.
 
-    Raises ValueError where the std exceeds p, which a noise level of at most 1 rules out.
+    Raises:
+        ValueError: the std exceeds p, which a noise level of at most 1 rules out.
     """
     x, v, t, p = _float32(x, velocity, sigma, sigma_next)
     std = noise_level * p * (1 - _below_one(t, sigma_max)).sqrt()
@@ -86,11 +87,12 @@ def ddim_sde(
 def cps(
     x: Latents, velocity: Latents, sigma: PerSample, sigma_next: PerSample, sigma_max: float, noise_level: float
 ) -> StepDistribution:
-    """Steps to (1-p) x0_hat + sqrt(p^2 - std^2) x1_hat with std p sin(noise_level pi/2).
+    """Step to (1-p) x0_hat + sqrt(p^2 - std^2) x1_hat with std p sin(noise_level pi/2).
 
-    Source: Flow-CPS, coefficients-preserving sampling, arXiv:2509.05952. What `ddim_sde` says of marginals holds.
+    Source: Flow-CPS, coefficients-preserving sampling, arXiv:2509.05952. Marginals are kept as in `ddim_sde`.
 
-    Raises ValueError for a noise level above 1, where the sine would fall again.
+    Raises:
+        ValueError: the noise level is above 1, where the sine would fall again.
     """
     del sigma_max
     if noise_level > 1:
@@ -103,7 +105,7 @@ def cps(
 def ode(
     x: Latents, velocity: Latents, sigma: PerSample, sigma_next: PerSample, sigma_max: float, noise_level: float
 ) -> StepDistribution:
-    """Steps to x - v dt, the Euler step of the probability-flow ODE, with std 0 at every noise level."""
+    """Step to x - v dt, the Euler step of the probability-flow ODE, with std 0 at every noise level."""
     del sigma_max, noise_level
     x, v, t, p = _float32(x, velocity, sigma, sigma_next)
     return StepDistribution(mean=x - v * (t - p), std=torch.zeros_like(t))
@@ -113,16 +115,17 @@ SAMPLERS: dict[SamplerName, Sampler] = {"flow_sde": flow_sde, "ddim_sde": ddim_s
 
 
 def sample_step(distribution: StepDistribution, noise: Latents) -> Float32[Tensor, "N C H W"]:
-    """Draws the next state, mean + std noise, from given standard normal noise."""
+    """Return the next state, mean + std noise, for given standard normal noise."""
     return distribution.mean + distribution.std * noise.float()
 
 
 def gaussian_log_prob(x: Latents, mean: Latents, std: Float[Tensor, "N 1 1 1"]) -> Float32[Tensor, " N"]:
-    """Gives log N(x; mean, std^2), the full density, averaged over the elements of a sample.
+    """Return log N(x; mean, std^2), the full density, averaged over the elements of a sample.
 
     Differs: a log-prob sums over the elements. Flow-GRPO's clip ranges (1e-4 and below) presume this mean.
 
-    Raises ValueError where std is 0: a deterministic step has no density.
+    Raises:
+        ValueError: std is 0: a deterministic step has no density.
     """
     _check_density(std)
     x, mean, std = x.float(), mean.float(), std.float()
@@ -133,13 +136,14 @@ def gaussian_log_prob(x: Latents, mean: Latents, std: Float[Tensor, "N 1 1 1"]) 
 def gaussian_kl(
     mean: Latents, mean_ref: Latents, std: Float[Tensor, "N 1 1 1"], form: KlForm, dt: PerSample
 ) -> Float32[Tensor, " N"]:
-    """Gives KL(N(mean, std^2) || N(mean_ref, std^2)) = |mean - mean_ref|^2 / (2 std^2), averaged over the elements.
+    """Return KL(N(mean, std^2) || N(mean_ref, std^2)) = |mean - mean_ref|^2 / (2 std^2), averaged over the elements.
 
     `exact` is this closed form. `flow_grpo` is what Flow-GRPO's code computes: it leaves dt out of the variance,
-    dividing by 2 std^2 / dt, which makes it dt times the exact value. The published coefficients, .04 for GenEval and
-    OCR and .01 for PickScore, belong to `flow_grpo`; under `exact` they would weigh 1/dt times as much.
+    dividing by 2 std^2 / dt, which makes it dt times the exact value. The published coefficients (0.04 for GenEval and
+    OCR, 0.01 for PickScore) belong to `flow_grpo`; under `exact` they would weigh 1/dt times as much.
 
-    Raises ValueError where std is 0.
+    Raises:
+        ValueError: std is 0.
     """
     _check_density(std)
     variance = std.float() ** 2
@@ -149,7 +153,7 @@ def gaussian_kl(
 
 
 def stochastic_steps(sampler_name: SamplerName, sigmas: Float[Tensor, " S"], noise_level: float) -> list[bool]:
-    """Tells of each of the S - 1 steps of a schedule whether it has a density, that is a std above 0."""
+    """Return whether each of the S - 1 steps of a schedule has a density, that is a std above 0."""
     nothing = sigmas.new_zeros(len(sigmas) - 1, 1, 1, 1)
     step = SAMPLERS[sampler_name](nothing, nothing, sigmas[:-1], sigmas[1:], sigmas[1].item(), noise_level)
     stochastic: list[bool] = (step.std.flatten() > 0).tolist()
@@ -159,10 +163,12 @@ def stochastic_steps(sampler_name: SamplerName, sigmas: Float[Tensor, " S"], noi
 def trainable_steps(
     sampler_name: SamplerName, sigmas: Float[Tensor, " S"], noise_level: float, requested: Sequence[int] | None = None
 ) -> list[int]:
-    """Lists the steps that the objective covers, in order: the requested ones, or all that can be trained.
+    """Return the steps that the objective covers, in order: the requested ones, or all that can be trained.
 
-    A step can be trained if it is stochastic and not the last one, which Flow-GRPO leaves out too. Raises ValueError
-    if no step can be, or if a requested one cannot.
+    A step can be trained if it is stochastic and not the last one, which Flow-GRPO leaves out too.
+
+    Raises:
+        ValueError: no step can be trained, or a requested one cannot.
     """
     stochastic = stochastic_steps(sampler_name, sigmas, noise_level)
     allowed = [step for step, has_density in enumerate(stochastic[:-1]) if has_density]
@@ -170,7 +176,7 @@ def trainable_steps(
     refused = sorted(set(chosen) - set(allowed))
     if refused:
         raise ValueError(
-            f"steps {refused} cannot be trained, being the last one, deterministic or not in the schedule; "
+            f"steps {refused} cannot be trained: they are the last one, deterministic or not in the schedule; "
             f"allowed under {sampler_name} at noise_level {noise_level} are {allowed}"
         )
     if not chosen:
@@ -205,5 +211,5 @@ def _float32(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> 
 
 
 def _column(values: Tensor) -> Tensor:
-    """Shapes one number per sample so that it broadcasts over C H W."""
+    """Reshape one number per sample so that it broadcasts over C H W."""
     return values.float().view(-1, 1, 1, 1)

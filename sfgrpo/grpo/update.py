@@ -1,4 +1,4 @@
-"""One update of the policy: recompute the log-probs of a rollout, clipped surrogate, backward, optimiser steps."""
+"""The policy update: log-probs of the rollout computed anew, clipped surrogate, backward passes, optimiser steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfgrpo.config.schema import SamplingConfig, UpdateConfig
 from sfgrpo.errors import SanityCheckError
@@ -20,14 +20,14 @@ from sfgrpo.policies.base import Policy
 from sfgrpo.types import RolloutBatch
 
 COLUMNS = ("loss", "ratio", "deviation", "clipped", "approx_kl", "kl_reference")
-"""What is noted of every trained (image, step)."""
+"""Numbers kept of every trained (image, step)."""
 LOWEST_SCALE = 1.0
-"""Below it a loss scale would only lose digits: a gradient that overflows even here is broken."""
+"""Lower loss scales only lose digits: a gradient that overflows even here is broken."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What an update maximises: everything about it that is not in the rollout."""
+    """What an update maximises: everything that is not in the rollout."""
 
     sampling: SamplingConfig
     update: UpdateConfig
@@ -61,20 +61,20 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateOutcome:
-    """What an update did. Metrics and `trained` are of all processes together, and the same on each."""
+    """Result of an update; metrics and `trained` cover all processes and are the same on each."""
 
     metrics: dict[str, float]
     """Always finite: means and sums are over what is finite."""
     trained: bool
-    """Whether an optimiser step was due that had an advantage to follow, and no number stood in its way."""
+    """Whether some advantage was not 0, and no optimiser step was skipped."""
     broken_loss_N: Tensor
     """True for the images of this process whose loss, or log-prob, is NaN or infinite; on the CPU."""
     broken_gradient_N: Tensor
-    """True for the images of this process behind a gradient that is so although every loss is finite; on the CPU."""
+    """True for the images of this process behind such a gradient, although every loss is finite; on the CPU."""
 
 
 def make_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
-    """Makes what scales the loss of a policy in float16, and does nothing for any other."""
+    """Return the loss scaler of a policy in float16; for any other dtype it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
 
@@ -86,28 +86,27 @@ def update_policy(
     accelerator: Accelerator,
     scaler: torch.amp.GradScaler,
 ) -> UpdateOutcome:
-    """Takes `steps_per_update` optimiser steps, each on its own consecutive share of the rollout's images.
+    """Take `steps_per_update` optimiser steps, each on its own consecutive share of the rollout's images.
 
-    The batch holds the images of this process; share s of all processes together is what optimiser step s learns
-    from. The loss is the mean over all images and trained steps of a share; images of constant groups count as the
-    zeros that they are and cost nothing. The first step is on-policy, so its ratio must be 1.
+    The batch holds the images of this process; optimiser step s learns from share s of all processes together. The
+    loss is the mean over all images and trained steps of a share; images of constant groups count as zeros and cost
+    nothing. The first step is on-policy, so its ratio must be 1.
 
-    A step whose loss or gradient is not finite somewhere is left out on all processes. One whose gradient overflows
-    at a scale of `scaler` that can still fall is left out too, but is nobody's fault.
+    All processes skip a step if its loss or gradient is not finite on any of them. A gradient that overflows at a
+    scale of `scaler` that can still fall is skipped too, but not counted as broken.
 
     Gradients are added up once a step, by `total_gradients`, and not by the hooks of DDP: since constant groups cost
     nothing, processes differ in their number of images, and so would in their number of backward passes.
 
     Raises:
-        SanityCheckError: the ratio of the first step is off 1 by more than `ratio_tolerance` on some process, which all
-            learn; or no trainable parameter takes part in the loss.
+        SanityCheckError: the ratio of the first step is off 1 by more than `ratio_tolerance` on some process (raised on
+            all of them); or no trainable parameter takes part in the loss.
     """
-    shares = torch.arange(len(batch.constant_N)).chunk(objective.update.steps_per_update)
     constant_N = batch.constant_N.cpu()
     broken_loss_N, broken_gradient_N = torch.zeros(2, len(constant_N), dtype=torch.bool).unbind()
     passes: list[_Passes] = []
     steps: list[_Step] = []
-    for share in shares:
+    for share in torch.arange(len(constant_N)).chunk(objective.update.steps_per_update):
         rows = share[~constant_N[share]]
         num_terms = len(share) * len(objective.trained_steps) * accelerator.num_processes
         done = _accumulate_gradients(policy, batch, rows, num_terms, objective, accelerator, scaler)
@@ -117,26 +116,13 @@ def update_policy(
         if done.sums["broken"]:
             broken_loss_N[done.broken_rows] = True
         elif done.num_passes:
-            parameters = list(policy.adapter_parameters().values())
-            steps.append(_take_step(parameters, optimizer, objective.update.max_grad_norm, accelerator, scaler))
+            steps.append(_take_step(policy, optimizer, objective.update.max_grad_norm, accelerator, scaler))
             broken_gradient_N[rows] = steps[-1].kind == "broken"
         optimizer.zero_grad()
-    num_broken = sum(bool(done.sums["broken"]) for done in passes) + sum(step.kind == "broken" for step in steps)
-    num_overflows = sum(step.kind == "overflow" for step in steps)
-    # A share without images to learn from is a step with a gradient of 0.
-    num_norms = len(shares) - num_broken - num_overflows
-    metrics = {
-        **_means(passes),
-        "policy/ratio_deviation": max(max(done.deviations) for done in passes),
-        "policy/ratio_deviation_first_pass": max(passes[0].deviations),
-        "optim/grad_norm": sum(step.grad_norm for step in steps if step.kind == "finite") / max(num_norms, 1),
-        "guards/skipped_steps": float(num_broken),
-    }
-    if scaler.is_enabled():
-        metrics |= {"optim/overflow_steps": float(num_overflows), "optim/loss_scale": scaler.get_scale()}
+    undisturbed = all(step.kind == "finite" for step in steps) and not any(done.sums["broken"] for done in passes)
     return UpdateOutcome(
-        metrics=metrics,
-        trained=not num_broken + num_overflows and any(done.sums["with_advantage"] for done in passes),
+        metrics=_metrics(passes, steps, scaler),
+        trained=undisturbed and any(done.sums["with_advantage"] for done in passes),
         broken_loss_N=broken_loss_N,
         broken_gradient_N=broken_gradient_N,
     )
@@ -144,11 +130,11 @@ def update_policy(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Passes:
-    """What the forward and backward passes of a share gave."""
+    """Result of the forward and backward passes of a share."""
 
     num_passes: int
     sums: Mapping[str, float]
-    """Over the (image, step) terms of all processes: `COLUMNS` of the finite ones, and how many there are of which."""
+    """Sums of `COLUMNS` over the finite (image, step) terms of all processes, and the numbers of terms of each kind."""
     deviations: list[float]
     """Largest |ratio - 1| of each process."""
     broken_rows: Tensor
@@ -157,7 +143,7 @@ class _Passes:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """What became of an optimiser step."""
+    """Outcome of an optimiser step."""
 
     kind: Literal["finite", "overflow", "broken"]
     grad_norm: float
@@ -172,7 +158,7 @@ def _accumulate_gradients(
     accelerator: Accelerator,
     scaler: torch.amp.GradScaler,
 ) -> _Passes:
-    """Adds the gradient of a share's loss into the parameters, one micro-batch of one step at a time."""
+    """Add the gradient of a share's loss to the parameters, one micro-batch of one step at a time."""
     parts = [rows[part] for part in even_slices(len(rows), objective.micro_batch_size, accelerator)]
     collected = [torch.empty(0, len(COLUMNS), device=policy.device)]
     for step in objective.trained_steps:
@@ -206,30 +192,43 @@ def _accumulate_gradients(
     )
 
 
-def _means(passes: Sequence[_Passes]) -> dict[str, float]:
-    """Averages over the terms of all shares: the loss over all, what is known of trained images only over these."""
+def _metrics(passes: Sequence[_Passes], steps: Sequence[_Step], scaler: torch.amp.GradScaler) -> dict[str, float]:
+    """Summarise all shares: the loss is a mean over all images, everything else over the trained ones."""
     sums = {name: sum(done.sums[name] for done in passes) for name in passes[0].sums}
     finite, counted = sums["finite"], sums["all"] - sums["broken"]
-    return {
+    num_broken = sum(bool(done.sums["broken"]) for done in passes) + sum(step.kind == "broken" for step in steps)
+    num_overflows = sum(step.kind == "overflow" for step in steps)
+    # A share without images to learn from is a step with a gradient of 0.
+    num_norms = len(passes) - num_broken - num_overflows
+    metrics = {
         "policy/loss": sums["loss"] / counted if counted else 0.0,
         "policy/ratio_mean": sums["ratio"] / finite if finite else 1.0,
         "policy/clip_fraction": sums["clipped"] / finite if finite else 0.0,
         "policy/approx_kl": sums["approx_kl"] / finite if finite else 0.0,
         "policy/kl_reference": sums["kl_reference"] / finite if finite else 0.0,
+        "policy/ratio_deviation": max(max(done.deviations) for done in passes),
+        "policy/ratio_deviation_first_pass": max(passes[0].deviations),
+        "optim/grad_norm": sum(step.grad_norm for step in steps if step.kind == "finite") / max(num_norms, 1),
+        "guards/skipped_steps": float(num_broken),
     }
+    if scaler.is_enabled():
+        metrics |= {"optim/overflow_steps": float(num_overflows), "optim/loss_scale": scaler.get_scale()}
+    return metrics
 
 
 def _take_step(
-    parameters: Sequence[nn.Parameter],
+    policy: Policy,
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
     accelerator: Accelerator,
     scaler: torch.amp.GradScaler,
 ) -> _Step:
-    """Takes one optimiser step with the gradients of all processes, unless they are all 0 or one is not finite."""
+    """Take one optimiser step with the gradients of all processes, unless they are all 0 or one is not finite."""
+    parameters = list(policy.adapter_parameters().values())
     total_gradients(parameters, accelerator)
     scaler.unscale_(optimizer)
     grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    # With a gradient of 0 AdamW would still move the weights, by its momentum and weight decay.
     if math.isfinite(grad_norm) and grad_norm > 0:
         scaler.step(optimizer)
     scale = scaler.get_scale()
@@ -246,9 +245,9 @@ def _take_step(
 def _step_loss(
     policy: Policy, batch: RolloutBatch, rows: Tensor, step: int, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """Gives the loss of one step of the images `rows`, summed, and its `COLUMNS`, [len(rows), J] without gradient.
+    """Return the summed loss of one step of the images `rows`, and its `COLUMNS` [len(rows), J] without gradient.
 
-    The KL to the start policy is 0 where its weight is.
+    The KL to the start policy is computed only if it has a weight, and 0 otherwise.
     """
     latents = batch.trajectory.latents_NSCHW
     x, taken = latents[rows, step], latents[rows, step + 1]
@@ -265,12 +264,12 @@ def _step_loss(
         start = objective.step_distribution(x, policy.reference_velocity(*inputs), step)
         dt = (objective.sigmas_S[step] - objective.sigmas_S[step + 1]).expand(len(x))
         kl = gaussian_kl(now.mean, start.mean, now.std, objective.update.kl_form, dt)
-    noted = (surrogate.loss, surrogate.ratio, surrogate.deviation, surrogate.clipped, surrogate.approx_kl, kl)
-    return (surrogate.loss + objective.update.kl_coef * kl).sum(), torch.stack(noted, dim=1).detach()
+    columns = (surrogate.loss, surrogate.ratio, surrogate.deviation, surrogate.clipped, surrogate.approx_kl, kl)
+    return (surrogate.loss + objective.update.kl_coef * kl).sum(), torch.stack(columns, dim=1).detach()
 
 
 def _loss_of_nothing(policy: Policy, batch: RolloutBatch, step: int, objective: Objective) -> Tensor:
-    """Gives the loss of no image, 0, by the very passes that an image takes.
+    """Return a loss of 0 by the passes that an image would take, since a sharded model needs every process in each.
 
     They are those of one blank latent: not every attention kernel takes a batch of 0.
     """
@@ -282,7 +281,7 @@ def _loss_of_nothing(policy: Policy, batch: RolloutBatch, step: int, objective: 
 
 
 def _check_first_ratio(deviations: Sequence[float], tolerance: float) -> None:
-    """Takes the largest |ratio - 1| of every process, so that all of them fail together."""
+    """Check the largest |ratio - 1| of every process, so that all of them fail together."""
     if off := [rank for rank, deviation in enumerate(deviations) if deviation > tolerance]:
         where = f" on rank {', '.join(map(str, off))} of {len(deviations)}" if len(deviations) > 1 else ""
         raise SanityCheckError(

@@ -1,4 +1,4 @@
-"""The one contract that every flow model meets."""
+"""The contract of every flow model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Policy(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where latents and conditioning are expected."""
+        """Device that latents and conditioning must be on."""
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:
@@ -35,35 +35,35 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Encodes texts without gradients; the empty text is the unconditional one of guidance."""
+        """Encode texts without gradients; guidance takes the empty text as the unconditional one."""
 
     @abstractmethod
     def velocity(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
-        """Predicts noise minus clean latent at `latents` [N, C, H, W] and noise levels `sigma` [N], in float32.
+        """Predict noise minus clean latent at `latents` [N, C, H, W] and noise levels `sigma` [N], in float32.
 
-        A guidance scale of 1 costs one pass through the transformer, any other costs two. No rows at all still cost
-        one: processes that share a model call this equally often, whatever they have to do.
+        A guidance scale of 1 costs one pass through the transformer, any other two. No rows at all still cost one:
+        processes that share a model must call this equally often.
         """
 
     @abstractmethod
     def reference_velocity(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
-        """Predicts the velocity of the frozen start policy, without gradients."""
+        """Predict the velocity of the frozen start policy, without gradients."""
 
     @abstractmethod
     def save_adapter(self, folder: Path) -> None:
-        """Writes the adapter as it is now, in the format that the model's own library loads."""
+        """Write the adapter in the format that the model's own library loads."""
 
     @abstractmethod
     def load_adapter(self, folder: Path) -> None:
-        """Reads what `save_adapter` wrote."""
+        """Read an adapter that `save_adapter` wrote."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Decodes clean latents [N, C, H, W] to RGB images [N, H, W, 3]."""
+        """Decode clean latents [N, C, H, W] to RGB images [N, H, W, 3]."""
 
     @property
     @abstractmethod
@@ -71,13 +71,13 @@ class Policy(ABC):
         """The module whose trainable parameters are the adapter."""
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Names the parameters that training changes."""
+        """Return the parameters that training changes, by name."""
         return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
 
 
 @contextlib.contextmanager
 def use_adapter(policy: Policy, files: Mapping[str, bytes]) -> Iterator[None]:
-    """Puts an adapter, given by its files, into the policy for a block."""
+    """Load an adapter, given by its files, into the policy for a block, then restore the previous one."""
     originals = {name: parameter.detach().clone() for name, parameter in policy.adapter_parameters().items()}
     try:
         with tempfile.TemporaryDirectory() as folder:

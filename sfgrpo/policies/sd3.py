@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 behind the policy contract: any diffusers SD3 pipeline, with a LoRA adapter by peft."""
+"""Stable Diffusion 3 and 3.5 as a policy: any diffusers SD3 pipeline, with a LoRA adapter by peft."""
 
 from __future__ import annotations
 
@@ -73,12 +73,13 @@ class SD3Policy(Policy):
     def from_pretrained(
         cls, pretrained: str | Path, *, revision: str | None = None, dtype: str = "float32", **options: object
     ) -> SD3Policy:
-        """Loads a pipeline from a folder or from the Hugging Face hub (`revision` pins the latter)."""
-        # A T5 that is not used is not even read: SD3's has 9.5 GB, and a pipeline may come without one.
+        """Load a pipeline from a folder or from the Hugging Face hub (`revision` pins the latter)."""
+        # An unused T5 is not read: SD3's has 9.5 GB, and a pipeline may lack one.
         left_out = {"text_encoder_3": None, "tokenizer_3": None} if options["max_sequence_length"] == 0 else {}
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             pretrained, revision=revision, dtype=DTYPES[dtype], use_safetensors=True, **left_out
         )
+        # The options are those of __init__, which checks them when it is called.
         return cls(pipeline, dtype=DTYPES[dtype], **options)  # type: ignore[arg-type]
 
     def _text_encoders(self) -> list[nn.Module]:
@@ -139,7 +140,7 @@ class SD3Policy(Policy):
 
     def _predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if not len(latents):
-            # The attention of diffusers takes no empty batch, but a sharded transformer needs every process to pass.
+            # diffusers' attention takes no empty batch, but a sharded transformer needs every process in every pass.
             return self._predict(_one_row(latents), _one_row(sigma), _blank(conditioning))[:0]
         device = self.pipeline.transformer.device
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
@@ -153,9 +154,9 @@ class SD3Policy(Policy):
         return velocity.float()
 
     def shard(self) -> None:
-        """Spreads the transformer's frozen weights over all processes, which gather them block by block (FSDP2).
+        """Shard the transformer's frozen weights over all processes, which gather them block by block (FSDP2).
 
-        The adapter stays whole on each: it is small, and everything that updates, averages or saves it stays simple.
+        The adapter stays whole on each: it is small, and code that updates, averages or saves it stays simple.
         """
         transformer = self.pipeline.transformer
         adapter = set(self.adapter_parameters().values())
@@ -183,16 +184,16 @@ class SD3Policy(Policy):
         return scaled_pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     def save_adapter(self, folder: Path) -> None:
-        """Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights` reads in plain diffusers."""
+        """Write `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights` reads in plain diffusers."""
         transformer = self.pipeline.transformer
-        # Not the state dict of the whole transformer: a sharded one would change its state on this process alone.
+        # Not the transformer's whole state dict: to build it, a sharded model changes its state on this process alone.
         weights = get_peft_model_state_dict(transformer, dict(self.adapter_parameters()), adapter_name=ADAPTER)
         settings = {
             f"transformer.{key}": sorted(value) if isinstance(value, set) else value
             for key, value in transformer.peft_config[ADAPTER].to_dict().items()
         }
         # Not by pipeline.save_lora_weights: safetensors writes several metadata keys in any order, so equal weights
-        # would give different files, and every digest of them would differ.
+        # would give files with different digests.
         save_file(
             {f"transformer.{name}": value.detach().cpu().contiguous() for name, value in weights.items()},
             folder / WEIGHTS_NAME,
@@ -208,8 +209,8 @@ class SD3Policy(Policy):
         if missing or result.unexpected_keys:
             raise ValueError(
                 f"adapter {folder} does not fit the policy: {len(missing)} weights missing, "
-                f"{len(result.unexpected_keys)} unexpected; policy.lora_rank and policy.lora_targets must be those "
-                "that it was trained with"
+                f"{len(result.unexpected_keys)} unexpected; set policy.lora_rank and policy.lora_targets to those that "
+                "it was trained with"
             )
 
 

@@ -19,7 +19,7 @@ OBJECT_WEIGHT = 4.0
 
 
 def build_autoencoder(latent_channels: int) -> AutoencoderKL:
-    """Makes the untrained autoencoder: 32x32 pixels to 8x8 latents."""
+    """Make the untrained autoencoder: 32x32 pixels to 8x8 latents."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -39,12 +39,12 @@ def build_autoencoder(latent_channels: int) -> AutoencoderKL:
 
 
 def to_pixels(images: NDArray[np.uint8]) -> Tensor:
-    """Turns uint8 images [N, H, W, 3] into the pipeline's pixels [N, 3, H, W] in -1..1."""
+    """Turn uint8 images [N, H, W, 3] into the pipeline's pixels [N, 3, H, W] in -1..1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
 def to_images(pixels: Tensor) -> NDArray[np.uint8]:
-    """Turns pixels [N, 3, H, W] in -1..1 into uint8 images [N, H, W, 3], rounding as the pipeline does."""
+    """Turn pixels [N, 3, H, W] in -1..1 into uint8 images [N, H, W, 3], rounding as the pipeline does."""
     scaled = pixels.float().add(1.0).mul(127.5).clamp(0, 255).round()
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
@@ -69,7 +69,7 @@ def train_autoencoder(
     kl_weight: float,
     seed: int,
 ) -> Iterator[tuple[int, float]]:
-    """Trains in place with AdamW and a cosine schedule; yields (step, loss) after every step."""
+    """Train in place with AdamW and a cosine schedule; yields (step, loss) after every step."""
     generator = np.random.default_rng(seed)
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -89,14 +89,14 @@ def train_autoencoder(
 
 @torch.no_grad()
 def standardise_latents(autoencoder: AutoencoderKL, images: NDArray[np.uint8]) -> None:
-    """Sets the scaling and shift factors so that the latents of `images` have mean 0 and standard deviation 1."""
+    """Set the scaling and shift factors so that the latents of `images` have mean 0 and standard deviation 1."""
     mean = autoencoder.encode(to_pixels(images)).latent_dist.mean
     autoencoder.register_to_config(shift_factor=mean.mean().item(), scaling_factor=1.0 / mean.std().item())
 
 
 @torch.no_grad()
 def encode_images(autoencoder: AutoencoderKL, images: NDArray[np.uint8], batch_size: int = 256) -> Tensor:
-    """Encodes images [N, H, W, 3] to the transformer's latents [N, C, 8, 8] (posterior means, standardised)."""
+    """Encode images [N, H, W, 3] to the transformer's latents [N, C, 8, 8] (posterior means, standardised)."""
     scale, shift = autoencoder.config.scaling_factor, autoencoder.config.shift_factor
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     return torch.cat([(autoencoder.encode(to_pixels(batch)).latent_dist.mean - shift) * scale for batch in batches])

@@ -1,4 +1,4 @@
-"""Makes the shapes base model: renders pictures, trains autoencoder and flow model, judges them, writes the card."""
+"""Make the shapes base model: renders pictures, trains autoencoder and flow model, judges them, writes the card."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LOG_EVERY_NUM_STEPS = 100
 
 
 def pretrain_base_model(config: PretrainConfig, seed: int, folder: Path) -> None:
-    """Trains the base model into `BASE_MODEL`; `folder` keeps what is done, and a second call goes on from there."""
+    """Train the base model into `BASE_MODEL`; `folder` keeps what is done, and a second call goes on from there."""
     folder.mkdir(parents=True, exist_ok=True)
     # Three sets of their own: seeds that follow one another.
     fresh = render_pictures(NUM_SURVIVAL_IMAGES, config.task_weights, seed + 1).images
@@ -132,7 +132,7 @@ def _saving(training: FlowTraining, steps: Iterable[tuple[int, float]], state: P
 
 
 def _follow(name: str, steps: Iterable[tuple[int, float]], num_steps: int) -> None:
-    """Runs a training to its end and logs the mean loss now and then."""
+    """Run a training to its end and logs the mean loss now and then."""
     losses: list[float] = []
     for step, loss in steps:
         losses.append(loss)
@@ -143,7 +143,7 @@ def _follow(name: str, steps: Iterable[tuple[int, float]], num_steps: int) -> No
 
 @contextlib.contextmanager
 def _clocked(folder: Path, name: str) -> Iterator[None]:
-    """Adds the seconds that the block takes to those of earlier calls, for the model card."""
+    """Add the seconds that the block takes to those of earlier calls, for the model card."""
     path = folder / "seconds.json"
     started = time.monotonic()
     try:
@@ -155,7 +155,7 @@ def _clocked(folder: Path, name: str) -> Iterator[None]:
 
 
 def _judged(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]:
-    """Gives the GenEval-shapes table, one row per guidance scale, on the first prompts of every task."""
+    """Return the GenEval-shapes table, one row per guidance scale, on the first prompts of every task."""
     evaluation = config.evaluation
     prompts = [prompt for prompts in all_prompts().values() for prompt in _spread(prompts, evaluation.prompts_per_task)]
     policy = SD3Policy.from_pretrained(
@@ -186,7 +186,7 @@ def _judged(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]
 
 
 def _spread(prompts: list[Prompt], count: int) -> list[Prompt]:
-    """Picks `count` prompts evenly from a list, or all of a shorter one."""
+    """Pick `count` prompts evenly from a list, or all of a shorter one."""
     return prompts[:: max(1, len(prompts) // count)][:count]
 
 

@@ -62,7 +62,7 @@ class ClipRecipe:
 
 
 def build_clip(tokenizer: CLIPTokenizer, *, width: int, num_layers: int, patch_size: int) -> CLIPModel:
-    """Makes the untrained CLIP: a vision transformer of `num_layers`, a text transformer of two.
+    """Make the untrained CLIP: a vision transformer of `num_layers`, a text transformer of two.
 
     Weights follow torch's global generator: seed it first.
     """
@@ -102,7 +102,7 @@ def build_clip(tokenizer: CLIPTokenizer, *, width: int, num_layers: int, patch_s
 
 @torch.no_grad()
 def _place_patches(model: CLIPModel) -> None:
-    """Starts the position embeddings as waves: one half tells a patch's row, the other its column."""
+    """Start the position embeddings as waves: one half tells a patch's row, the other its column."""
     table = model.vision_model.embeddings.position_embedding.weight
     side = math.isqrt(len(table) - 1)
     frequencies = math.pi * torch.linspace(1 / side, 1.0, table.shape[1] // 4)
@@ -113,7 +113,7 @@ def _place_patches(model: CLIPModel) -> None:
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[Prompt]) -> Tensor:
-    """Tokenises prompts to ids [num_prompts, L], padded to the longest prompt of the world."""
+    """Tokenise prompts to ids [num_prompts, L], padded to the longest prompt of the world."""
     texts = [prompt.text for prompt in prompts]
     return tokenizer(
         texts, padding="max_length", max_length=MAX_TEXT_TOKENS, truncation=True, return_tensors="pt"
@@ -121,17 +121,17 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[Prompt]) -> Tensor:
 
 
 def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
-    """Embeds pixels [N, 3, 32, 32] in -1..1 on the unit sphere: [N, D]."""
+    """Embed pixels [N, 3, 32, 32] in -1..1 on the unit sphere: [N, D]."""
     return nn.functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
 
 
 def embed_texts(model: CLIPModel, token_ids: Tensor) -> Tensor:
-    """Embeds token ids [N, L] on the unit sphere: [N, D]."""
+    """Embed token ids [N, L] on the unit sphere: [N, D]."""
     return nn.functional.normalize(model.get_text_features(input_ids=token_ids).pooler_output, dim=-1)
 
 
 def meaning(prompt: Prompt) -> Hashable:
-    """Names what a prompt asks for: "a A left of a B" and "a B right of a A" share it, and so do `twin_key`'s twins."""
+    """Return a key of what a prompt asks for: "a A left of a B" shares that of "a B right of a A"; see `twin_key`."""
     if prompt.tag == "position":
         target, placed = prompt.include
         assert placed.position is not None, "the second clause of a position prompt is placed"
@@ -143,7 +143,7 @@ def meaning(prompt: Prompt) -> Hashable:
 
 
 def contents(prompt: Prompt) -> Hashable:
-    """Names the objects that a prompt asks for, whatever their colours and places."""
+    """Return the objects that a prompt asks for, whatever their colours and places."""
     counts: Counter[str] = Counter()
     for clause in prompt.include:
         counts[clause.class_name] += clause.count
@@ -206,7 +206,7 @@ class _Batches:
         self._used = used
 
     def draw(self, step: int, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Gives the rows of a batch, of the whole task or of a corner of it as a coin falls, and of its strangers."""
+        """Return the rows of a batch, of the whole task or of a corner of it as a coin falls, and of its strangers."""
         simple = step < self._recipe.simple_fraction * self._recipe.num_steps
         weights = np.array([self._recipe.task_weights[tag] if tag in SIMPLE or not simple else 0.0 for tag in TAGS])
         rows = self._rows[TAGS[generator.choice(len(TAGS), p=weights / weights.sum())]]
@@ -227,7 +227,7 @@ class _Batches:
 def train_clip(
     model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, recipe: ClipRecipe, seed: int
 ) -> Iterator[tuple[int, float]]:
-    """Trains in place; yields (steps done, loss) after every step, whose randomness is the seed's and its index's."""
+    """Train in place; yields (steps done, loss) after every step, whose randomness is the seed's and its index's."""
     token_ids = tokenize(tokenizer, pictures.prompts)
     meanings, objects = (_numbered(key(prompt) for prompt in pictures.prompts) for key in (meaning, contents))
     batches = _Batches(pictures, recipe)
@@ -257,7 +257,7 @@ def train_clip(
 def retrieval_accuracy(
     model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, *, num_choices: int = 16, seed: int = 0
 ) -> dict[Tag, float]:
-    """Gives, task by task, how often a picture is closest to its own caption among `num_choices` of its task.
+    """Return, task by task, how often a picture is closest to its own caption among `num_choices` of its task.
 
     The others are drawn without replacement from the captions that mean something else, or are all there are.
     """
@@ -293,6 +293,6 @@ def _learning_rate_factor(step: int, num_steps: int) -> float:
 
 
 def _numbered(keys: Iterator[Hashable]) -> NDArray[np.int64]:
-    """Replaces keys by numbers, equal ones by the same."""
+    """Replace keys by numbers, equal ones by the same."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])

@@ -22,7 +22,7 @@ class Pictures:
 
 
 def render_pictures(num_images: int, task_weights: dict[Tag, float], seed: int) -> Pictures:
-    """Renders `num_images` scenes; the task is drawn by weight, the prompt uniformly within its task."""
+    """Render `num_images` scenes; the task is drawn by weight, the prompt uniformly within its task."""
     generator = np.random.default_rng(seed)
     spaces = all_prompts()
     prompts = tuple(prompt for tag in TAGS for prompt in spaces[tag])

@@ -1,4 +1,4 @@
-"""Trains the shapes transformer and its text encoders from scratch by conditional flow matching, resumably."""
+"""Train the shapes transformer and its text encoders from scratch by conditional flow matching, resumably."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class FlowRecipe:
 
 
 def encode_tokens(pipeline: StableDiffusion3Pipeline, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Encodes token ids [N, L] as the pipeline does: (tokens [N, L, D], pooled [N, E])."""
+    """Encode token ids [N, L] as the pipeline does: (tokens [N, L, D], pooled [N, E])."""
     first, second = (
         encoder(token_ids, output_hidden_states=True) for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)
     )
@@ -58,7 +58,7 @@ def encode_tokens(pipeline: StableDiffusion3Pipeline, token_ids: Tensor) -> tupl
 
 
 def tokenize(pipeline: StableDiffusion3Pipeline, prompts: tuple[Prompt, ...]) -> Tensor:
-    """Tokenises every prompt, and the empty caption as the last row: ids [num_prompts + 1, L]."""
+    """Tokenise every prompt, and the empty caption as the last row: ids [num_prompts + 1, L]."""
     texts = [*(prompt.text for prompt in prompts), ""]
     length = pipeline.tokenizer.model_max_length
     return pipeline.tokenizer(
@@ -133,7 +133,7 @@ class FlowTraining:
     def run(
         self, latents: Tensor, prompt_index: NDArray[np.int64], token_ids: Tensor, seed: int
     ) -> Iterator[tuple[int, float]]:
-        """Trains to the recipe's last step and yields (steps done, loss); a step's randomness is its seed and index."""
+        """Train to the recipe's last step and yields (steps done, loss); a step's randomness is its seed and index."""
         empty = len(token_ids) - 1
         prompt_ids = torch.from_numpy(prompt_index)
         while self.step < self.recipe.num_steps:
@@ -158,12 +158,12 @@ class FlowTraining:
             yield self.step, loss.item()
 
     def use_averaged_weights(self) -> None:
-        """Copies the averaged weights into the pipeline: the end of training."""
+        """Copy the averaged weights into the pipeline: the end of training."""
         with torch.no_grad():
             torch._foreach_copy_(self._parameters, self._averaged)
 
     def save(self, path: Path) -> None:
-        """Writes weights, averages and optimizer states to one safetensors file, atomically."""
+        """Write weights, averages and optimizer states to one safetensors file, atomically."""
         tensors = {f"weights/{name}": value.detach() for name, value in zip(self._names, self._parameters, strict=True)}
         tensors |= {f"averaged/{name}": value for name, value in zip(self._names, self._averaged, strict=True)}
         for kind, (optimizer, _) in self._optimizers.items():
@@ -176,7 +176,7 @@ class FlowTraining:
         os.replace(temporary, path)
 
     def load(self, path: Path) -> None:
-        """Reads what `save` wrote and continues from its step."""
+        """Read what `save` wrote and continues from its step."""
         tensors = load_file(path)
         with torch.no_grad():
             for name, value, average in zip(self._names, self._parameters, self._averaged, strict=True):

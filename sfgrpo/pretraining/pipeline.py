@@ -1,4 +1,4 @@
-"""Builds the untrained shapes pipeline: diffusers' own StableDiffusion3Pipeline over a vocabulary of a few words."""
+"""Build the untrained shapes pipeline: diffusers' own StableDiffusion3Pipeline over a vocabulary of a few words."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LATENT_SIZE = 8
 
 
 def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Runs byte-pair encoding: the earliest merge that fits anywhere comes first."""
+    """Run byte-pair encoding: the earliest merge that fits anywhere comes first."""
     for left, right in merges:
         merged: list[str] = []
         for piece in pieces:
@@ -44,7 +44,7 @@ def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Makes a CLIP tokenizer in which every word of the world is one token; other words fall apart into letters."""
+    """Make a CLIP tokenizer in which every word of the world is one token; other words fall apart into letters."""
     prompts = (prompt for prompts in all_prompts().values() for prompt in prompts)
     words = sorted({word for prompt in prompts for word in prompt.text.split()})
     letters = sorted(set("abcdefghijklmnopqrstuvwxyz0123456789,.'-"))
@@ -91,7 +91,7 @@ def _build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection
 
 
 def _build_silent_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
-    """Makes the T5 that is none: 1,568 weights whose last scale is zero, so that every token comes out as zeros.
+    """Make the T5 that is none: 1,568 weights whose last scale is zero, so that every token comes out as zeros.
 
     Those are the zeros that the pipeline puts in place of an absent T5. It is here because diffusers loads a
     StableDiffusion3Pipeline without T5 only for a caller who passes `text_encoder_3=None, tokenizer_3=None`.
@@ -106,7 +106,7 @@ def _build_silent_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
 def build_pipeline(
     autoencoder: AutoencoderKL, *, num_layers: int, num_attention_heads: int, attention_head_dim: int, shift: float
 ) -> StableDiffusion3Pipeline:
-    """Assembles the pipeline around a trained autoencoder; transformer and text encoders start at random.
+    """Assemble the pipeline around a trained autoencoder; transformer and text encoders start at random.
 
     Weights follow torch's global generator: seed it first. There is no T5 encoder, only a silent stand-in.
     """

@@ -1,4 +1,4 @@
-"""Makes the model behind the reward `clip` for the shapes world: trains it, judges it, writes its card."""
+"""Make the model behind the reward `clip` for the shapes world: trains it, judges it, writes its card."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PIXEL_MEAN = PIXEL_STD = (0.5, 0.5, 0.5)
 
 
 def pretrain_reward_model(config: PretrainRewardConfig, seed: int, folder: Path = REWARD_MODEL) -> None:
-    """Trains the CLIP in one go and writes it to `folder`: model, tokenizer, preprocessing, card and manifest."""
+    """Train the CLIP in one go and writes it to `folder`: model, tokenizer, preprocessing, card and manifest."""
     # Sets of their own, for learning and for judging: seeds that follow one another.
     pictures = render_pictures(config.num_images, config.task_weights, seed)
     fresh = render_pictures(NUM_FRESH_IMAGES, dict.fromkeys(TAGS, 1.0), seed + 1)
@@ -64,7 +64,7 @@ def pretrain_reward_model(config: PretrainRewardConfig, seed: int, folder: Path 
 
 
 def _preprocessing() -> dict[str, object]:
-    """Spells the preprocessing as CLIPImageProcessor reads it."""
+    """Spell the preprocessing as CLIPImageProcessor reads it."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,

@@ -1,4 +1,4 @@
-"""The tables of rewards by name: a new reward is one module and one line here, and its contract test runs by itself."""
+"""Rewards by name: a new one is a module and a line in a table here, and its contract test runs by itself."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from sfgrpo.rewards.base import Reward, WeightedReward, checked_rewards, distinct_rewards
+from sfgrpo.geneval.scorer import is_correct
+from sfgrpo.rewards.base import Reward, checked_rewards, distinct_rewards
 from sfgrpo.rewards.clip import ClipReward
-from sfgrpo.rewards.geneval import GenEvalReward, StrictGenEvalReward
+from sfgrpo.rewards.geneval import GenEvalReward, soft_credit
 from sfgrpo.rewards.likeness import LikenessReward
 from sfgrpo.shapes.detector import detect_images
 
@@ -16,23 +17,25 @@ __all__ = [
     "PRETRAINED_REWARDS",
     "REWARDS",
     "Reward",
-    "WeightedReward",
     "build_reward",
     "checked_rewards",
     "distinct_rewards",
 ]
 
 REWARDS: dict[str, Callable[[], Reward]] = {
-    "geneval": lambda: GenEvalReward(detect_images),
-    "geneval_correct": lambda: StrictGenEvalReward(detect_images),
+    "geneval": lambda: GenEvalReward("geneval", soft_credit, detect_images),
+    "geneval_correct": lambda: GenEvalReward("geneval_correct", is_correct, detect_images),
     "likeness": LikenessReward,
 }
-"""Rewards that stand on their own."""
+"""Rewards without a pretrained model."""
 
 PRETRAINED_REWARDS: dict[str, Callable[..., Reward]] = {
     "clip": ClipReward.from_pretrained,
 }
-"""Rewards with a pretrained model behind them: called with its name, `revision` and `device`."""
+"""Rewards with a pretrained model: called with its name, `revision` and `device`."""
+
+RENAMED = {"geneval_strict": "geneval_correct"}
+"""Former names, and what to write instead."""
 
 
 def build_reward(
@@ -42,20 +45,22 @@ def build_reward(
     revision: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Reward:
-    """Makes the reward of a name, as the section `reward` of the parameters gives it.
+    """Return the reward of a name, as in the section `reward` of the parameters.
 
     Raises:
-        ValueError: the name is in no table, or it has a model and needs none, or needs one and has none.
+        ValueError: the name is unknown, or the reward lacks its model, or has one that it does not need.
     """
     if name in PRETRAINED_REWARDS:
         if pretrained is None:
             raise ValueError(
-                f"reward {name!r} has no model; set reward.pretrained, for the shapes to models/shapes-clip"
+                f"reward {name!r} needs a model; set reward.pretrained, for the shapes to models/shapes-clip"
             )
         return PRETRAINED_REWARDS[name](pretrained, revision=revision, device=device)
+    if name in RENAMED:
+        raise ValueError(f"reward {name!r} is now called {RENAMED[name]!r}; write that instead")
     if name not in REWARDS:
         allowed = ", ".join([*REWARDS, *PRETRAINED_REWARDS])
         raise ValueError(f"reward {name!r} is unknown; allowed are {allowed}")
     if pretrained is not None or revision is not None:
-        raise ValueError(f"reward {name!r} has no model behind it; set reward.pretrained and reward.revision to null")
+        raise ValueError(f"reward {name!r} takes no model; set reward.pretrained and reward.revision to null")
     return REWARDS[name]()

@@ -1,4 +1,4 @@
-"""The similarity of picture and prompt in a CLIP's eyes: PickScore at full scale, our own small CLIP for the shapes."""
+"""The similarity of image and prompt under a CLIP: PickScore at full scale, our own small CLIP for the shapes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PICKSCORE_UNIT = 26.0
 """Raw score that is worth 1: Flow-GRPO's divisor for PickScore (arXiv:2505.05470)."""
 PROCESSORS = {"yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
-"""Models whose card takes tokenizer and preprocessing from another model; all others have their own."""
+"""Models whose tokenizer and preprocessing are those of another model."""
 MICRO_BATCH_SIZE = 64
 """Images that are embedded together."""
 MAX_CACHED_TEXTS = 4096
@@ -32,14 +32,16 @@ MAX_CACHED_TEXTS = 4096
 class ClipReward(Reward):
     """PickScore's formula (arXiv:2305.01569) for any CLIP: exp(logit scale) * cos(image, text) / 26.
 
-    The range is that of the cosine times exp(logit scale) / 26: for PickScore itself, whose scale is about 100, a
-    sampled image is worth about 0.7 to 0.9; for `models/shapes-clip`, whose scale is 26, the value is the cosine.
+    PickScore's own scale is about 100, and a sampled image is worth about 0.7 to 0.9; the scale of `models/shapes-clip`
+    is 26, so its value is the cosine.
     """
+
+    name = "clip"
 
     def __init__(
         self, model: CLIPModel, tokenizer: CLIPTokenizer, *, mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        """Takes a CLIP, its tokenizer, and mean and deviation of its pixels, of red, green and blue in 0..1."""
+        """Take a CLIP, its tokenizer, and mean and standard deviation of red, green and blue, in 0..1."""
         self._model = model.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._mean, self._std = tuple(mean), tuple(std)
@@ -50,13 +52,13 @@ class ClipReward(Reward):
     def from_pretrained(
         cls, pretrained: str, *, revision: str | None = None, device: str | torch.device = "cpu"
     ) -> ClipReward:
-        """Loads a CLIP in float32 from a folder, or from the hub at a commit.
+        """Load a CLIP in float32 from a folder, or from the hub at a commit.
 
         Raises:
             ValueError: `pretrained` is neither a folder with a model nor a hub name with its revision.
-            IntegrityError: the folder is not what its manifest says.
+            IntegrityError: the folder differs from its manifest.
         """
-        # Not above: they take seconds, and only this reward needs them.
+        # Imported here: they take seconds, and only this reward needs them.
         from transformers import CLIPModel, CLIPTokenizer
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -65,8 +67,8 @@ class ClipReward(Reward):
             verify_manifest(folder)
         elif revision is None and not (folder / "config.json").exists():
             raise ValueError(
-                f"{pretrained} is no folder with a config.json; `git checkout` restores the shipped one, and a model "
-                "of the hub needs its reward.revision"
+                f"{pretrained} is no folder with a config.json; `git checkout` restores the shipped one, and a hub "
+                "model needs reward.revision"
             )
         processor = PROCESSORS.get(pretrained, pretrained)
         at = {"revision": revision} if processor == pretrained else {}
@@ -79,14 +81,8 @@ class ClipReward(Reward):
             std=settings.image_std,
         )
 
-    @property
-    def name(self) -> str:
-        """The word "clip"."""
-        return "clip"
-
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
-        """Scores images [N, H, W, 3]: float32 [N]."""
         scores = [
             self._scores(images[start : start + MICRO_BATCH_SIZE], prompts[start : start + MICRO_BATCH_SIZE])
             for start in range(0, len(images), MICRO_BATCH_SIZE)
@@ -103,7 +99,7 @@ class ClipReward(Reward):
         return scores.cpu()
 
     def _embedded_text(self, text: str) -> Tensor:
-        """Embeds one prompt [D]; longer ones than the model knows are cut off."""
+        """Embed one prompt, [D]; one longer than the model's context is cut off."""
         longest = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
         ids = tokens.input_ids.to(self._model.device)
@@ -111,12 +107,11 @@ class ClipReward(Reward):
 
 
 def preprocess(images: Tensor, *, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turns levels [N, H, W, 3] in 0..255 into a CLIP's pixels [N, 3, size, size], as its image processor does.
+    """Turn levels [N, H, W, 3] in 0..255 into a CLIP's pixels [N, 3, size, size], as its image processor does.
 
-    The shorter side is resized to `size`, bicubic and antialiased, the middle is cut out, and mean and deviation of
-    each colour are taken away.
+    The shorter side is resized to `size`, bicubic and antialiased, the middle is cut out and colours are standardised.
 
-    Differs: the image processor rounds to whole levels between the two axes of the resize, this only after both.
+    Differs: the image processor rounds to whole levels after each axis of the resize, this only after both.
     """
     levels = images.permute(0, 3, 1, 2).float()
     height, width = levels.shape[2:]

@@ -1,4 +1,4 @@
-"""GenEval as a reward, for the detections of any detector: a smooth partial credit, and the official verdict."""
+"""GenEval as a reward, for any detector: a smooth partial credit, and the official verdict."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfgrpo.geneval.relations import relations_between
-from sfgrpo.geneval.scorer import is_correct
 from sfgrpo.rewards.base import Reward
 from sfgrpo.types import Clause, Detection, Prompt
 
@@ -19,7 +18,7 @@ Detector = Callable[[NDArray[np.uint8]], list[list[Detection]]]
 
 
 def soft_credit(prompt: Prompt, detections: Sequence[Detection]) -> float:
-    """Gives partial credit in 0..1 that moves with every detection's score: the mean of all clauses' parts.
+    """Return partial credit in 0..1 that changes with every detection's score: the mean of all clauses' parts.
 
     With n the count that a clause asks for, s the scores of the detections of its class, and clamp to 0..1:
 
@@ -28,8 +27,8 @@ def soft_credit(prompt: Prompt, detections: Sequence[Detection]) -> float:
         relation  present * present of the target * (sum of s s' of the pairs in relation) / (sum s s')
 
     where present = clamp(1 - |n - sum s|) is 1 for the exact count and 0 when a whole object is missing or too many.
-    No score threshold enters, so an object that grows clearer pays before GenEval would count it. With scores of 0
-    and 1 only, the value is the mean of Flow-GRPO's parts, each clamped.
+    There is no score threshold, so a clearer object pays before GenEval would count it. With scores of 0 and 1 only,
+    the value is the mean of Flow-GRPO's parts, each clamped.
 
     Differs: from the score of Flow-GRPO's reward server in four points. Parts are clamped: there
     sixteen dogs for one are worth -14. Scores count in full instead of by a threshold. A wrong relation is worth 0,
@@ -50,39 +49,19 @@ def soft_credit(prompt: Prompt, detections: Sequence[Detection]) -> float:
 
 
 class GenEvalReward(Reward):
-    """`soft_credit` of what a detector finds: the training reward."""
+    """A score of what a detector finds: `soft_credit`, the training reward, or `is_correct`, the official verdict."""
 
-    def __init__(self, detector: Detector) -> None:
-        """Takes the detector that looks at the images."""
-        self._detector = detector
-
-    @property
-    def name(self) -> str:
-        """The word "geneval"."""
-        return "geneval"
-
-    def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
-        """Scores images [N, H, W, 3]: float32 [N] in 0..1."""
-        found = self._detector(images)
-        return torch.tensor([soft_credit(*pair) for pair in zip(prompts, found, strict=True)], dtype=torch.float32)
-
-
-class StrictGenEvalReward(Reward):
-    """GenEval's official verdict, 0 or 1, on what a detector finds: no credit for a part."""
-
-    def __init__(self, detector: Detector) -> None:
-        """Takes the detector that looks at the images."""
-        self._detector = detector
+    def __init__(self, name: str, score: Callable[[Prompt, Sequence[Detection]], float], detector: Detector) -> None:
+        """Take the reward's name, the score of a prompt and its detections, and the detector."""
+        self._name, self._score, self._detector = name, score, detector
 
     @property
     def name(self) -> str:
-        """The word "geneval_correct"."""
-        return "geneval_correct"
+        return self._name
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
-        """Judges images [N, H, W, 3]: float32 [N], each 0 or 1."""
-        found = self._detector(images)
-        return torch.tensor([is_correct(*pair) for pair in zip(prompts, found, strict=True)], dtype=torch.float32)
+        scores = [self._score(*pair) for pair in zip(prompts, self._detector(images), strict=True)]
+        return torch.tensor(scores, dtype=torch.float32)
 
 
 def _of(clause: Clause, detections: Sequence[Detection]) -> list[Detection]:

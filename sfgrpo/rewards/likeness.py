@@ -1,8 +1,8 @@
-"""A held-out reward for the shapes world: how well the asked silhouettes explain the image, with no detector involved.
+"""A held-out reward of the shapes world: how well the silhouettes that a prompt asks for explain the image.
 
-Training never sees it. It shares nothing with the detector and the scorer but the world's drawing of a silhouette:
-no components, no thresholds, no classification, no boxes. A policy that has learnt to please the detector rather than
-to draw shapes gains in the one and not in the other.
+Training never sees it. It shares nothing with the detector and the scorer but the drawing of a silhouette: no
+components, thresholds, classification or boxes. A policy that learns to please the detector without drawing better
+shapes gains in that reward and not in this one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FLATNESS = 0.5
 COLOR_TOLERANCE = 40.0
 """RGB distance from the line between ground and colour at which a pixel's weight falls to exp(-1/2)."""
 VISIBLE = 60.0
-"""RGB distance from the ground at which a pixel is surely not ground."""
+"""RGB distance from the ground from which on a pixel is certainly not ground."""
 MATCH_FLOOR, MATCH_CEILING = 0.60, 0.95
 """Correlation worth nothing, and correlation worth everything."""
 
 _FRAME = 54
-"""Side of the periodic frame in which templates slide: an image, and the reach of the largest template."""
+"""Side of the periodic frame in which templates slide: that of an image plus the extent of the largest template."""
 
 
 class LikenessReward(Reward):
@@ -45,18 +45,14 @@ class LikenessReward(Reward):
     Correlations run over a matte of the asked colour, or of any palette colour where none is asked.
     """
 
-    @property
-    def name(self) -> str:
-        """The word "likeness"."""
-        return "likeness"
+    name = "likeness"
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
-        """Scores images [N, 32, 32, 3]: float32 [N] in 0..1."""
         return torch.tensor([likeness(*pair) for pair in zip(images, prompts, strict=True)], dtype=torch.float32)
 
 
 def likeness(image: NDArray[np.uint8], prompt: Prompt) -> float:
-    """Scores one image [32, 32, 3] in 0..1: clamp(mean match - unexplained share); 0 for an empty ground."""
+    """Score one image [32, 32, 3] in 0..1: clamp(mean match - unexplained share); 0 for an empty ground."""
     pixels = image.astype(np.float32)
     ground = np.median(pixels, axis=(0, 1))
     moved = pixels - ground
@@ -77,7 +73,7 @@ def likeness(image: NDArray[np.uint8], prompt: Prompt) -> float:
 
 
 def color_matte(moved: NDArray[np.float32], ground: NDArray[np.float32], color: str | None) -> NDArray[np.float32]:
-    """How much of a palette colour every pixel holds, [H, W] in 0..1; of any palette colour if `color` is None.
+    """Return how much of a palette colour every pixel holds, [H, W] in 0..1; of any colour if `color` is None.
 
     With m the pixel's move from the ground and d the colour's: the share m.d / d.d, clamped to 0..1, weighted by a
     Gaussian of what the share leaves of m. A soft edge between ground and colour lies on the line and keeps its share.
@@ -93,7 +89,7 @@ def color_matte(moved: NDArray[np.float32], ground: NDArray[np.float32], color: 
 
 
 def match_maps(matte: NDArray[np.float32], class_name: str) -> NDArray[np.float32]:
-    """Match of a silhouette with a matte [H, W] for every radius and every centre pixel: [radius, H, W] in 0..1.
+    """Return the match of a silhouette with a matte [H, W] at every radius and centre pixel: [radius, H, W] in 0..1.
 
     The match is the correlation coefficient over the silhouette and MARGIN around it. The matte's deviation has a
     floor there, so that a faint object matches less. MATCH_FLOOR..MATCH_CEILING is then stretched to 0..1.
@@ -111,7 +107,7 @@ def match_maps(matte: NDArray[np.float32], class_name: str) -> NDArray[np.float3
 
 @functools.cache
 def _spectra(class_name: str) -> tuple[Tensor, NDArray[np.float32]]:
-    """Conjugate spectra of a class's kernels, [kernel, radius, frequencies]; deviations of its silhouettes [radius].
+    """Return conjugate spectra of a class's kernels, [kernel, radius, frequencies], and deviations of its silhouettes.
 
     The kernels turn a matte into its covariance with the standardised silhouette, its mean, and (from its square) its
     mean square, all over the silhouette's support.
@@ -127,7 +123,7 @@ def _spectra(class_name: str) -> tuple[Tensor, NDArray[np.float32]]:
 
 
 def _silhouette(class_name: str, radius: float) -> NDArray[np.float32]:
-    """A silhouette in the frame, its centre on the middle pixel's."""
+    """Draw a silhouette in the frame, centred on the middle pixel."""
     return coverage(class_name, (_FRAME // 2 + 0.5, _FRAME // 2 + 0.5), radius, _FRAME)
 
 
@@ -136,7 +132,7 @@ def _grown(silhouette: NDArray[np.float32], pixels: int) -> NDArray[np.float32]:
 
 
 def _drawn(class_name: str, level: int, row: int, column: int) -> NDArray[np.float32]:
-    """A silhouette with its soft edge, [H, W] in 0..1, centred on a pixel."""
+    """Draw a silhouette with its soft edge, [H, W] in 0..1, centred on a pixel."""
     top, left = IMAGE_SIZE - row, IMAGE_SIZE - column
     return np.asarray(_explanations(class_name)[level, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE])
 

@@ -1,1 +1,1 @@
-"""Shapes: the embedded world of coloured shapes, with the six GenEval tasks and a detector that looks at pixels."""
+"""Shape: the embedded world of coloured shapes, with the six GenEval tasks and a detector that looks at pixels."""

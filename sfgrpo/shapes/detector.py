@@ -77,12 +77,12 @@ def _palette_lab() -> NDArray[np.float32]:
 
 
 def detect(image: NDArray[np.uint8]) -> list[Detection]:
-    """Finds the shapes of one RGB image [32, 32, 3], most confident first."""
+    """Find the shapes of one RGB image [32, 32, 3], most confident first."""
     return detect_images(image[None])[0]
 
 
 def detect_images(images: NDArray[np.uint8]) -> list[list[Detection]]:
-    """Finds the shapes of RGB images [N, 32, 32, 3]: for each its detections, most confident first.
+    """Find the shapes of RGB images [N, 32, 32, 3]: for each its detections, most confident first.
 
     Raises:
         ValueError: the images have another shape.
@@ -131,7 +131,7 @@ def _detect_chunk(images: NDArray[np.uint8]) -> list[list[Detection]]:
 
 
 def _label(foreground: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Labels the connected components of masks [N, H, W], and lists those of size: [M, 6].
+    """Label the connected components of masks [N, H, W], and lists those of size: [M, 6].
 
     A row is image, label, left, top, width, height.
     """
@@ -183,7 +183,7 @@ def _median_of(values: NDArray[np.float32], number: NDArray[np.int64], upper: bo
 
 
 def _dilate(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Grows masks [M, H, W] by one pixel in all eight directions."""
+    """Grow masks [M, H, W] by one pixel in all eight directions."""
     tall = mask.copy()
     tall[:, 1:] |= mask[:, :-1]
     tall[:, :-1] |= mask[:, 1:]
@@ -230,7 +230,7 @@ def _reach(profile: NDArray[np.float64], center: NDArray[np.float64]) -> NDArray
 
 
 def _by_window(extents: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yields every window side with the components whose extent it is the smallest to hold; the largest takes all."""
+    """Yield every window side with the components whose extent it is the smallest to hold; the largest takes all."""
     fits = np.searchsorted(_WINDOWS[:-1], extents)
     for index, side in enumerate(_WINDOWS):
         chosen = np.flatnonzero(fits == index)

@@ -15,7 +15,7 @@ COUNTS = (2, 3, 4)
 
 
 def all_prompts() -> dict[Tag, list[Prompt]]:
-    """Lists the whole prompt space of every task: 6, 30, 18, 48, 120 and 1680 prompts."""
+    """List the whole prompt space of every task: 6, 30, 18, 48, 120 and 1680 prompts."""
     pairs = list(itertools.permutations(CLASSES, 2))
     color_pairs = list(itertools.permutations(COLORS, 2))
     return {
@@ -29,7 +29,7 @@ def all_prompts() -> dict[Tag, list[Prompt]]:
 
 
 def split_prompts(num_evaluation: dict[Tag, int], seed: int) -> tuple[dict[Tag, list[Prompt]], dict[Tag, list[Prompt]]]:
-    """Splits the prompt space into (training, evaluation) prompts of every task.
+    """Split the prompt space into (training, evaluation) prompts of every task.
 
     Evaluation prompts are drawn without replacement; a training prompt is never an evaluation prompt nor the
     order-swapped twin of one. `single_object` may be used up entirely: training never asks for it.
@@ -55,7 +55,7 @@ def split_prompts(num_evaluation: dict[Tag, int], seed: int) -> tuple[dict[Tag, 
 def sample_training_prompts(
     training: dict[Tag, list[Prompt]], weights: dict[Tag, float], num_prompts: int, seed: int | tuple[int, int]
 ) -> list[Prompt]:
-    """Draws a training set of `num_prompts` prompts whose tasks are in the ratio of `weights`.
+    """Draw a training set of `num_prompts` prompts whose tasks are in the ratio of `weights`.
 
     Each task's share is rounded by largest remainder; within a task prompts are drawn without replacement as long as
     they last, then the task's pool is shuffled anew. The whole list is shuffled at the end.

@@ -79,7 +79,7 @@ def _polygons(class_name: str) -> tuple[Polygon, ...]:
 def coverage(
     class_name: str, center: tuple[float, float], radius: float, size: int = IMAGE_SIZE
 ) -> NDArray[np.float32]:
-    """Draws one silhouette as the covered fraction of every pixel, [size, size] in 0..1 (supersampled)."""
+    """Draw one silhouette as the covered fraction of every pixel, [size, size] in 0..1 (supersampled)."""
     fine = np.zeros((size * SUPERSAMPLING, size * SUPERSAMPLING), dtype=np.uint8)
     for fill, polygon in zip((255, 0), _polygons(class_name), strict=False):
         points = (polygon * radius + np.asarray(center)) * SUPERSAMPLING - 0.5
@@ -99,7 +99,7 @@ class Shape:
 
 
 def render(shapes: tuple[Shape, ...], generator: np.random.Generator) -> NDArray[np.uint8]:
-    """Draws a scene as an RGB image [32, 32, 3]; the generator picks the ground's grey and the colours' jitter."""
+    """Draw a scene as an RGB image [32, 32, 3]; the generator picks the ground's grey and the colours' jitter."""
     image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), generator.uniform(*GROUND_LEVELS), dtype=np.float32)
     for shape in shapes:
         color = np.asarray(PALETTE[shape.color]) + generator.uniform(-COLOR_JITTER, COLOR_JITTER, size=3)
@@ -109,7 +109,7 @@ def render(shapes: tuple[Shape, ...], generator: np.random.Generator) -> NDArray
 
 
 def sample_scene(prompt: Prompt, generator: np.random.Generator) -> tuple[Shape, ...]:
-    """Draws a scene that shows exactly what the prompt asks for; what the prompt leaves open is random.
+    """Draw a scene that shows exactly what the prompt asks for; what the prompt leaves open is random.
 
     Objects of one clause share a colour. Places are drawn by rejection: inside the image, apart from each other, and
     in the relation that the prompt names.

@@ -37,12 +37,13 @@ from sfgrpo.grpo.distributed import (
     even_slices,
     highest,
     require_same_everywhere,
+    row_slices,
     shared_files,
 )
 from sfgrpo.grpo.gains import step_gains
 from sfgrpo.grpo.noise import gaussian_noise
 from sfgrpo.grpo.nonfinite import NumericalGuard
-from sfgrpo.grpo.rollout import roll_out, row_slices
+from sfgrpo.grpo.rollout import roll_out
 from sfgrpo.grpo.sanity import require_changed_sampler
 from sfgrpo.grpo.scoring import StateScorer, collect_rewards
 from sfgrpo.grpo.update import Objective, update_policy

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sfgrpo.config.schema import SamplingConfig
-from sfgrpo.grpo.rollout import roll_out, row_slices
+from sfgrpo.grpo.distributed import row_slices
+from sfgrpo.grpo.rollout import roll_out
 from sfgrpo.policies.base import Policy
 from sfgrpo.types import Trajectory, joined
 from tests.support import oracles

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from sfgrpo.config.batching import BatchArithmetic
 from sfgrpo.config.schema import SamplingConfig
 from sfgrpo.config.stages import TrainStage, load_config
-from sfgrpo.grpo.distributed import Partition
+from sfgrpo.grpo.distributed import Partition, row_slices
 from sfgrpo.grpo.estimates import substep_sigmas
-from sfgrpo.grpo.rollout import roll_out, row_slices
+from sfgrpo.grpo.rollout import roll_out
 from sfgrpo.grpo.scoring import StateScorer, collect_rewards, share_start_rewards
 from sfgrpo.policies.base import Policy
 from sfgrpo.runtime.timing import PhaseClock

@@ -211,12 +211,12 @@ def test_requested_steps_are_trained_once_and_in_order() -> None:
 @pytest.mark.parametrize("name", NOISY)
 @pytest.mark.parametrize("step", [9, 10, -1])
 def test_last_step_is_refused(name: str, step: int) -> None:
-    with pytest.raises(ValueError, match=rf"steps \[{step}\] cannot be trained, .* are \[0, 1, 2, 3, 4, 5, 6, 7, 8\]"):
+    with pytest.raises(ValueError, match=rf"steps \[{step}\] cannot be trained: .* are \[0, 1, 2, 3, 4, 5, 6, 7, 8\]"):
         trainable_steps(name, shifted_sigmas(10), 0.7, [0, step])
 
 
 def test_deterministic_step_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"steps \[0\] cannot be trained, .* allowed under ode .* are \[\]"):
+    with pytest.raises(ValueError, match=r"steps \[0\] cannot be trained: .* allowed under ode .* are \[\]"):
         trainable_steps("ode", shifted_sigmas(10), 0.7, [0])
 
 

@@ -134,7 +134,7 @@ def test_importing_the_rewards_does_not_import_transformers(pytestconfig):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is no folder with a config.json; .* needs its reward.revision"):
+    with pytest.raises(ValueError, match=r"nowhere is no folder with a config.json; .* needs reward.revision"):
         build_reward("clip", pretrained=str(tmp_path / "nowhere"))
 
 

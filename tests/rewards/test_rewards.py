@@ -10,9 +10,10 @@ import torch
 
 from sfgrpo.errors import RewardError
 from sfgrpo.geneval.grammar import color_attr, colors, counting, position, single_object, two_object
+from sfgrpo.geneval.scorer import is_correct
 from sfgrpo.rewards import Reward, build_reward, checked_rewards
 from sfgrpo.rewards.base import raw_rewards
-from sfgrpo.rewards.geneval import GenEvalReward, StrictGenEvalReward, soft_credit
+from sfgrpo.rewards.geneval import GenEvalReward, soft_credit
 from sfgrpo.rewards.likeness import LikenessReward, likeness
 from sfgrpo.shapes.prompt_sets import all_prompts
 from sfgrpo.shapes.world import Shape, render, sample_scene
@@ -101,16 +102,17 @@ def test_geneval_rewards_ask_their_detector_once_for_the_whole_batch():
         calls.append(len(images))
         return [[seen("dog", 0.2)], [seen("dog", 0.9)]]
 
-    rewards = GenEvalReward(detector)(BLANK, [single_object("dog")] * 2)
+    rewards = GenEvalReward("geneval", soft_credit, detector)(BLANK, [single_object("dog")] * 2)
     torch.testing.assert_close(rewards, torch.tensor([0.2, 0.9]))
-    verdicts = StrictGenEvalReward(detector)(BLANK, [single_object("dog")] * 2)
+    verdicts = GenEvalReward("geneval_correct", is_correct, detector)(BLANK, [single_object("dog")] * 2)
     torch.testing.assert_close(verdicts, torch.tensor([0.0, 1.0]))
     assert calls == [2, 2]
 
 
 def test_a_detector_that_loses_an_image_is_an_error():
     with pytest.raises(RewardError, match=r"reward geneval failed on .*shorter"):
-        checked_rewards(GenEvalReward(lambda images: [[]] * (len(images) - 1)), BLANK, CAT_AND_DOG)
+        reward = GenEvalReward("geneval", soft_credit, lambda images: [[]] * (len(images) - 1))
+        checked_rewards(reward, BLANK, CAT_AND_DOG)
 
 
 def paired_likeness(tag: str, num_images: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,11 +222,16 @@ def test_an_unknown_reward_is_refused_with_the_allowed_ones():
 
 
 def test_a_reward_with_a_model_needs_its_name():
-    with pytest.raises(ValueError, match=r"reward 'clip' has no model; set reward.pretrained, .* models/shapes-clip"):
+    with pytest.raises(ValueError, match=r"reward 'clip' needs a model; set reward.pretrained, .* models/shapes-clip"):
         build_reward("clip")
 
 
 @pytest.mark.parametrize("option", ["pretrained", "revision"])
 def test_a_reward_without_a_model_takes_none(option):
-    with pytest.raises(ValueError, match=r"reward 'geneval' has no model behind it; set reward\.pretrained .* to null"):
+    with pytest.raises(ValueError, match=r"reward 'geneval' takes no model; set reward\.pretrained .* to null"):
         build_reward("geneval", **{option: "models/shapes-clip"})
+
+
+def test_former_name_of_a_reward_is_refused_with_the_new_one():
+    with pytest.raises(ValueError, match="reward 'geneval_strict' is now called 'geneval_correct'; write that instead"):
+        build_reward("geneval_strict")

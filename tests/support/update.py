@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from sfgrpo.config.schema import SamplingConfig, UpdateConfig
-from sfgrpo.grpo.rollout import roll_out, row_slices
+from sfgrpo.grpo.distributed import row_slices
+from sfgrpo.grpo.rollout import roll_out
 from sfgrpo.grpo.update import Objective
 from sfgrpo.policies.base import Policy
 from sfgrpo.types import RolloutBatch, joined
