@@ -8,6 +8,7 @@ import pytest
 
 from sfgrpo.cli import main
 from sfgrpo.types import TAGS
+from tests.support.metrics_page import METRICS, documented
 from tests.support.tiny_run import ROOT, TINY, build_tiny_project, inside, write_params
 
 # Not ours to mend: deprecations of diffusers and of what it imports.
@@ -25,7 +26,6 @@ PAGES = (
     "infra/README.md",
     "infra/terraform/README.md",
 )
-METRICS = ROOT / "docs/metrics.md"
 PLACEHOLDERS = {
     "<kk>": r"\d\d",
     "<task>": f"(?:{'|'.join(TAGS)})",
@@ -40,11 +40,6 @@ def links(page: str) -> list[str]:
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     return [target.partition("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
-
-
-def documented() -> list[str]:
-    """Lists the metric keys of the page."""
-    return re.findall(r"^\| `([^`]+)` \|", METRICS.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def pattern(key: str) -> re.Pattern[str]:

@@ -12,12 +12,13 @@ from sfgrpo.errors import IntegrityError
 from sfgrpo.factory import use_threads
 from sfgrpo.paths import RECHECK
 from sfgrpo.promotion.aliases import champion_of, sync_aliases
-from sfgrpo.promotion.compare import EvaluationSetup, evaluate, load_package, make_rewards
 from sfgrpo.promotion.decision import PROMPTS, EvaluationRecord, read_file, read_record
+from sfgrpo.promotion.drift import drift
+from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, make_rewards
 from sfgrpo.promotion.history import experiment_of
 from sfgrpo.prompts import prompts_digest, read_prompts
 from sfgrpo.registry.register import connect_globally
-from sfgrpo.registry.versions import Version, _require_model, download_version, find_version
+from sfgrpo.registry.versions import Version, download_version, find_version, require_model
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_write, temporary_directory
 from sfgrpo.runtime.shutdown import sigterm_as_exit
@@ -30,36 +31,35 @@ if TYPE_CHECKING:
 
 
 def recheck(environment: Environment, model: str) -> None:
-    """Has the champion draw once more as when it was promoted, and writes and records whether its figures moved.
+    """Evaluate the champion once more as when it was promoted; write and record whether its metrics changed.
 
     A model without a champion has not drifted.
 
     Raises:
-        RegistryError: there is no such model, or the champion is not what was registered or was never judged.
-        IntegrityError: the recorded prompts are not those that it was judged on.
+        RegistryError: There is no such model, or the champion is not what was registered or was never evaluated.
+        IntegrityError: The recorded prompts are not those that it was evaluated on.
     """
-    client, uri = connect_globally(environment.tracking_uri), environment.tracking_uri
-    _require_model(client, model)
+    uri = environment.tracking_uri
+    client = connect_globally(uri)
+    require_model(client, model)
     number = champion_of(client, sync_aliases(client, uri, model))
     if number is None:
         reason = f"{model} has no champion, so there is nothing to check"
-        _write_recheck({"drifted": False, "reasons": [reason], "table": "", "metrics": {}})
+        _write({"drifted": False, "reasons": [reason], "table": "", "metrics": {}})
         print(reason)
         return
-    champion = find_version(client, f"models:/{model}/{number}")
-    outcome = _rechecked(client, environment, champion, read_record(champion.address, champion.tags))
-    _write_recheck(outcome)
-    print(f"version {number} of {model} {_drift(outcome)}\n\n{outcome['table']}")
+    outcome = _evaluate_again(client, environment, find_version(client, f"models:/{model}/{number}"))
+    _write(outcome)
+    drifted = f"has drifted: {'; '.join(outcome['reasons'])}" if outcome["drifted"] else "has not drifted"
+    print(f"version {number} of {model} {drifted}\n\n{outcome['table']}")
 
 
-def _rechecked(
-    client: MlflowClient, environment: Environment, champion: Version, record: EvaluationRecord
-) -> dict[str, Any]:
-    """Evaluates by a record, compares, and records the outcome as an MLflow run."""
+def _evaluate_again(client: MlflowClient, environment: Environment, champion: Version) -> dict[str, Any]:
+    """Evaluate as the version's record says, and log an MLflow run with the outcome."""
     from sfgrpo.evaluation.evaluate import SamplingProtocol
-    from sfgrpo.promotion.drift import drift
     from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 
+    record = read_record(champion.address, champion.tags)
     use_threads(environment)
     tracker = MlflowTracker(
         uri=environment.tracking_uri,
@@ -69,18 +69,17 @@ def _rechecked(
     with sigterm_as_exit(), ending(tracker):
         tracker.open()
         with temporary_directory(environment.scratch_dir, "recheck") as folder:
-            prompts = _recorded_prompts(client, record, folder)
-            training, held_out = (RewardConfig(**reward) for reward in record.rewards)
-            rules = EvaluationSetup(
-                prompts=prompts, protocol=SamplingProtocol(**record.protocol), rewards=make_rewards(training, held_out)
+            setup = EvaluationSetup(
+                prompts=_recorded_prompts(client, record, folder),
+                protocol=SamplingProtocol(**record.protocol),
+                rewards=make_rewards(*(RewardConfig(**reward) for reward in record.rewards)),
             )
-            (folder / "version").mkdir()
             package = download_version(champion, folder / "version")
-            policy = load_package(package, environment)
+            policy = load_policy(package, environment)
             policy.load_adapter(package.adapter)
-            metrics = evaluate(policy, rules).to_dict()
-        per_prompt = rules.protocol.images_per_prompt
-        num_images = {tag: per_prompt * count for tag, count in Counter(prompt.tag for prompt in prompts).items()}
+            metrics = evaluate(policy, setup).to_dict()
+        num_prompts = Counter(prompt.tag for prompt in setup.prompts)
+        num_images = {tag: setup.protocol.images_per_prompt * count for tag, count in num_prompts.items()}
         reasons, table = drift(record.metrics, metrics, num_images)
         tracker.log_params({"model": champion.model, "version": champion.number, "recorded_run": record.run_id})
         tracker.log_metrics({**metrics, "recheck/drifted": float(bool(reasons))}, 0)
@@ -97,9 +96,5 @@ def _recorded_prompts(client: MlflowClient, record: EvaluationRecord, folder: Pa
     return prompts
 
 
-def _write_recheck(outcome: dict[str, Any]) -> None:
+def _write(outcome: dict[str, Any]) -> None:
     atomic_write(RECHECK, json.dumps(outcome, indent=2) + "\n")
-
-
-def _drift(outcome: dict[str, Any]) -> str:
-    return f"has drifted: {'; '.join(outcome['reasons'])}" if outcome["drifted"] else "has not drifted"

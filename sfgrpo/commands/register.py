@@ -21,7 +21,7 @@ SCORES = ("geneval/overall", *(f"geneval/{tag}" for tag in TAGS))
 
 def register(config: RegisterStage, environment: Environment) -> None:
     """Registers the trained policy as a model version; the same adapter at the same commit is registered once."""
-    from sfgrpo.registry.register import ServingDefaults, register_version
+    from sfgrpo.registry.register import ServingDefaults, TrainedAdapter, register_version
 
     report = EVALUATE_REPORT / "metrics.json"
     for path in (POLICY / "training.json", report):
@@ -32,9 +32,14 @@ def register(config: RegisterStage, environment: Environment) -> None:
     version = register_version(
         uri=environment.tracking_uri,
         experiment=EXPERIMENT,
-        model_name=config.registry.model_name,
-        alias=config.registry.alias,
-        adapter=POLICY / "adapter",
+        registry=config.registry,
+        adapter=TrainedAdapter(
+            folder=POLICY / "adapter",
+            # A task of which the evaluation has no prompts has no score.
+            metrics={name: metrics[name] for name in SCORES if name in metrics},
+            provenance=provenance_tags(Path.cwd(), TRAINING_PROMPTS) | flow_tags(environment, Path.cwd()),
+            run_id=record["mlflow_run_id"],
+        ),
         serving=ServingDefaults(
             pretrained=config.policy.pretrained,
             revision=config.policy.revision,
@@ -44,10 +49,6 @@ def register(config: RegisterStage, environment: Environment) -> None:
             num_inference_steps=config.evaluation.num_steps,
             guidance_scale=config.evaluation.guidance_scale,
         ),
-        # A task of which the evaluation has no prompts has no score.
-        metrics={name: metrics[name] for name in SCORES if name in metrics},
-        provenance=provenance_tags(Path.cwd(), TRAINING_PROMPTS) | flow_tags(environment, Path.cwd()),
-        run_id=record["mlflow_run_id"],
     )
     version.write(REGISTRATION)
     print(f"model version {version.version} registered as {version.name}@{version.alias}")

@@ -14,14 +14,14 @@ from sfgrpo.runtime.files import atomic_write, temporary_directory
 
 
 def sample(environment: Environment, address: str, prompt: str, out: Path, params: dict[str, Any]) -> None:
-    """Draws one image by a registered version, whose files are checked first, and prints where it is.
+    """Draw one image with a registered version, after its files are verified, and print where it is.
 
     Raises:
-        ConfigError: the prompt is empty, or `out` is no PNG file.
-        RegistryError: there is no such version, or it is not what was registered.
+        ConfigError: The prompt is empty, or `out` is no PNG file.
+        RegistryError: There is no such version, or it is not what was registered.
     """
     if not prompt.strip():
-        raise ConfigError("the prompt is empty; say what is to be drawn, in quotes")
+        raise ConfigError("the prompt is empty; give the text to draw, in quotes")
     if out.suffix != ".png":
         raise ConfigError(f"--out {out} is no PNG file; give a name that ends in .png")
     client = connect_globally(environment.tracking_uri)

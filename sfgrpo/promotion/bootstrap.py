@@ -1,4 +1,4 @@
-"""Paired bootstrap over prompts."""
+"""Paired bootstrap over the prompts of every task."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from sfgrpo.types import TAGS, Tag
 
 Floats = NDArray[np.floating[Any]]
 
-
 DECIMALS = 12
 """Of a bound, so that a difference of 0 is 0 however its terms were rounded on the way."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A figure with its two bounds, each of them one-sided; infinite where nothing is known of the error."""
+    """An estimate with its two one-sided bounds, which are infinite where its error is unknown."""
 
     estimate: float
     lower: float
@@ -30,7 +29,7 @@ class Interval:
 
 
 def task_means(tags: Sequence[Tag], values_PJ: Floats) -> Floats:
-    """Averages rows of figures over the prompts of every task that there is, in GenEval's order: [T, J]."""
+    """Return the means of all columns over the prompts of every task that is present, in GenEval's order: [T, J]."""
     of_tag = np.asarray(tags)
     return np.stack([values_PJ[of_tag == tag].mean(axis=0) for tag in TAGS if tag in tags])
 
@@ -38,12 +37,12 @@ def task_means(tags: Sequence[Tag], values_PJ: Floats) -> Floats:
 def resampled_means(
     tags: Sequence[Tag], values_PJ: Floats, num_resamples: int, generator: np.random.Generator
 ) -> Floats:
-    """Averages every task over prompts drawn from it with replacement, `num_resamples` times: [R, T, J].
+    """Return the means of every task over prompts drawn from it with replacement, `num_resamples` times: [R, T, J].
 
     A drawn prompt brings its whole row: the images of a prompt stay together, and so do the two models. Of n prompts
-    n - 1 are drawn, for then the variance of the resampled means is the squared standard error s^2 / n itself, where
-    n draws give (n - 1) / n of it (Rao and Wu, Resampling Inference With Complex Survey Data, JASA 83, 1988). One
-    prompt says nothing of its error, and its task is NaN.
+    n - 1 are drawn, because then the variance of the resampled means is the squared standard error s^2 / n itself,
+    while n draws give (n - 1) / n of it (Rao and Wu, Resampling Inference With Complex Survey Data, JASA 83, 1988). A
+    task of one prompt has an unknown error and is NaN.
     """
     of_tag = np.asarray(tags)
     tasks = [tag for tag in TAGS if tag in tags]
@@ -54,6 +53,7 @@ def resampled_means(
         if num_drawn == 0:
             continue
         drawn = generator.integers(len(values), size=(num_resamples, num_drawn), dtype=np.int32)
+        # One `bincount` counts the draws of all resamples: each resample has its own range of numbers.
         drawn += (np.arange(num_resamples, dtype=np.int32) * len(values))[:, None]
         counts = np.bincount(drawn.ravel(), minlength=num_resamples * len(values)).reshape(num_resamples, len(values))
         means_RTJ[:, index] = counts.astype(np.float64) @ values / num_drawn
@@ -61,17 +61,21 @@ def resampled_means(
 
 
 def expanded(tail: float, degrees: int) -> float:
-    """Gives the tail of the normal distribution that begins where `tail` of Student's t with `degrees` begins.
+    """Return the tail of the normal distribution that begins where `tail` of Student's t with `degrees` begins.
 
-    With 12 prompts in each of six tasks, losses that are none would otherwise be found in 12 % of comparisons instead
-    of 5 %; with 100 it matters little (the expanded percentile interval of Hesterberg, What Teachers Should Know About
-    the Bootstrap, The American Statistician 69, 2015). A tail smaller than one resample begins at the outermost one.
+    With 12 prompts in each of six tasks, a task would otherwise be called worse by chance in 12 % of comparisons
+    instead of 5 %; with 100 it matters little (the expanded percentile interval of Hesterberg, What Teachers Should
+    Know About the Bootstrap, The American Statistician 69, 2015). A tail smaller than one resample begins at the
+    outermost one.
     """
     return float(ndtr(stdtrit(degrees, tail))) if degrees > 0 else tail
 
 
 def interval(estimate: float, resampled_R: Floats, tail: float) -> Interval:
-    """Bounds a figure by the values that `tail` of its resamples lie below, and as many above."""
+    """Bound an estimate by the values that a share `tail` of its resamples lies below, and as many above.
+
+    The bounds are order statistics, without interpolation between the few values that a difference of verdicts has.
+    """
     if np.isnan(resampled_R).any():
         return Interval(estimate=float(estimate), lower=-math.inf, upper=math.inf)
     bounds = np.quantile(resampled_R, [tail, 1.0 - tail], method="inverted_cdf")

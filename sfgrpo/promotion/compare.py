@@ -1,211 +1,115 @@
-"""A candidate against the champion: both are downloaded and draw the same prompts from the same noise."""
+"""Compare a registered version with the champion, or with its own base model while there is no champion."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from sfgrpo.config.loading import as_config_error
-from sfgrpo.config.schema import PolicyConfig, PromotionConfig, RewardConfig
 from sfgrpo.config.stages import PromoteStage
 from sfgrpo.errors import SfgrpoError
-from sfgrpo.factory import make_policy, make_reward, use_threads
-from sfgrpo.paths import EVALUATION_PROMPTS, PROMOTION_REPORT
-from sfgrpo.promotion.decision import (
-    DECISION,
-    PROMPTS,
-    REPORT,
-    SAMPLES,
-    EvaluationRecord,
-    PromotionDecision,
-    tag_version,
-)
+from sfgrpo.factory import use_threads
+from sfgrpo.paths import EVALUATION_PROMPTS, PROMOTION_DECISION, PROMOTION_REPORT, PROMOTION_TEXT
+from sfgrpo.promotion.decision import PROMPTS, Baseline, EvaluationRecord, PromotionDecision, tag_version
 from sfgrpo.promotion.diversity import diversity
-from sfgrpo.promotion.gates import Baseline, Decision, ModelScores, decide
+from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, make_rewards
+from sfgrpo.promotion.gates import Comparison, ModelScores, compare_scores
 from sfgrpo.promotion.history import PromotionHistory, experiment_of
+from sfgrpo.promotion.report import SAMPLES, decision_sentence, promotion_report
 from sfgrpo.prompts import prompts_digest, read_prompts
-from sfgrpo.registry.versions import Package, Version, download_version
+from sfgrpo.registry.versions import Version, download_version
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, temporary_directory
 from sfgrpo.runtime.shutdown import sigterm_as_exit
 from sfgrpo.tracking.base import Tracker, ending
-from sfgrpo.types import Prompt
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from PIL import Image
 
-    from sfgrpo.evaluation.evaluate import Evaluation, SamplingProtocol
-    from sfgrpo.policies.sd3 import SD3Policy
-    from sfgrpo.rewards import Reward
+    from sfgrpo.evaluation.evaluate import Evaluation
     from sfgrpo.runtime.timing import PhaseClock
 
 
-GRID_ROWS_PER_TASK = 2
 CANDIDATE = "candidate"
+GRID_ROWS_PER_TASK = 2
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationSetup:
-    """What models are judged by; the same for all that are compared."""
-
-    prompts: Sequence[Prompt]
-    protocol: SamplingProtocol
-    rewards: Sequence[Reward]
-    """The training reward and the held-out one."""
-    shown: Sequence[int] = ()
-    """Positions of the prompts whose images are kept."""
-
-
-def judge(
+def compare_versions(
     client: MlflowClient,
     config: PromoteStage,
     environment: Environment,
     candidate: Version,
-    opponent: Version | None,
-    ledger: PromotionHistory,
+    champion: Version | None,
+    history: PromotionHistory,
 ) -> PromotionDecision:
-    """Compares a candidate with the champion, or with its own base model where `opponent` is None.
+    """Decide whether a candidate replaces the champion or, where `champion` is None, beats its own base model.
 
-    The decision is left in files, in an MLflow run and on the version. No alias moves.
+    The decision is written to files, to an MLflow run and to tags of the version. No alias moves.
 
     Raises:
-        RegistryError: a version is not what was registered.
-        SfgrpoError: there are no evaluation prompts.
+        RegistryError: A version is not what was registered.
+        SfgrpoError: There are no evaluation prompts.
     """
     from sfgrpo.runtime.timing import PhaseClock
     from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 
-    rules = _rules(config)
+    setup = _read_setup(config)
     use_threads(environment)
-    against = "base model" if opponent is None else f"version {opponent.number}"
+    baseline = "base model" if champion is None else f"version {champion.number}"
     tracker = MlflowTracker(
         uri=environment.tracking_uri,
         experiment=experiment_of(candidate.model),
-        run_name=f"version {candidate.number} against {against}",
+        run_name=f"version {candidate.number} against {baseline}",
     )
     clock = PhaseClock()
     with sigterm_as_exit(), ending(tracker):
         tracker.open()
         run_id = str(tracker.run_id)
-        with temporary_directory(environment.scratch_dir, "promotion") as folder:
-            evaluations = _evaluations(candidate, opponent, folder, environment, rules, clock)
+        evaluations = _evaluate_both(candidate, champion, environment, setup, clock)
         with clock("promotion_decide"):
-            decision = _decided(config.promotion, rules, evaluations, opponent)
-        judgement = PromotionDecision(
-            model=candidate.model,
-            version=candidate.number,
-            promoted=decision.promoted,
-            sentence=decision.sentence(),
-            failed=decision.failed,
-            opponent=decision.opponent,
-            opponent_version=None if opponent is None else opponent.number,
-            num_entries=len(ledger.entries),
-            run_id=run_id,
-            decided_at=now(),
-            metrics=decision.to_dict() | {f"time/{phase}_s": seconds for phase, seconds in clock.seconds.items()},
-        )
-        record = EvaluationRecord(
-            run_id=run_id,
-            prompts_sha256=prompts_digest(rules.prompts),
-            protocol=dataclasses.asdict(rules.protocol),
-            rewards=tuple(dataclasses.asdict(reward) for reward in (config.reward, config.promotion.held_out)),
-            metrics=evaluations[CANDIDATE].to_dict(),
-        )
-        report = _report(config, judgement, decision, evaluations)
-        write_judgement(judgement, report, rules, evaluations)
-        _record(tracker, config, judgement, record, report)
-    tag_version(client, judgement, record)
-    return judgement
+            baseline_scores, candidate_scores = (_scores(evaluation, setup) for evaluation in evaluations.values())
+            comparison = compare_scores(setup.prompts, candidate_scores, baseline_scores, config.promotion)
+        decision = _decide(comparison, candidate, champion, history, run_id)
+        seconds = {f"time/{phase}_s": value for phase, value in clock.seconds.items()}
+        decision = dataclasses.replace(decision, metrics={**decision.metrics, **seconds})
+        record = _record(config, setup, run_id, evaluations[CANDIDATE])
+        tables = {name: evaluation.table for name, evaluation in evaluations.items()}
+        report = promotion_report(config, decision, comparison, tables)
+        write_decision(decision, report, _samples(setup, evaluations))
+        _log(tracker, config, decision, record, report)
+    tag_version(client, decision, record)
+    return decision
 
 
-def champion_already(candidate: Version, ledger: PromotionHistory) -> PromotionDecision:
-    """Words that there is nothing to decide, and writes it."""
-    judgement = PromotionDecision(
-        model=candidate.model,
-        version=candidate.number,
+def keep_champion(champion: Version, history: PromotionHistory) -> PromotionDecision:
+    """Write the decision that a candidate is champion already, so that there is nothing to compare."""
+    decision = PromotionDecision(
+        model=champion.model,
+        version=champion.number,
         promoted=False,
-        sentence=f"**Not promoted.** Version {candidate.number} of {candidate.model} is champion already.",
+        sentence=f"**Not promoted.** Version {champion.number} of {champion.model} is champion already.",
         failed=(),
-        opponent="champion",
-        opponent_version=candidate.number,
-        num_entries=len(ledger.entries),
+        baseline="champion",
+        baseline_version=champion.number,
+        num_entries=len(history.entries),
         run_id=None,
-        decided_at=now(),
         metrics={},
     )
-    write_judgement(judgement, f"{judgement.sentence}\n")
-    return judgement
+    write_decision(decision, f"{decision.sentence}\n")
+    return decision
 
 
-def write_judgement(
-    judgement: PromotionDecision,
-    report: str,
-    rules: EvaluationSetup | None = None,
-    evaluations: Mapping[str, Evaluation] | None = None,
-) -> None:
-    """Writes decision and report and, where something was drawn, a grid of samples."""
-    from sfgrpo.tracking.sample_grid import sample_grid
-
+def write_decision(decision: PromotionDecision, report: str, samples: Image.Image | None = None) -> None:
+    """Write decision, report and, where images were drawn, samples of them."""
     with atomic_directory(PROMOTION_REPORT) as partial:
-        (partial / DECISION).write_text(judgement.to_json(), encoding="utf-8")
-        (partial / REPORT).write_text(report, encoding="utf-8")
-        if rules is not None and evaluations is not None:
-            sample_grid(
-                rules.prompts,
-                {name: evaluation.images for name, evaluation in evaluations.items()},
-                {name: evaluation.correct for name, evaluation in evaluations.items()},
-                rules.shown,
-            ).save(partial / SAMPLES)
+        (partial / PROMOTION_DECISION.name).write_text(decision.to_json(), encoding="utf-8")
+        (partial / PROMOTION_TEXT.name).write_text(report, encoding="utf-8")
+        if samples is not None:
+            samples.save(partial / SAMPLES)
 
 
-def load_package(package: Package, environment: Environment) -> SD3Policy:
-    """Loads the base pipeline of a version, with an adapter of the version's shape that does nothing yet."""
-    from safetensors import safe_open
-
-    settings = package.settings
-    with safe_open(package.adapter / settings["adapter_file"], framework="pt") as file:
-        lora = json.loads(file.metadata()["lora_adapter_metadata"])
-    policy = PolicyConfig(
-        pretrained=package.pretrained,
-        revision=settings["revision"],
-        dtype=settings["dtype"],
-        resolution=settings["resolution"],
-        max_sequence_length=settings["max_sequence_length"],
-        lora_rank=lora["transformer.r"],
-        lora_alpha=lora["transformer.lora_alpha"],
-        lora_targets=tuple(sorted(lora["transformer.target_modules"])),
-    )
-    return make_policy(policy, 0, environment)
-
-
-def evaluate(policy: SD3Policy, rules: EvaluationSetup) -> Evaluation:
-    """Has a policy draw all prompts, and judges the images."""
-    from sfgrpo.evaluation.evaluate import evaluate_policy
-    from sfgrpo.rewards import build_reward
-
-    verdict = build_reward("geneval_correct")
-    return evaluate_policy(policy, rules.prompts, verdict, rules.rewards, rules.protocol, shown=rules.shown)
-
-
-def make_rewards(training: RewardConfig, held_out: RewardConfig) -> tuple[Reward, Reward]:
-    """Makes the two rewards that models are judged by."""
-    from sfgrpo.rewards import build_reward
-
-    with as_config_error("promotion.held_out"):
-        held_out_reward = build_reward(held_out.name, pretrained=held_out.pretrained, revision=held_out.revision)
-    return make_reward(training), held_out_reward
-
-
-def now() -> str:
-    """Gives the time, UTC, as ISO 8601 to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _rules(config: PromoteStage) -> EvaluationSetup:
+def _read_setup(config: PromoteStage) -> EvaluationSetup:
     from sfgrpo.evaluation.evaluate import protocol_of
     from sfgrpo.tracking.sample_grid import pick_rows
 
@@ -220,64 +124,37 @@ def _rules(config: PromoteStage) -> EvaluationSetup:
     )
 
 
-def _evaluations(
-    candidate: Version,
-    opponent: Version | None,
-    folder: Path,
-    environment: Environment,
-    rules: EvaluationSetup,
-    clock: PhaseClock,
+def _evaluate_both(
+    candidate: Version, champion: Version | None, environment: Environment, setup: EvaluationSetup, clock: PhaseClock
 ) -> dict[str, Evaluation]:
-    """Has both draw, the opponent first; no two pipelines are in memory at a time."""
-    # Both are downloaded and checked before either draws: what will be refused is refused within seconds.
-    with clock("promotion_download"):
-        ours = _downloaded(candidate, folder / "candidate")
-        theirs = None if opponent is None else _downloaded(opponent, folder / "champion")
+    """Evaluate the baseline, then the candidate; no two pipelines are in memory at a time."""
     evaluations: dict[str, Evaluation] = {}
-    if theirs is not None:
+    with temporary_directory(environment.scratch_dir, "promotion") as folder:
+        # Both are downloaded and verified before either draws, so that a refusal comes within seconds.
+        with clock("promotion_download"):
+            ours = download_version(candidate, folder / "candidate")
+            theirs = None if champion is None else download_version(champion, folder / "champion")
+        if theirs is not None:
+            with clock("promotion_load"):
+                policy = load_policy(theirs, environment)
+                policy.load_adapter(theirs.adapter)
+            with clock("promotion_draw"):
+                evaluations["champion"] = evaluate(policy, setup)
+            del policy
         with clock("promotion_load"):
-            policy = load_package(theirs, environment)
-            policy.load_adapter(theirs.adapter)
+            policy = load_policy(ours, environment)
+        if theirs is None:
+            with clock("promotion_draw"):
+                evaluations["base model"] = evaluate(policy, setup)
+        policy.load_adapter(ours.adapter)
         with clock("promotion_draw"):
-            evaluations["champion"] = evaluate(policy, rules)
-        del policy
-    with clock("promotion_load"):
-        policy = load_package(ours, environment)
-    if theirs is None:
-        with clock("promotion_draw"):
-            evaluations["base model"] = evaluate(policy, rules)
-    policy.load_adapter(ours.adapter)
-    with clock("promotion_draw"):
-        evaluations[CANDIDATE] = evaluate(policy, rules)
+            evaluations[CANDIDATE] = evaluate(policy, setup)
     return evaluations
 
 
-def _downloaded(version: Version, folder: Path) -> Package:
-    folder.mkdir()
-    return download_version(version, folder)
-
-
-def _decided(
-    config: PromotionConfig, rules: EvaluationSetup, evaluations: Mapping[str, Evaluation], opponent: Version | None
-) -> Decision:
-    against: Baseline = "base model" if opponent is None else "champion"
-    return decide(
-        _evidence(evaluations[CANDIDATE], rules),
-        _evidence(evaluations[against], rules),
-        against=against,
-        min_gain=config.min_gain,
-        min_diversity_ratio=config.min_diversity_ratio,
-        error_rate=config.error_rate,
-        num_resamples=config.num_resamples,
-        seed=config.seed,
-    )
-
-
-def _evidence(evaluation: Evaluation, rules: EvaluationSetup) -> ModelScores:
-    training, held_out = rules.rewards
+def _scores(evaluation: Evaluation, setup: EvaluationSetup) -> ModelScores:
+    training, held_out = setup.rewards
     return ModelScores(
-        prompts=rules.prompts,
-        noise_seed=rules.protocol.seed,
         correct_PG=evaluation.correct,
         held_out_PG=evaluation.rewards_PG[held_out.name],
         training_PG=evaluation.rewards_PG[training.name],
@@ -285,40 +162,59 @@ def _evidence(evaluation: Evaluation, rules: EvaluationSetup) -> ModelScores:
     )
 
 
-def _report(
-    config: PromoteStage, judgement: PromotionDecision, decision: Decision, evaluations: Mapping[str, Evaluation]
-) -> str:
-    """Words the decision for people."""
-    from sfgrpo.geneval.table import markdown_table
-
-    opponent = "its base model" if judgement.opponent_version is None else f"version {judgement.opponent_version}"
-    table = markdown_table({name: evaluation.table for name, evaluation in evaluations.items()})
-    return (
-        f"# {judgement.model}: version {judgement.version} against {opponent}\n\n"
-        f"{decision.markdown()}\n"
-        f"{table}\n"
-        f"The candidate was selected on these prompts, too, but on other noise: here seed {config.promotion.seed}, "
-        f"there {config.evaluation.seed}. What it may owe to the choice of prompts is in its favour.\n\n"
-        f"Samples of both: {SAMPLES}. MLflow run: {judgement.run_id}. Decided {judgement.decided_at}.\n"
+def _decide(
+    comparison: Comparison, candidate: Version, champion: Version | None, history: PromotionHistory, run_id: str
+) -> PromotionDecision:
+    baseline: Baseline = "base model" if champion is None else "champion"
+    return PromotionDecision(
+        model=candidate.model,
+        version=candidate.number,
+        promoted=not comparison.failed,
+        sentence=decision_sentence(comparison, baseline),
+        failed=comparison.failed,
+        baseline=baseline,
+        baseline_version=None if champion is None else champion.number,
+        num_entries=len(history.entries),
+        run_id=run_id,
+        metrics=comparison.to_dict(),
     )
 
 
-def _record(
-    tracker: Tracker, config: PromoteStage, judgement: PromotionDecision, record: EvaluationRecord, report: str
+def _record(config: PromoteStage, setup: EvaluationSetup, run_id: str, evaluation: Evaluation) -> EvaluationRecord:
+    return EvaluationRecord(
+        run_id=run_id,
+        prompts_sha256=prompts_digest(setup.prompts),
+        protocol=dataclasses.asdict(setup.protocol),
+        rewards=tuple(dataclasses.asdict(reward) for reward in (config.reward, config.promotion.held_out)),
+        metrics=evaluation.to_dict(),
+    )
+
+
+def _samples(setup: EvaluationSetup, evaluations: Mapping[str, Evaluation]) -> Image.Image:
+    from sfgrpo.tracking.sample_grid import sample_grid
+
+    images = {name: evaluation.images for name, evaluation in evaluations.items()}
+    correct = {name: evaluation.correct for name, evaluation in evaluations.items()}
+    return sample_grid(setup.prompts, images, correct, setup.shown)
+
+
+def _log(
+    tracker: Tracker, config: PromoteStage, decision: PromotionDecision, record: EvaluationRecord, report: str
 ) -> None:
-    params: dict[str, Any] = {
-        "model": judgement.model,
-        "version": judgement.version,
-        "opponent": judgement.opponent_version or judgement.opponent,
-        "reward": dataclasses.asdict(config.reward),
-        "promotion": dataclasses.asdict(config.promotion),
-        "protocol": record.protocol,
-        "prompts_sha256": record.prompts_sha256,
-    }
-    tracker.log_params(params)
-    tracker.log_metrics(judgement.metrics, 0)
-    tracker.log_text(judgement.to_json(), DECISION)
-    tracker.log_text(report, REPORT)
+    tracker.log_params(
+        {
+            "model": decision.model,
+            "version": decision.version,
+            "baseline": decision.baseline_version or decision.baseline,
+            "reward": dataclasses.asdict(config.reward),
+            "promotion": dataclasses.asdict(config.promotion),
+            "protocol": record.protocol,
+            "prompts_sha256": record.prompts_sha256,
+        }
+    )
+    tracker.log_metrics(decision.metrics, 0)
+    tracker.log_text(decision.to_json(), PROMOTION_DECISION.name)
+    tracker.log_text(report, PROMOTION_TEXT.name)
     tracker.log_text(EVALUATION_PROMPTS.read_text(encoding="utf-8"), PROMPTS)
     tracker.log_image(PROMOTION_REPORT / SAMPLES, "samples", 0)
-    tracker.set_tags({"promotion/decision": "promoted" if judgement.promoted else "not promoted"})
+    tracker.set_tags({"promotion/decision": "promoted" if decision.promoted else "not promoted"})

@@ -1,34 +1,33 @@
-"""What was decided on a candidate: as a file, as a run in MLflow, and as tags of the version."""
+"""The decision on a candidate: a file, an MLflow run and tags of the version."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from sfgrpo.paths import PROMOTION_DECISION, PROMOTION_TEXT
-from sfgrpo.promotion.gates import Baseline
+from sfgrpo.paths import PROMOTION_DECISION
 from sfgrpo.registry.register import RegistryError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-DECISION = PROMOTION_DECISION.name
-REPORT = PROMOTION_TEXT.name
-SAMPLES = "samples.png"
+Baseline = Literal["champion", "base model"]
+
 PROMPTS = "evaluation_prompts.jsonl"
 """File of the decision's run: the prompts that both models drew."""
 RECORD_TAG = "promotion/record"
-"""Tag of a version: how it was judged last, and its own figures in full precision, as JSON."""
+"""Tag of a version: how it was evaluated last, with its metrics in full precision, as JSON."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationRecord:
-    """How a version was judged, so that it can be judged in the same way again."""
+    """How a version was evaluated, so that it can be evaluated in the same way again."""
 
     run_id: str
     """MLflow run of the decision, which keeps the prompts."""
@@ -43,81 +42,85 @@ class EvaluationRecord:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PromotionDecision:
-    """Whether a version is to be champion, by which comparison, and after which entry of the ledger."""
+    """Whether a version becomes champion, by which comparison, and after how many entries of the history."""
 
     model: str
     version: int
     promoted: bool
     sentence: str
-    """The verdict with its reasons, in Markdown."""
+    """The decision with its reasons, in Markdown."""
     failed: tuple[str, ...]
     """Gates that were not passed."""
-    opponent: Baseline
-    opponent_version: int | None
+    baseline: Baseline
+    baseline_version: int | None
     """None for the base model."""
     num_entries: int
-    """Entries of the ledger when this was decided."""
+    """Entries of the promotion history when this was decided."""
     run_id: str | None
     """MLflow run of the decision; None where there was nothing to compare."""
-    decided_at: str
-    """ISO 8601, UTC."""
     metrics: Mapping[str, float]
-    """Of `Decision.to_dict`, and the seconds of the phases."""
+    """Of `Comparison.to_dict`, and the seconds of the phases."""
+    decided_at: str = dataclasses.field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    )
+    """ISO 8601, UTC."""
 
     def to_json(self) -> str:
-        """Writes the judgement as the file `decision.json`."""
+        """Return the content of `decision.json`."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> PromotionDecision:
-        """Reads what `to_json` wrote."""
-        fields = json.loads(text)
+        """Read what `to_json` wrote."""
+        # Decisions that still wait to be applied may be older than the word "baseline".
+        fields = {key.replace("opponent", "baseline"): value for key, value in json.loads(text).items()}
         return cls(**{**fields, "failed": tuple(fields["failed"])})
 
 
-def tag_version(client: MlflowClient, judgement: PromotionDecision, record: EvaluationRecord) -> None:
-    """Puts the decision with its figures on the version that was judged."""
+def tag_version(client: MlflowClient, decision: PromotionDecision, record: EvaluationRecord) -> None:
+    """Tag the candidate with the decision and its metrics."""
+    number = decision.baseline_version
     tags = {
-        "promotion/decision": "promoted" if judgement.promoted else "not promoted",
-        "promotion/failed": ", ".join(judgement.failed) or "none",
-        "promotion/opponent": _opponent(judgement),
-        "promotion/decided_at": judgement.decided_at,
+        "promotion/decision": "promoted" if decision.promoted else "not promoted",
+        "promotion/failed": ", ".join(decision.failed) or "none",
+        "promotion/baseline": decision.baseline if number is None else f"{decision.baseline}, version {number}",
+        "promotion/decided_at": decision.decided_at,
         "promotion/run_id": record.run_id,
         RECORD_TAG: json.dumps(dataclasses.asdict(record)),
-        **{key: repr(value) for key, value in judgement.metrics.items() if key.startswith("promotion/")},
+        **{key: repr(value) for key, value in decision.metrics.items() if key.startswith("promotion/")},
     }
     for key, value in tags.items():
-        client.set_model_version_tag(judgement.model, str(judgement.version), key, value)
+        client.set_model_version_tag(decision.model, str(decision.version), key, value)
 
 
 def read_record(address: str, tags: Mapping[str, str]) -> EvaluationRecord:
-    """Reads how a version was judged last.
+    """Read how a version was evaluated last.
 
     Raises:
-        RegistryError: it never was.
+        RegistryError: It never was.
     """
     if RECORD_TAG not in tags:
         raise RegistryError(
-            f"{address} was never judged by `python -m sfgrpo promote`, so there are no figures to compare with"
+            f"{address} was never evaluated by `python -m sfgrpo promote`, so there are no metrics to compare with"
         )
     fields = json.loads(tags[RECORD_TAG])
     return EvaluationRecord(**{**fields, "rewards": tuple(fields["rewards"])})
 
 
-def read_judgement(client: MlflowClient, run_id: str) -> PromotionDecision:
-    """Reads a decision from its MLflow run.
+def read_decision(client: MlflowClient, run_id: str) -> PromotionDecision:
+    """Read a decision from its MLflow run.
 
     Raises:
-        RegistryError: there is no such run, or it holds no decision.
+        RegistryError: There is no such run, or it holds no decision.
     """
-    return PromotionDecision.from_json(read_file(client, run_id, DECISION))
+    return PromotionDecision.from_json(read_file(client, run_id, PROMOTION_DECISION.name))
 
 
 def read_file(client: MlflowClient, run_id: str, name: str) -> str:
-    """Reads a text file of an MLflow run.
+    """Read a text file of an MLflow run.
 
     Raises:
-        RegistryError: there is no such run or file.
+        RegistryError: There is no such run or file.
     """
     from mlflow.exceptions import MlflowException
 
@@ -126,8 +129,3 @@ def read_file(client: MlflowClient, run_id: str, name: str) -> str:
             return Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
         except (MlflowException, OSError) as error:
             raise RegistryError(f"MLflow run {run_id} holds no {name} of a promotion ({error})") from error
-
-
-def _opponent(judgement: PromotionDecision) -> str:
-    number = judgement.opponent_version
-    return judgement.opponent if number is None else f"{judgement.opponent}, version {number}"

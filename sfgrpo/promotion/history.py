@@ -1,14 +1,8 @@
-"""Which version of a model is champion, and which were before: a ledger that no two promotions can both write.
+"""The promotion history: which version of a model is champion, and which versions were before.
 
 MLflow's aliases go to the last writer, so two promotions that were both decided against the same champion would both
-win. A parameter of an MLflow run is write-once: run and key are the primary key of its table, and MLflow refuses
-another value. Every registered model therefore has one run whose parameters `0001`, `0002`, ... are the entries of its
-ledger. Whoever decided against a ledger of n entries writes entry n + 1, which one writer alone can. The entry holds a
-random claim, so that no two writers ever write the same value.
-
-That run has to be the same one for everybody, too. Names of experiments are unique, and an experiment gets its tags
-with its name in one transaction: a model's experiment of promotions names the run of its ledger, and whoever comes too
-late with a run of his own removes that.
+win. The history lets one of them win: it is a list of entries in the MLflow store, and of all that were decided against
+a history of n entries, one alone can write entry n + 1.
 """
 
 from __future__ import annotations
@@ -27,18 +21,19 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-LEDGERS = "promotions"
-"""Experiment that holds the ledgers of all models."""
-LEDGER_TAG = "sfgrpo.ledger_run_id"
-"""Tag of a model's experiment of promotions."""
-KIND_TAG = "sfgrpo.kind"
-"""Tag of a ledger's run, with the value "ledger": such a run is never cleaned away."""
+HISTORIES = "promotions"
+"""Experiment that holds the histories of all models, a run for each."""
+# The stored tags keep the old word for a history, so that the histories of existing stores are found.
+HISTORY_TAG = "sfgrpo.ledger_run_id"
+"""Tag of a model's experiment of promotions: the run of its history."""
+KIND_TAGS = {"sfgrpo.kind": "ledger"}
+"""Tags of a history's run, by which a person sees that it must not be cleaned away."""
 WRITE_S = 30.0
-"""How long an entry is tried to be written while the store is out of reach or busy."""
+"""How long to retry an entry while the store is unreachable or busy."""
 
 
 class HistoryError(SfgrpoError):
-    """The ledger has moved on, or is gone."""
+    """The promotion history has moved on, or is gone."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +65,7 @@ class PromotionHistory:
 
 
 def champions_of(entries: Sequence[Promotion]) -> tuple[int, ...]:
-    """Replays promotions and rollbacks."""
+    """Replay promotions and rollbacks, and return the champions that remain, the present one last."""
     champions: list[int] = []
     for entry in entries:
         if entry.action == "promotion" and entry.version is not None:
@@ -86,78 +81,83 @@ def champions_of(entries: Sequence[Promotion]) -> tuple[int, ...]:
 
 
 def experiment_of(model: str) -> str:
-    """Names the experiment that holds the decisions on a model's versions."""
+    """Return the name of the experiment that holds the decisions on a model's versions."""
     return f"promotions of {model}"
 
 
-def read_ledger(client: MlflowClient, uri: str, model: str) -> PromotionHistory:
-    """Reads a model's ledger; makes an empty one if there is none.
+def read_history(client: MlflowClient, uri: str, model: str) -> PromotionHistory:
+    """Read a model's promotion history; create an empty one if there is none.
 
     Raises:
-        HistoryError: the ledger's run was deleted.
+        HistoryError: The run of the history was deleted.
     """
-    run_id = _ledger_run(client, uri, model)
+    run_id = _history_run(client, uri, model)
     run = find_run(client, run_id)
     if run is None:
         raise HistoryError(
-            f"the ledger of {model}, MLflow run {run_id}, was deleted; restore it, in Python by "
+            f"the promotion history of {model}, MLflow run {run_id}, was deleted; restore it, in Python by "
             f"MlflowClient().restore_run({run_id!r})"
         )
     params = run.data.params
-    return PromotionHistory(
-        model=model, run_id=run_id, entries=tuple(_entry(params[slot]) for slot in sorted(params) if slot.isdigit())
-    )
+    slots = sorted(key for key in params if key.isdigit())
+    return PromotionHistory(model=model, run_id=run_id, entries=tuple(_entry(params[slot]) for slot in slots))
 
 
-def append(client: MlflowClient, ledger: PromotionHistory, entry: Promotion) -> PromotionHistory:
-    """Writes the next entry and returns the ledger with it.
+def append(client: MlflowClient, history: PromotionHistory, entry: Promotion) -> PromotionHistory:
+    """Write the next entry and return the history with it.
 
     Raises:
-        HistoryError: somebody else was faster.
+        HistoryError: Somebody else was faster.
     """
     from mlflow.exceptions import MlflowException
 
-    slot = f"{len(ledger.entries) + 1:04d}"
+    # Parameters of a run are write-once: run and key are the primary key of their table, and MLflow refuses another
+    # value for a key. So `0001`, `0002`, ... each have one writer. MLflow accepts the same value twice; the random
+    # claim tells apart two writers with the same entry.
+    slot = f"{len(history.entries) + 1:04d}"
     value = json.dumps({**dataclasses.asdict(entry), "claim": uuid.uuid4().hex})
     deadline = time.monotonic() + WRITE_S
     while True:
         try:
-            client.log_param(ledger.run_id, slot, value, synchronous=True)
+            client.log_param(history.run_id, slot, value, synchronous=True)
         except MlflowException as error:
             if error.error_code == "INVALID_PARAMETER_VALUE":
                 raise HistoryError(
-                    f"another promotion or rollback of {ledger.model} was decided meanwhile; run it again"
+                    f"another promotion or rollback of {history.model} was decided meanwhile; run it again"
                 ) from error
             if not is_outage(error) or time.monotonic() > deadline:
                 raise
             # It may have been written although the answer was lost: with the same claim another try does no harm.
             time.sleep(0.2)
         else:
-            return dataclasses.replace(ledger, entries=(*ledger.entries, entry))
+            return dataclasses.replace(history, entries=(*history.entries, entry))
 
 
-def _ledger_run(client: MlflowClient, uri: str, model: str) -> str:
-    known = _named_run(client, model)
+def _history_run(client: MlflowClient, uri: str, model: str) -> str:
+    """Return the run of a model's history, the same one for all processes; create it if there is none."""
+    known = _tagged_run(client, model)
     if known is not None:
         return known
-    run = client.create_run(find_or_create_experiment(client, uri, LEDGERS), run_name=model, tags={KIND_TAG: "ledger"})
+    run = client.create_run(find_or_create_experiment(client, uri, HISTORIES), run_name=model, tags=KIND_TAGS)
     client.set_terminated(run.info.run_id)
-    find_or_create_experiment(client, uri, experiment_of(model), {LEDGER_TAG: run.info.run_id})
-    known = _named_run(client, model)
+    # Names of experiments are unique, and an experiment gets its tags with its name in one transaction: of several
+    # processes that come here at once, one has its run in the tag, and the others remove theirs.
+    find_or_create_experiment(client, uri, experiment_of(model), {HISTORY_TAG: run.info.run_id})
+    known = _tagged_run(client, model)
     if known != run.info.run_id:
         client.delete_run(run.info.run_id)
     return str(known)
 
 
-def _named_run(client: MlflowClient, model: str) -> str | None:
-    """Finds the run that a model's experiment of promotions names; None before there is such an experiment."""
+def _tagged_run(client: MlflowClient, model: str) -> str | None:
+    """Return the run that a model's experiment of promotions has in its tag; None before there is an experiment."""
     name = experiment_of(model)
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         return None
-    if LEDGER_TAG not in experiment.tags:
-        raise HistoryError(f"experiment {name!r} has no tag {LEDGER_TAG}, so it is none of ours; rename it")
-    return str(experiment.tags[LEDGER_TAG])
+    if HISTORY_TAG not in experiment.tags:
+        raise HistoryError(f"experiment {name!r} has no tag {HISTORY_TAG}, so it holds no promotions; rename it")
+    return str(experiment.tags[HISTORY_TAG])
 
 
 def _entry(value: str) -> Promotion:

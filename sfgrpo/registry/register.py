@@ -1,4 +1,4 @@
-"""Registers a trained adapter, with its base model, as a version of an MLflow model that is proven to draw."""
+"""Register a trained adapter with its base model as a version of an MLflow model, which must draw an image."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfgrpo.config.schema import RegistryConfig
 from sfgrpo.errors import SfgrpoError
-from sfgrpo.runtime.manifest import sha256_of_file, write_manifest
+from sfgrpo.runtime.manifest import MANIFEST, sha256_of_file, write_manifest
 from sfgrpo.tracking.mlflow_client import connect, find_or_create_experiment, find_run
 from sfgrpo.tracking.provenance import BRANCH_TAG, COMMIT_TAG
 
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 SERVING_FILE = Path(__file__).with_name("serving.py")
+"""MLflow copies this file into every version and runs it there, without sfgrpo."""
 REQUIREMENTS = ("accelerate", "diffusers", "mlflow", "pandas", "peft", "pillow", "torch", "transformers")
 SMOKE_PROMPT = "a photo of a circle"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMPORTED_TAG = "sfgrpo.imported_run_id"
+"""Tag of a stand-in: the run of another store that trained the adapter."""
 MANIFEST_TAG = "manifest_sha256"
-"""Tag of a version: digest of its manifest, which holds those of all its files."""
+"""Tag of a version: SHA-256 of its manifest, which holds those of all its files."""
 
 
 class RegistryError(SfgrpoError):
@@ -37,10 +40,10 @@ class RegistryError(SfgrpoError):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ServingDefaults:
-    """How the registered model draws, unless its caller says otherwise."""
+    """How the registered model draws, unless its caller passes other parameters."""
 
     pretrained: str
-    """Folder of the base pipeline, which becomes part of the version; or its hub name, which is recorded only."""
+    """Folder of the base pipeline, which becomes part of the version; or its hub name, which is only recorded."""
     revision: str | None
     dtype: str
     resolution: int
@@ -51,78 +54,80 @@ class ServingDefaults:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedAdapter:
+    """A trained adapter, with what is recorded about it."""
+
+    folder: Path
+    """Folder of the LoRA weights."""
+    metrics: Mapping[str, float]
+    """GenEval scores: tags of the version, and metrics of the run under `final/`."""
+    provenance: Mapping[str, str]
+    """Tags that identify code and data; `git_commit` is required."""
+    run_id: str | None
+    """Run that trained it. A store that does not have this run gets a stand-in."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RegisteredVersion:
-    """A version of a registered model, and whether this call made it."""
+    """A version of a registered model, and whether this call created it."""
 
     name: str
     version: int
     alias: str
     run_id: str
-    """Run in the tracking store that trained it, or that stands for the one that did."""
+    """Run in the tracking store that trained it, or a stand-in."""
     created: bool
 
     def write(self, path: Path) -> None:
-        """Saves the record as JSON."""
+        """Write the record as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 def register_version(
-    *,
-    uri: str,
-    experiment: str,
-    model_name: str,
-    alias: str,
-    adapter: Path,
-    serving: ServingDefaults,
-    metrics: Mapping[str, float],
-    provenance: Mapping[str, str],
-    run_id: str | None,
+    uri: str, experiment: str, registry: RegistryConfig, adapter: TrainedAdapter, serving: ServingDefaults
 ) -> RegisteredVersion:
-    """Finds or makes the version of this adapter at this commit, has it draw an image, and points the alias at it.
+    """Find or create the version of this adapter at this commit, draw an image with it, and point the alias at it.
 
     A version that fails to draw never gets the alias. The same adapter file at the same commit is always the same
     version, so a retry registers nothing twice.
 
-    Args:
-        adapter: folder that holds the LoRA weights.
-        metrics: GenEval scores, the overall one and those of the six tasks; they become tags of the version, and
-            metrics of the run under `final/`.
-        provenance: tags that name code and data; `git_commit` is required.
-        run_id: run that trained the adapter. A store that does not know it gets a stand-in.
-
     Raises:
-        RegistryError: the version cannot be loaded, or draws no image.
+        RegistryError: The version cannot be loaded, or draws no image.
     """
     client = connect_globally(uri)
-    digest = sha256_of_file(adapter / WEIGHTS_NAME)
-    version = _find_version(client, model_name, digest, provenance["git_commit"])
+    name = registry.model_name
+    digest = sha256_of_file(adapter.folder / WEIGHTS_NAME)
+    version = _find_version(client, name, digest, adapter.provenance["git_commit"])
     created = version is None
     if version is None:
         experiment_id = find_or_create_experiment(client, uri, experiment)
-        parent = _parent_run(client, experiment_id, run_id, digest)
+        run_id = _parent_run(client, experiment_id, adapter.run_id, digest)
         settings = dataclasses.asdict(serving) | {"adapter_file": WEIGHTS_NAME, "adapter_sha256": digest}
-        model_id, manifest_digest = _log_model(client, experiment_id, parent, model_name, adapter, settings, metrics)
+        with tempfile.TemporaryDirectory() as folder:
+            package = _save_package(Path(folder, "model"), adapter.folder, settings)
+            model_id = _log_model(client, experiment_id, run_id, name, package)
+            manifest_digest = sha256_of_file(package / MANIFEST)
+        _log_final_metrics(client, run_id, model_id, adapter.metrics)
         tags = {
-            **provenance,
-            **{key: f"{value:.4f}" for key, value in metrics.items()},
+            **adapter.provenance,
+            **{key: f"{value:.4f}" for key, value in adapter.metrics.items()},
             "adapter_sha256": digest,
             MANIFEST_TAG: manifest_digest,
-            "parent_run_id": run_id or parent,
+            "parent_run_id": adapter.run_id or run_id,
         }
-        version = _create_version(client, model_name, parent, model_id, tags)
+        version = _create_version(client, name, run_id, model_id, tags)
     number, parent_run_id = version
-    for name in (BRANCH_TAG, COMMIT_TAG):
-        if name in provenance:
-            client.set_tag(parent_run_id, name, provenance[name])
-    smoke_test(uri, f"models:/{model_name}/{number}")
-    client.set_model_version_tag(model_name, str(number), "smoke_test", "passed")
-    client.set_registered_model_alias(model_name, alias, str(number))
-    return RegisteredVersion(name=model_name, version=number, alias=alias, run_id=parent_run_id, created=created)
+    for key in {BRANCH_TAG, COMMIT_TAG} & adapter.provenance.keys():
+        client.set_tag(parent_run_id, key, adapter.provenance[key])
+    smoke_test(uri, f"models:/{name}/{number}")
+    client.set_model_version_tag(name, str(number), "smoke_test", "passed")
+    client.set_registered_model_alias(name, registry.alias, str(number))
+    return RegisteredVersion(name=name, version=number, alias=registry.alias, run_id=parent_run_id, created=created)
 
 
 def draw(uri: str, model_uri: str, prompts: list[str], **params: Any) -> list[bytes]:
-    """Loads a model, by version or by alias, as any user of the registry would, and draws a PNG file per prompt."""
+    """Load a model, by version or by alias, as any user of the registry would, and draw a PNG file per prompt."""
     connect_globally(uri)
     import mlflow
 
@@ -131,7 +136,11 @@ def draw(uri: str, model_uri: str, prompts: list[str], **params: Any) -> list[by
 
 
 def smoke_test(uri: str, model_uri: str) -> None:
-    """Checks that a registered model draws: MLflow calls a version READY even when its files are missing."""
+    """Draw an image with a registered model: MLflow calls a version READY even when its files are missing.
+
+    Raises:
+        RegistryError: The model cannot be loaded, or does not return a PNG file.
+    """
     try:
         (image,) = draw(uri, model_uri, [SMOKE_PROMPT], num_inference_steps=2)
     except Exception as error:
@@ -143,7 +152,7 @@ def smoke_test(uri: str, model_uri: str) -> None:
 
 
 def connect_globally(uri: str) -> MlflowClient:
-    """Opens a store, and makes it the one in which this process looks `models:/` addresses up."""
+    """Connect to a store, and make it the one in which this process looks `models:/` addresses up."""
     client = connect(uri)
     import mlflow
 
@@ -172,46 +181,41 @@ def _parent_run(client: MlflowClient, experiment_id: str, run_id: str | None, di
     return str(run.info.run_id)
 
 
-def _log_model(
-    client: MlflowClient,
-    experiment_id: str,
-    run_id: str,
-    name: str,
-    adapter: Path,
-    settings: dict[str, Any],
-    metrics: Mapping[str, float],
-) -> tuple[str, str]:
-    """Uploads serving code, base pipeline and adapter; only safetensors and text, nothing pickled.
-
-    Returns the id of the logged model and the digest of its manifest.
-    """
+def _save_package(package: Path, adapter: Path, settings: dict[str, Any]) -> Path:
+    """Save serving code, base pipeline and adapter with a manifest; only safetensors and text, nothing pickled."""
     import mlflow
-    from mlflow.entities import Metric
 
     artifacts = {"adapter": str(adapter)}
     if Path(settings["pretrained"]).is_dir():
         artifacts["pipeline"] = settings["pretrained"]
-    model = client.create_logged_model(experiment_id, name, source_run_id=run_id, model_type="text-to-image")
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder, "model")
-        mlflow.pyfunc.save_model(
-            package,
-            python_model=str(SERVING_FILE),
-            artifacts=artifacts,
-            model_config=settings,
-            signature=_signature(settings),
-            input_example=[SMOKE_PROMPT],
-            # Given, because MLflow would find them out by loading the model in another process.
-            pip_requirements=[f"{package}=={_public_version(package)}" for package in REQUIREMENTS],
-        )
-        manifest_digest = sha256_of_file(write_manifest(package))
-        client.log_model_artifacts(model.model_id, str(package))
-    client.finalize_logged_model(model.model_id, "READY")
-    now_ms = time.time_ns() // 1_000_000
-    client.log_batch(
-        run_id, [Metric(f"final/{key}", value, now_ms, 0, model_id=model.model_id) for key, value in metrics.items()]
+    mlflow.pyfunc.save_model(
+        package,
+        python_model=str(SERVING_FILE),
+        artifacts=artifacts,
+        model_config=settings,
+        signature=_signature(settings),
+        input_example=[SMOKE_PROMPT],
+        # Listed here, because MLflow would find them by loading the model in another process.
+        pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
     )
-    return model.model_id, manifest_digest
+    write_manifest(package)
+    return package
+
+
+def _log_model(client: MlflowClient, experiment_id: str, run_id: str, name: str, package: Path) -> str:
+    """Upload a package as a logged model of a run, and return its id."""
+    model = client.create_logged_model(experiment_id, name, source_run_id=run_id, model_type="text-to-image")
+    client.log_model_artifacts(model.model_id, str(package))
+    client.finalize_logged_model(model.model_id, "READY")
+    return str(model.model_id)
+
+
+def _log_final_metrics(client: MlflowClient, run_id: str, model_id: str, metrics: Mapping[str, float]) -> None:
+    from mlflow.entities import Metric
+
+    now_ms = time.time_ns() // 1_000_000
+    final = [Metric(f"final/{key}", value, now_ms, 0, model_id=model_id) for key, value in metrics.items()]
+    client.log_batch(run_id, final)
 
 
 def _create_version(
@@ -233,7 +237,7 @@ def _signature(settings: dict[str, Any]) -> ModelSignature:
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     return ModelSignature(
-        # Without a name, a list of prompts will do as well as a data frame.
+        # Without a name for the column, a list of prompts is accepted as well as a data frame.
         inputs=Schema([ColSpec(DataType.string)]),
         outputs=Schema([ColSpec(DataType.binary, "png")]),
         params=ParamSchema(
@@ -247,5 +251,5 @@ def _signature(settings: dict[str, Any]) -> ModelSignature:
 
 
 def _public_version(package: str) -> str:
-    # "2.13.0+cpu" is found on no index.
+    # No package index has "2.13.0+cpu".
     return importlib.metadata.version(package).partition("+")[0]

@@ -1,6 +1,7 @@
-"""The registered model: prompts in, PNG files out. MLflow copies this file into the model and runs it from there.
+"""The registered model: prompts in, PNG files out.
 
-It therefore imports nothing of sfgrpo: whoever loads the model needs diffusers, peft and MLflow only.
+MLflow copies this file into every version and runs it there. It therefore imports nothing of sfgrpo: loading a version
+needs only diffusers, peft and MLflow.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import pandas as pd  # type: ignore[import-untyped]
+import pandas as pd  # type: ignore[import-untyped] # pandas-stubs is not installed
 import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
@@ -23,7 +24,7 @@ class TextToImage(PythonModel):
     """A diffusers pipeline with the trained LoRA adapter on top."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Loads base model and adapter; refuses an adapter that is not the registered one."""
+        """Load base model and adapter; raise `RuntimeError` if the adapter is not the registered one."""
         disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         settings = context.model_config
@@ -50,9 +51,9 @@ class TextToImage(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Draws one image for each prompt of the only column; returns PNG files as bytes in the column `png`.
+        """Draw one image for each prompt of the only column; return PNG files as bytes in the column `png`.
 
-        Image i starts from the noise of `seed` + i, so that it does not depend on how many prompts come with it.
+        Image i starts from the noise of `seed` + i, so it does not depend on how many prompts come with it.
         """
         prompts = model_input.iloc[:, 0].tolist()
         settings = self._settings | (params or {})

@@ -1,8 +1,8 @@
-"""Finds versions of registered models, and downloads them only as they were registered.
+"""Find versions of registered models, and download them only as they were registered.
 
-Every file of a version is listed in its manifest with a SHA-256, and the manifest's own is a tag of the version: files
-live in the artifact store, tags in the database, so that who can write the one alone changes nothing unnoticed. A
-version that holds anything but safetensors, text and pictures is refused before anything is loaded from it.
+The manifest of a version lists every file with its SHA-256, and the manifest's own SHA-256 is a tag of the version.
+Files are in the artifact store and tags in the database, so a change by somebody who can write only one of them is
+noticed. A version that holds anything but safetensors, text and pictures is refused before anything is loaded from it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>[
 PLAIN_SUFFIXES = frozenset({".json", ".md", ".png", ".py", ".safetensors", ".txt", ".yaml"})
 PLAIN_NAMES = frozenset({"MLmodel"})
 RESOLVED_BY_MLFLOW = "registered_model_meta"
-"""File that MLflow adds to a version when it downloads it."""
+"""File that MLflow adds to a version at download."""
 BYTECODE = "__pycache__"
-"""What Python adds to a version that it loads where it lies, in a store of files; no copy keeps it."""
+"""Folder that Python adds to a version that is loaded straight from a store of files."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Version:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """The files of a version on this machine, as they were registered."""
+    """The downloaded and verified files of a version."""
 
     folder: Path
     adapter: Path
@@ -55,15 +55,15 @@ class Package:
     pretrained: str
     """Folder of the base pipeline; its hub name where the version holds no base pipeline."""
     settings: Mapping[str, Any]
-    """How the version draws, by the names of `ServingDefaults`."""
+    """Fields of `ServingDefaults`."""
 
 
 def find_version(client: MlflowClient, address: str) -> Version:
-    """Looks up `models:/NAME@ALIAS` or `models:/NAME/NUMBER`.
+    """Look up `models:/NAME@ALIAS` or `models:/NAME/NUMBER`.
 
     Raises:
-        ConfigError: it is no such address.
-        RegistryError: there is no such model, alias or version; the message lists those that there are.
+        ConfigError: It is no such address.
+        RegistryError: There is no such model, alias or version; the message lists the existing ones.
     """
     parts = ADDRESS.fullmatch(address)
     if parts is None:
@@ -76,21 +76,28 @@ def find_version(client: MlflowClient, address: str) -> Version:
     return version
 
 
+def require_model(client: MlflowClient, model: str) -> None:
+    """Raise `RegistryError` unless the model is registered; the message lists the registered models."""
+    names = sorted(found.name for found in client.search_registered_models())
+    if model not in names:
+        raise RegistryError(f"no model {model!r} is registered; registered models are {', '.join(names) or 'none'}")
+
+
 def number_of_alias(client: MlflowClient, name: str, alias: str) -> int | None:
-    """Gives the version that an alias points to; None where there is no such model or alias."""
+    """Return the version that an alias points to; None where there is no such model or alias."""
     from mlflow.exceptions import MlflowException
 
     try:
         return int(client.get_model_version_by_alias(name, alias).version)
     except MlflowException as error:
-        # MLflow has another word for a missing alias than for a missing model.
+        # MLflow has one code for a missing model and another for a missing alias.
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
 
 
 def read_version(client: MlflowClient, name: str, number: int) -> Version | None:
-    """Reads a version; None where there is none."""
+    """Read a version; None where there is none."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -103,11 +110,11 @@ def read_version(client: MlflowClient, name: str, number: int) -> Version | None
 
 
 def download_version(version: Version, folder: Path) -> Package:
-    """Downloads a version into an existing empty folder and checks every file of it.
+    """Download a version into an empty or a new folder, and verify every file.
 
     Raises:
-        RegistryError: a file is not the one that was registered; or the version has no manifest, cannot be read, or
-            holds a file that is not plain.
+        RegistryError: A file is not the one that was registered; or the version has no manifest, cannot be read, or
+            holds a file that might run code.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -116,9 +123,10 @@ def download_version(version: Version, folder: Path) -> Package:
     expected = version.tags.get(MANIFEST_TAG)
     if expected is None:
         raise RegistryError(
-            f"{version.address} was registered without a manifest, so nobody can tell whether its files are still its "
-            "own; register its adapter again"
+            f"{version.address} was registered without a manifest, so its files cannot be verified; register its "
+            "adapter again"
         )
+    folder.mkdir(exist_ok=True)
     try:
         mlflow.artifacts.download_artifacts(artifact_uri=version.address, dst_path=str(folder))
     except (MlflowException, OSError) as error:
@@ -126,7 +134,7 @@ def download_version(version: Version, folder: Path) -> Package:
     (folder / RESOLVED_BY_MLFLOW).unlink(missing_ok=True)
     for bytecode in list(folder.rglob(BYTECODE)):
         shutil.rmtree(bytecode)
-    refuse_programs(version, folder)
+    _refuse_programs(version, folder)
     _verify(version, folder, expected)
     flavor = Model.load(str(folder)).flavors["python_function"]
     files = {name: folder / entry["path"] for name, entry in flavor["artifacts"].items()}
@@ -138,10 +146,9 @@ def download_version(version: Version, folder: Path) -> Package:
     )
 
 
-def refuse_programs(version: Version, folder: Path) -> None:
-    """Raises `RegistryError` if a file may be a pickle or anything else that runs when it is opened."""
-    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
-    for path in files:
+def _refuse_programs(version: Version, folder: Path) -> None:
+    """Raise `RegistryError` if a file may be a pickle or anything else that runs when it is opened."""
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         if path.suffix not in PLAIN_SUFFIXES and path.name not in PLAIN_NAMES:
             raise RegistryError(
                 f"{version.address} holds {path.relative_to(folder)}; a version may hold safetensors, text, JSON and "
@@ -164,7 +171,7 @@ def _verify(version: Version, folder: Path, expected: str) -> None:
 
 
 def _existing(client: MlflowClient, name: str) -> str:
-    """Words which versions and aliases a model has, or which models there are."""
+    """Return the versions and aliases of a model as text, or the registered models if it is none of them."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -177,9 +184,3 @@ def _existing(client: MlflowClient, name: str) -> str:
     aliases = [f"@{alias} (version {number})" for alias, number in sorted(model.aliases.items())]
     numbers = sorted(int(version.version) for version in client.search_model_versions(f"name = '{name}'"))
     return f"{name} has the aliases {', '.join(aliases) or 'none'} and the versions {', '.join(map(str, numbers))}"
-
-
-def _require_model(client: MlflowClient, model: str) -> None:
-    names = sorted(found.name for found in client.search_registered_models())
-    if model not in names:
-        raise RegistryError(f"no model {model!r} is registered; registered models are {', '.join(names) or 'none'}")

@@ -1,4 +1,4 @@
-"""Has an MLflow server tell somebody that an alias was set."""
+"""Webhooks of an MLflow server, which report that an alias was set."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ EVENT: Literal["model_version_alias.created"] = "model_version_alias.created"
 
 
 def register_webhook(uri: str, name: str, url: str, secret: str) -> str:
-    """Makes or mends the webhook of a name, so that there is one and it calls `url`; returns its id.
+    """Create or update the webhook of a name, so that there is exactly one and it calls `url`; return its id.
 
-    MLflow signs what it sends with `secret`, which it keeps encrypted.
+    MLflow signs its messages with `secret`, which it stores encrypted.
     """
     client = connect(uri)
     known = [webhook for webhook in client.list_webhooks(max_results=1000) if webhook.name == name]

@@ -24,21 +24,30 @@ from PIL import Image
 
 from sfgrpo.cli import main
 from sfgrpo.commands import promote as command
+from sfgrpo.commands import recheck as recheck_command
+from sfgrpo.config.schema import RegistryConfig
 from sfgrpo.evaluation.evaluate import Evaluation
 from sfgrpo.geneval.table import summarise
 from sfgrpo.promotion import aliases, compare
 from sfgrpo.promotion.aliases import CHAMPION, PREVIOUS
-from sfgrpo.promotion.compare import EvaluationSetup
 from sfgrpo.promotion.decision import RECORD_TAG
-from sfgrpo.promotion.history import Promotion, append, experiment_of, read_ledger
-from sfgrpo.registry.register import MANIFEST_TAG, PNG_SIGNATURE, ServingDefaults, draw, register_version
+from sfgrpo.promotion.evaluation import EvaluationSetup
+from sfgrpo.promotion.history import Promotion, append, experiment_of, read_history
+from sfgrpo.registry.register import (
+    MANIFEST_TAG,
+    PNG_SIGNATURE,
+    ServingDefaults,
+    TrainedAdapter,
+    draw,
+    register_version,
+)
 from sfgrpo.registry.versions import number_of_alias
 from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.types import TAGS
+from tests.support.metrics_page import documented
 from tests.support.stores import free_port, wait_for_answer
 from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline
 from tests.support.tiny_run import TINY, write_params
-from tests.test_readme import documented
 
 # Not ours to mend: SQLAlchemy's, MLflow's and diffusers' own deprecations and advice.
 pytestmark = pytest.mark.filterwarnings(
@@ -66,9 +75,13 @@ class Shop:
         version = register_version(
             uri=self.uri,
             experiment="tests",
-            model_name=model,
-            alias="challenger",
-            adapter=self.folder / f"{adapter}/adapter",
+            registry=RegistryConfig(model_name=model, alias="challenger"),
+            adapter=TrainedAdapter(
+                folder=self.folder / f"{adapter}/adapter",
+                metrics={"geneval/overall": 0.5},
+                provenance={"git_commit": "c0ffee"},
+                run_id=None,
+            ),
             serving=ServingDefaults(
                 pretrained=str(self.folder / "pipeline"),
                 revision=None,
@@ -78,9 +91,6 @@ class Shop:
                 num_inference_steps=2,
                 guidance_scale=1.0,
             ),
-            metrics={"geneval/overall": 0.5},
-            provenance={"git_commit": "c0ffee"},
-            run_id=None,
         )
         return version.version
 
@@ -91,7 +101,7 @@ class Shop:
         return dict(self.client.get_model_version(model, str(number)).tags)
 
     def files(self, model: str, number: int) -> Path:
-        """Gives the folder in the artifact store that holds a version."""
+        """Return the folder in the artifact store that holds a version."""
         source = self.client.get_model_version(model, str(number)).source
         return self.folder / "mlartifacts" / "models" / source.removeprefix("models:/") / "artifacts"
 
@@ -132,10 +142,10 @@ def shop(project: Shop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
 
 
 def evaluation(
-    rules: EvaluationSetup, *, correct: bool, likeness: float = 0.5, varied: bool = True, failing: str | None = None
+    setup: EvaluationSetup, *, correct: bool, likeness: float = 0.5, varied: bool = True, failing: str | None = None
 ) -> Evaluation:
-    """Makes up what judges may say of a model."""
-    tags, num_images = [prompt.tag for prompt in rules.prompts], rules.protocol.images_per_prompt
+    """Make up the evaluation of a model."""
+    tags, num_images = [prompt.tag for prompt in setup.prompts], setup.protocol.images_per_prompt
     shape = (len(tags), num_images)
     verdicts = np.full(shape, correct)
     verdicts[[tag == failing for tag in tags]] = not correct
@@ -143,7 +153,7 @@ def evaluation(
     if varied:
         thumbnails += np.arange(num_images, dtype=np.uint8).reshape(-1, 1, 1, 1) * 100
     return Evaluation(
-        images=np.zeros((len(rules.shown) * num_images, 4, 4, 3), dtype=np.uint8),
+        images=np.zeros((len(setup.shown) * num_images, 4, 4, 3), dtype=np.uint8),
         thumbnails_PGHWC=thumbnails,
         correct=verdicts,
         table=summarise(tags, verdicts),
@@ -153,18 +163,18 @@ def evaluation(
 
 @pytest.fixture
 def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What judges say of the models that draw, opponent first; instead of drawing."""
+    """Made-up evaluations of the models that would draw, the baseline first."""
     coming: list[dict[str, Any]] = []
-    monkeypatch.setattr(compare, "evaluate", lambda policy, rules: evaluation(rules, **coming.pop(0)))
-    monkeypatch.setattr(command, "evaluate", lambda policy, rules: evaluation(rules, **coming.pop(0)))
+    monkeypatch.setattr(compare, "evaluate", lambda policy, setup: evaluation(setup, **coming.pop(0)))
+    monkeypatch.setattr(recheck_command, "evaluate", lambda policy, setup: evaluation(setup, **coming.pop(0)))
     return coming
 
 
 WORSE, BETTER = {"correct": False}, {"correct": True}
 
 
-def promote(verdicts: list[dict[str, Any]], model: str, *options: str, opponent=WORSE, candidate=BETTER) -> int:
-    verdicts[:] = [opponent, candidate]
+def promote(verdicts: list[dict[str, Any]], model: str, *options: str, baseline=WORSE, candidate=BETTER) -> int:
+    verdicts[:] = [baseline, candidate]
     return main(["promote", "--model", model, *options])
 
 
@@ -173,7 +183,7 @@ def test_candidate_draws_against_its_base_model_and_the_decision_is_kept_everywh
     assert main(["promote", "--model", "drawn"]) == 0
     decision, tags = shop.decision(), shop.tags("drawn", number)
     run = shop.client.get_run(decision["run_id"])
-    assert (decision["opponent"], decision["opponent_version"], decision["version"]) == ("base model", None, number)
+    assert (decision["baseline"], decision["baseline_version"], decision["version"]) == ("base model", None, number)
     assert decision["promoted"] == (tags["promotion/decision"] == "promoted") == (not decision["failed"])
     assert {key: float(tags[key]) for key in decision["metrics"] if key.startswith("promotion/")} == {
         key: value for key, value in decision["metrics"].items() if key.startswith("promotion/")
@@ -185,7 +195,7 @@ def test_candidate_draws_against_its_base_model_and_the_decision_is_kept_everywh
     names = {file.path for file in shop.client.list_artifacts(run.info.run_id)}
     assert names >= {"decision.json", "report.md", "evaluation_prompts.jsonl", "images"}
     report = (shop.folder / "reports/promotion/report.md").read_text()
-    assert "on other noise: here seed 4321, there 1234" in report
+    assert "with other noise (seed 1234; here it is 4321)" in report
     with Image.open(shop.folder / "reports/promotion/samples.png") as grid:
         assert grid.size[0] > 300
     assert capsys.readouterr().out.startswith(decision["sentence"])
@@ -198,13 +208,13 @@ def test_better_candidate_becomes_champion_and_the_former_one_previous(shop, ver
     assert "It is the first champion" in shop.decision()["sentence"]
     assert promote(verdicts, "better") == 0
     assert shop.aliases("better") == (second, first)
-    assert shop.decision()["opponent_version"] == first
+    assert shop.decision()["baseline_version"] == first
     assert shop.tags("better", second)["promotion/smoke_test"] == "passed"
     assert capsys.readouterr().out.endswith(f"version {second} of better is champion\n")
 
 
 @pytest.mark.parametrize(
-    ("gate", "opponent", "candidate"),
+    ("gate", "baseline", "candidate"),
     [
         ("overall", BETTER, BETTER),
         ("tasks", {**WORSE, "failing": "colors"}, {**BETTER, "failing": "colors"}),
@@ -212,10 +222,10 @@ def test_better_candidate_becomes_champion_and_the_former_one_previous(shop, ver
         ("diversity", WORSE, {**BETTER, "varied": False}),
     ],
 )
-def test_candidate_that_fails_a_gate_moves_nothing(shop, verdicts, gate, opponent, candidate):
+def test_candidate_that_fails_a_gate_moves_nothing(shop, verdicts, gate, baseline, candidate):
     model = f"refused_{gate}"
     shop.register(model)
-    assert promote(verdicts, model, opponent=opponent, candidate=candidate) == 0
+    assert promote(verdicts, model, baseline=baseline, candidate=candidate) == 0
     decision = shop.decision()
     assert (decision["promoted"], decision["failed"]) == (False, [gate])
     assert shop.tags(model, 1)["promotion/failed"] == gate
@@ -239,7 +249,7 @@ def test_decision_moves_nothing_until_it_is_applied(shop, verdicts, capsys):
     assert main(["promote", "--apply", run_id]) == 0
     assert shop.aliases("approved") == (1, None)
     assert main(["promote", "--apply", run_id]) == 0
-    assert len(read_ledger(shop.client, shop.uri, "approved").entries) == 1
+    assert len(read_history(shop.client, shop.uri, "approved").entries) == 1
     assert "is champion already, by this decision" in capsys.readouterr().out
 
 
@@ -250,7 +260,10 @@ def test_decision_against_another_champion_is_not_applied(shop, verdicts, capsys
     late = shop.decision()["run_id"]
     promote(verdicts, "outdated", "--version", "1")
     assert main(["promote", "--apply", late]) == 1
-    assert "against a champion of outdated that has changed since; judge again by" in capsys.readouterr().err
+    assert (
+        f"the champion of outdated has changed since MLflow run {late} was decided; compare again by"
+        in capsys.readouterr().err
+    )
     assert shop.aliases("outdated") == (1, None)
 
 
@@ -271,7 +284,7 @@ def test_decision_is_about_one_version(capsys):
     assert "--apply RUN is about the version that was judged; leave --model and --version" in capsys.readouterr().err
 
 
-def test_every_figure_of_a_promotion_has_a_line_on_the_page_of_metrics(shop, verdicts):
+def test_every_metric_of_a_promotion_has_a_line_on_the_page_of_metrics(shop, verdicts):
     shop.register("documented")
     promote(verdicts, "documented", candidate=WORSE)
     keys = documented()
@@ -287,15 +300,15 @@ def test_promotion_that_another_overtakes_says_so(shop, verdicts, monkeypatch, c
     shop.register("overtaken", 1)
 
     def overtaken(*arguments: Any) -> Any:
-        ledger = read_ledger(shop.client, shop.uri, "overtaken")
-        append(shop.client, ledger, Promotion(action="promotion", version=1, over=None, run_id=None))
-        return judge(*arguments)
+        history = read_history(shop.client, shop.uri, "overtaken")
+        append(shop.client, history, Promotion(action="promotion", version=1, over=None, run_id=None))
+        return compare_versions(*arguments)
 
-    judge = command.judge
-    monkeypatch.setattr(command, "judge", overtaken)
+    compare_versions = command.compare_versions
+    monkeypatch.setattr(command, "compare_versions", overtaken)
     assert promote(verdicts, "overtaken") == 1
     assert "another promotion or rollback of overtaken was decided meanwhile; run it again" in capsys.readouterr().err
-    assert [entry.version for entry in read_ledger(shop.client, shop.uri, "overtaken").entries] == [1]
+    assert [entry.version for entry in read_history(shop.client, shop.uri, "overtaken").entries] == [1]
 
 
 def test_new_champion_that_cannot_draw_is_taken_back(shop, verdicts, monkeypatch, capsys):
@@ -445,22 +458,16 @@ def recheck(shop: Shop, model: str) -> dict[str, Any]:
     return json.loads((shop.folder / "reports/recheck.json").read_text())
 
 
-def test_champion_that_draws_as_before_has_not_drifted(shop, monkeypatch):
+def test_champion_that_draws_as_before_has_not_drifted(shop):
     shop.register("steady")
-    decide = compare.decide
-    monkeypatch.setattr(compare, "decide", lambda *pair, **settings: decide(*pair, **{**settings, "min_gain": -1.0}))
-    monkeypatch.setattr(command, "_crown", lambda *arguments: None)
-    main(["promote", "--model", "steady"])
-    monkeypatch.undo()
-    monkeypatch.chdir(shop.folder)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", shop.uri)
-    ledger = read_ledger(shop.client, shop.uri, "steady")
-    append(shop.client, ledger, Promotion(action="promotion", version=1, over=None, run_id=None))
+    assert main(["promote", "--model", "steady", "--judge-only"]) == 0
+    history = read_history(shop.client, shop.uri, "steady")
+    append(shop.client, history, Promotion(action="promotion", version=1, over=None, run_id=None))
     found = recheck(shop, "steady")
     recorded = json.loads(shop.tags("steady", 1)[RECORD_TAG])
     assert (found["drifted"], found["reasons"]) == (False, [])
     assert found["metrics"] == recorded["metrics"]
-    assert found["table"].startswith("| Figure | Recorded | Today |")
+    assert found["table"].startswith("| Metric | Recorded | Today |")
 
 
 def test_champion_that_draws_otherwise_has_drifted(shop, verdicts, capsys):
@@ -486,7 +493,7 @@ def test_recheck_is_on_the_prompts_of_the_promotion_whatever_the_folder_holds(sh
     promote(verdicts, "prompts")
     seen = []
     monkeypatch.setattr(
-        command, "evaluate", lambda policy, rules: seen.append(rules.prompts) or evaluation(rules, **BETTER)
+        recheck_command, "evaluate", lambda policy, setup: seen.append(setup.prompts) or evaluation(setup, **BETTER)
     )
     kept = shop.folder / "data/prompts/evaluation.jsonl"
     text = kept.read_text()
@@ -509,20 +516,20 @@ def test_prompts_that_are_not_the_recorded_ones_are_told(shop, verdicts, capsys)
 
 
 def test_model_without_a_champion_has_not_drifted(shop, capsys):
-    shop.register("kingless")
-    assert recheck(shop, "kingless") == {
+    shop.register("vacant")
+    assert recheck(shop, "vacant") == {
         "drifted": False,
-        "reasons": ["kingless has no champion, so there is nothing to check"],
+        "reasons": ["vacant has no champion, so there is nothing to check"],
         "table": "",
         "metrics": {},
     }
 
 
-def test_champion_that_nobody_judged_cannot_be_checked(shop, capsys):
-    shop.register("crowned")
-    shop.client.set_registered_model_alias("crowned", CHAMPION, "1")
-    assert main(["recheck", "--model", "crowned"]) == 1
-    assert "models:/crowned/1 was never judged by `python -m sfgrpo promote`" in capsys.readouterr().err
+def test_champion_that_was_never_evaluated_cannot_be_checked(shop, capsys):
+    shop.register("by_hand")
+    shop.client.set_registered_model_alias("by_hand", CHAMPION, "1")
+    assert main(["recheck", "--model", "by_hand"]) == 1
+    assert "models:/by_hand/1 was never evaluated by `python -m sfgrpo promote`" in capsys.readouterr().err
 
 
 def test_missing_prompts_are_told(shop, tmp_path, monkeypatch, capsys):

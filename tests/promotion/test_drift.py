@@ -1,4 +1,4 @@
-"""Drift: figures that moved further than rounding moves them, and no others."""
+"""Drift: metrics that changed by more than rounding changes them, and no others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECORDED = {
 }
 
 
-def test_same_figures_are_no_drift():
+def test_same_metrics_are_no_drift():
     reasons, table = drift(RECORDED, RECORDED, IMAGES)
     assert reasons == []
     assert "| Overall | 0.500 \N{PLUS-MINUS SIGN} 0.030 | 0.500 | +0.000 | 0.020 |" in table
@@ -28,7 +28,7 @@ def test_same_figures_are_no_drift():
 
 
 @pytest.mark.parametrize(
-    ("key", "moved", "named"),
+    ("key", "change", "label"),
     [
         ("geneval/overall", 0.021, "Overall"),
         ("geneval/single_object", -0.09, "Single"),
@@ -37,16 +37,16 @@ def test_same_figures_are_no_drift():
         ("evaluation/clip", 0.7, "Reward clip"),
     ],
 )
-def test_figure_that_moved_too_far_is_named(key, moved, named):
-    reasons, _ = drift(RECORDED, {**RECORDED, key: RECORDED[key] + moved}, IMAGES)
-    assert [reason.split(" was ")[0] for reason in reasons] == [named]
+def test_metric_that_changed_too_much_is_reported(key, change, label):
+    reasons, _ = drift(RECORDED, {**RECORDED, key: RECORDED[key] + change}, IMAGES)
+    assert [reason.split(" was ")[0] for reason in reasons] == [label]
 
 
 @pytest.mark.parametrize(
-    ("key", "moved"), [("geneval/overall", 0.019), ("geneval/single_object", 2 / 24 - 1e-9), ("evaluation/clip", 0.5)]
+    ("key", "change"), [("geneval/overall", 0.019), ("geneval/single_object", 2 / 24 - 1e-9), ("evaluation/clip", 0.5)]
 )
-def test_figure_that_moved_as_rounding_may_move_it_is_no_drift(key, moved):
-    assert drift(RECORDED, {**RECORDED, key: RECORDED[key] + moved}, IMAGES)[0] == []
+def test_metric_that_changed_as_by_rounding_is_no_drift(key, change):
+    assert drift(RECORDED, {**RECORDED, key: RECORDED[key] + change}, IMAGES)[0] == []
 
 
 def test_few_images_may_flip_in_a_small_task():

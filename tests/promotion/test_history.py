@@ -1,4 +1,4 @@
-"""The ledger of champions: one writer of a slot, one ledger of a model, aliases that follow; by real processes."""
+"""The promotion history: one writer of an entry, one history of a model, aliases that follow; by real processes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mlflow import MlflowClient
 from sfgrpo.promotion import aliases as module
 from sfgrpo.promotion.aliases import CHAMPION, PREVIOUS, champion_of, sync_aliases
 from sfgrpo.promotion.history import (
-    LEDGER_TAG,
+    HISTORY_TAG,
     HistoryError,
     Promotion,
     append,
     champions_of,
     experiment_of,
-    read_ledger,
+    read_history,
 )
 from sfgrpo.registry.register import RegistryError
 from sfgrpo.registry.versions import number_of_alias
@@ -35,24 +35,24 @@ NUM_WRITERS = 8
 WRITER = """
 import logging, sys
 from sfgrpo.promotion.aliases import sync_aliases
-from sfgrpo.promotion.history import Promotion, HistoryError, append, read_ledger
+from sfgrpo.promotion.history import Promotion, HistoryError, append, read_history
 from sfgrpo.tracking.mlflow_client import connect
 uri, version = sys.argv[1], int(sys.argv[2])
 client = connect(uri)
 print("ready", flush=True)
 for line in sys.stdin:
-    ledger = read_ledger(client, uri, "model")
-    print(ledger.run_id, len(ledger.entries), flush=True)
+    history = read_history(client, uri, "model")
+    print(history.run_id, len(history.entries), flush=True)
     sys.stdin.readline()
     try:
-        append(client, ledger, Promotion(action="promotion", version=version, over=None, run_id=None))
+        append(client, history, Promotion(action="promotion", version=version, over=None, run_id=None))
         sync_aliases(client, uri, "model")
     except HistoryError as error:
         print("lost", error, flush=True)
     else:
         print("won", flush=True)
 """
-"""Reads the ledger and, when all others have read it too, writes the next entry; again and again."""
+"""Reads the history and, when all others have read it too, writes the next entry; again and again."""
 
 
 def promotion(version: int, over: int | None = None) -> Promotion:
@@ -103,58 +103,60 @@ def test_entries_are_read_as_they_were_written(store):
     client, uri = store
     entries = (promotion(1), promotion(2, over=1), rolled_back_to(1, 2))
     for entry in entries:
-        append(client, read_ledger(client, uri, "model"), entry)
-    assert read_ledger(client, uri, "model").entries == entries
+        append(client, read_history(client, uri, "model"), entry)
+    assert read_history(client, uri, "model").entries == entries
 
 
-def test_entry_written_against_an_outdated_ledger_is_refused(store):
+def test_entry_written_against_an_outdated_history_is_refused(store):
     client, uri = store
-    outdated = read_ledger(client, uri, "model")
+    outdated = read_history(client, uri, "model")
     append(client, outdated, promotion(1))
     with pytest.raises(
         HistoryError, match="another promotion or rollback of model was decided meanwhile; run it again"
     ):
         append(client, outdated, promotion(1))
-    assert read_ledger(client, uri, "model").entries == (promotion(1),)
+    assert read_history(client, uri, "model").entries == (promotion(1),)
 
 
-def test_models_have_ledgers_of_their_own(store):
+def test_models_have_histories_of_their_own(store):
     client, uri = store
-    append(client, read_ledger(client, uri, "model"), promotion(1))
-    assert read_ledger(client, uri, "other").entries == ()
+    append(client, read_history(client, uri, "model"), promotion(1))
+    assert read_history(client, uri, "other").entries == ()
 
 
 def test_params_that_are_no_entries_are_passed_over(store):
     client, uri = store
-    ledger = append(client, read_ledger(client, uri, "model"), promotion(1))
-    client.log_param(ledger.run_id, "note", "by hand")
-    assert read_ledger(client, uri, "model") == ledger
+    history = append(client, read_history(client, uri, "model"), promotion(1))
+    client.log_param(history.run_id, "note", "by hand")
+    assert read_history(client, uri, "model") == history
 
 
-def test_deleted_ledger_is_told_with_its_cure(store):
+def test_deleted_history_is_reported_with_its_cure(store):
     client, uri = store
-    ledger = append(client, read_ledger(client, uri, "model"), promotion(1))
-    client.delete_run(ledger.run_id)
+    history = append(client, read_history(client, uri, "model"), promotion(1))
+    client.delete_run(history.run_id)
     with pytest.raises(
-        HistoryError, match=rf"MLflow run {ledger.run_id}, was deleted; .*restore_run\('{ledger.run_id}'"
+        HistoryError, match=rf"MLflow run {history.run_id}, was deleted; .*restore_run\('{history.run_id}'"
     ):
-        read_ledger(client, uri, "model")
-    client.restore_run(ledger.run_id)
-    assert read_ledger(client, uri, "model") == ledger
+        read_history(client, uri, "model")
+    client.restore_run(history.run_id)
+    assert read_history(client, uri, "model") == history
 
 
-def test_foreign_experiment_of_the_same_name_is_told(store):
+def test_foreign_experiment_of_the_same_name_is_reported(store):
     client, uri = store
     client.create_experiment(experiment_of("model"))
-    with pytest.raises(HistoryError, match=f"'promotions of model' has no tag {LEDGER_TAG}, so it is none of ours"):
-        read_ledger(client, uri, "model")
+    with pytest.raises(
+        HistoryError, match=f"'promotions of model' has no tag {HISTORY_TAG}, so it holds no promotions"
+    ):
+        read_history(client, uri, "model")
 
 
-def test_aliases_follow_the_ledger(store):
+def test_aliases_follow_the_history(store):
     client, uri = store
     seen = []
     for entry in (promotion(1), promotion(2, over=1), rolled_back_to(1, 2), rolled_back_to(None, 1)):
-        append(client, read_ledger(client, uri, "model"), entry)
+        append(client, read_history(client, uri, "model"), entry)
         sync_aliases(client, uri, "model")
         seen.append(aliases(client))
     assert seen == [(1, None), (2, 1), (1, None), (None, None)]
@@ -162,9 +164,9 @@ def test_aliases_follow_the_ledger(store):
 
 def test_promoter_that_died_before_it_moved_the_aliases_is_mended(store):
     client, uri = store
-    append(client, read_ledger(client, uri, "model"), promotion(1))
+    append(client, read_history(client, uri, "model"), promotion(1))
     sync_aliases(client, uri, "model")
-    append(client, read_ledger(client, uri, "model"), promotion(2, over=1))
+    append(client, read_history(client, uri, "model"), promotion(2, over=1))
     assert aliases(client) == (1, None)
     sync_aliases(client, uri, "model")
     assert aliases(client) == (2, 1)
@@ -172,7 +174,7 @@ def test_promoter_that_died_before_it_moved_the_aliases_is_mended(store):
 
 def test_alias_that_was_moved_by_hand_is_moved_back(store):
     client, uri = store
-    append(client, read_ledger(client, uri, "model"), promotion(1))
+    append(client, read_history(client, uri, "model"), promotion(1))
     client.set_registered_model_alias("model", CHAMPION, "3")
     sync_aliases(client, uri, "model")
     assert aliases(client) == (1, None)
@@ -181,27 +183,27 @@ def test_alias_that_was_moved_by_hand_is_moved_back(store):
 def test_champion_set_by_hand_before_the_first_promotion_counts(store):
     client, uri = store
     client.set_registered_model_alias("model", CHAMPION, "3")
-    ledger = sync_aliases(client, uri, "model")
-    assert champion_of(client, ledger) == 3
-    append(client, ledger, promotion(4, over=3))
+    history = sync_aliases(client, uri, "model")
+    assert champion_of(client, history) == 3
+    append(client, history, promotion(4, over=3))
     sync_aliases(client, uri, "model")
     assert aliases(client) == (4, 3)
 
 
 def test_late_promoter_does_not_leave_its_own_alias(store, monkeypatch):
     client, uri = store
-    append(client, read_ledger(client, uri, "model"), promotion(1))
-    point = module._point
+    append(client, read_history(client, uri, "model"), promotion(1))
+    set_alias = module._set_alias
 
     def overtaken(*arguments):
         if not overtaken.done:
             overtaken.done = True
-            append(client, read_ledger(client, uri, "model"), promotion(2, over=1))
+            append(client, read_history(client, uri, "model"), promotion(2, over=1))
             client.set_registered_model_alias("model", CHAMPION, "2")
-        point(*arguments)
+        set_alias(*arguments)
 
     overtaken.done = False
-    monkeypatch.setattr(module, "_point", overtaken)
+    monkeypatch.setattr(module, "_set_alias", overtaken)
     sync_aliases(client, uri, "model")
     assert aliases(client) == (2, 1)
 
@@ -209,7 +211,7 @@ def test_late_promoter_does_not_leave_its_own_alias(store, monkeypatch):
 def test_deleted_champion_is_told_and_deleted_predecessor_is_left_out(store):
     client, uri = store
     for entry in (promotion(1), promotion(2, over=1), promotion(3, over=2)):
-        append(client, read_ledger(client, uri, "model"), entry)
+        append(client, read_history(client, uri, "model"), entry)
     client.delete_model_version("model", "2")
     sync_aliases(client, uri, "model")
     assert aliases(client) == (3, None)
@@ -219,7 +221,7 @@ def test_deleted_champion_is_told_and_deleted_predecessor_is_left_out(store):
 
 
 class Writers:
-    """Processes that write to one ledger at the same time."""
+    """Processes that write to one history at the same time."""
 
     def __init__(self, uri: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -250,18 +252,20 @@ class Writers:
 
 
 def compete(uri: str, rounds: int) -> None:
-    """Lets many write each slot: one wins it, everybody has the same ledger, and the alias is the last winner's."""
+    """Let many write each entry: one wins, everybody has the same history, and the alias is the last winner's."""
     client = connect(uri)
     make_versions(client, "model", NUM_WRITERS)
     writers = Writers(uri)
     for number in range(rounds):
-        assert len(set(writers.go())) == 1, "all read the same ledger"
+        assert len(set(writers.go())) == 1, "all read the same history"
         outcomes = writers.go()
         assert Counter(line.split()[0] for line in outcomes) == {"won": 1, "lost": NUM_WRITERS - 1}, outcomes
-        ledger = read_ledger(client, uri, "model")
-        assert len(ledger.entries) == number + 1
-        assert [f"version {entry.version}" for entry in ledger.entries[-1:]] == [f"version {outcomes.index('won') + 1}"]
-        assert aliases(client)[0] == ledger.entries[-1].version
+        history = read_history(client, uri, "model")
+        assert len(history.entries) == number + 1
+        assert [f"version {entry.version}" for entry in history.entries[-1:]] == [
+            f"version {outcomes.index('won') + 1}"
+        ]
+        assert aliases(client)[0] == history.entries[-1].version
     writers.close()
 
 

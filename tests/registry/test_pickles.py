@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from sfgrpo.checkpoint.state import TrainingState, load_checkpoint, save_checkpoint
+from sfgrpo.config.schema import RegistryConfig
 from sfgrpo.policies.sd3 import SD3Policy
 from sfgrpo.pretraining.flow import FlowRecipe, FlowTraining
-from sfgrpo.registry.register import ServingDefaults, draw, register_version
+from sfgrpo.registry.register import ServingDefaults, TrainedAdapter, draw, register_version
 from sfgrpo.rewards import build_reward
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.study.results import _read_samples
@@ -213,9 +214,10 @@ def test_registered_version_holds_no_pickle_and_runs_none(tmp_path, canary, pick
     register_version(
         uri=uri,
         experiment="tests",
-        model_name="tiny",
-        alias="challenger",
-        adapter=tmp_path / "adapter",
+        registry=RegistryConfig(model_name="tiny", alias="challenger"),
+        adapter=TrainedAdapter(
+            folder=tmp_path / "adapter", metrics={}, provenance={"git_commit": "c0ffee"}, run_id=None
+        ),
         serving=ServingDefaults(
             pretrained=str(tmp_path / "pipeline"),
             revision=None,
@@ -225,9 +227,6 @@ def test_registered_version_holds_no_pickle_and_runs_none(tmp_path, canary, pick
             num_inference_steps=1,
             guidance_scale=1.0,
         ),
-        metrics={},
-        provenance={"git_commit": "c0ffee"},
-        run_id=None,
     )
     (model,) = (path.parent for path in (tmp_path / "mlartifacts").rglob("MLmodel"))
     files = [path for path in model.rglob("*") if path.is_file()]

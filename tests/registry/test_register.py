@@ -12,8 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
+from sfgrpo.config.schema import RegistryConfig
 from sfgrpo.registry import register
-from sfgrpo.registry.register import RegisteredVersion, RegistryError, ServingDefaults, draw, register_version
+from sfgrpo.registry.register import (
+    RegisteredVersion,
+    RegistryError,
+    ServingDefaults,
+    TrainedAdapter,
+    draw,
+    register_version,
+)
 from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline
@@ -38,26 +46,23 @@ class Shop:
         return f"sqlite:///{self.folder / 'mlflow.db'}"
 
     def register(self, name: str, adapter: str = "adapter_0", **changes: Any) -> RegisteredVersion:
-        arguments: dict[str, Any] = {
-            "uri": self.uri,
-            "experiment": "tests",
-            "model_name": name,
-            "alias": "challenger",
-            "adapter": self.folder / adapter,
-            "serving": ServingDefaults(
-                pretrained=str(self.folder / "pipeline"),
-                revision=None,
-                dtype="float32",
-                resolution=32,
-                max_sequence_length=0,
-                num_inference_steps=3,
-                guidance_scale=1.0,
-            ),
-            "metrics": SCORES,
-            "provenance": {"git_commit": "c0ffee", "prompts_sha256": "d1ce"},
-            "run_id": None,
-        }
-        return register_version(**(arguments | changes))
+        trained = TrainedAdapter(
+            folder=self.folder / adapter,
+            metrics=SCORES,
+            provenance={"git_commit": "c0ffee", "prompts_sha256": "d1ce"},
+            run_id=None,
+        )
+        serving = ServingDefaults(
+            pretrained=str(self.folder / "pipeline"),
+            revision=None,
+            dtype="float32",
+            resolution=32,
+            max_sequence_length=0,
+            num_inference_steps=3,
+            guidance_scale=1.0,
+        )
+        registry = RegistryConfig(model_name=name, alias="challenger")
+        return register_version(self.uri, "tests", registry, dataclasses.replace(trained, **changes), serving)
 
     def draw_directly(self, prompt: str, seed: int) -> np.ndarray:
         image = self.pipeline(

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from infra.stack.programs.postgres import SUPERUSER, binaries
 from infra.stack.secrets import ensure_secrets
 from sfgrpo.promotion.aliases import promote_version
-from sfgrpo.promotion.history import read_ledger
+from sfgrpo.promotion.history import read_history
 from sfgrpo.registry.register import PNG_SIGNATURE
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.types import TAGS
@@ -100,7 +100,7 @@ def line(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Line:
     platform.completed(first)
     # By hand: the gates would not let it through.
     uri, version = platform.environment["MLFLOW_TRACKING_URI"], platform.outcome(first).version
-    promote_version(platform.mlflow, uri, read_ledger(platform.mlflow, uri, platform.model), version, "set-up")
+    promote_version(platform.mlflow, uri, read_history(platform.mlflow, uri, platform.model), version, "set-up")
     platform.completed(second)
     return Line(first=first, second=second)
 

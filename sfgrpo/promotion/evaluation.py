@@ -1,0 +1,70 @@
+"""How a registered version is evaluated, in a promotion and in a recheck alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sfgrpo.config.loading import as_config_error
+from sfgrpo.config.schema import PolicyConfig, RewardConfig
+from sfgrpo.factory import make_policy, make_reward
+from sfgrpo.registry.versions import Package
+from sfgrpo.runtime.environment import Environment
+from sfgrpo.types import Prompt
+
+if TYPE_CHECKING:
+    from sfgrpo.evaluation.evaluate import Evaluation, SamplingProtocol
+    from sfgrpo.policies.sd3 import SD3Policy
+    from sfgrpo.rewards import Reward
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSetup:
+    """Prompts, sampling and rewards; the same for all models that are compared."""
+
+    prompts: Sequence[Prompt]
+    protocol: SamplingProtocol
+    rewards: Sequence[Reward]
+    """The training reward and the held-out one."""
+    shown: Sequence[int] = ()
+    """Positions of the prompts whose images are kept."""
+
+
+def make_rewards(training: RewardConfig, held_out: RewardConfig) -> tuple[Reward, Reward]:
+    """Make the training reward and the held-out one."""
+    from sfgrpo.rewards import build_reward
+
+    with as_config_error("promotion.held_out"):
+        held_out_reward = build_reward(held_out.name, pretrained=held_out.pretrained, revision=held_out.revision)
+    return make_reward(training), held_out_reward
+
+
+def load_policy(package: Package, environment: Environment) -> SD3Policy:
+    """Load the base pipeline of a version, with an adapter of the version's shape that has no effect yet."""
+    from safetensors import safe_open
+
+    settings = package.settings
+    with safe_open(package.adapter / settings["adapter_file"], framework="pt") as file:
+        lora = json.loads(file.metadata()["lora_adapter_metadata"])
+    config = PolicyConfig(
+        pretrained=package.pretrained,
+        revision=settings["revision"],
+        dtype=settings["dtype"],
+        resolution=settings["resolution"],
+        max_sequence_length=settings["max_sequence_length"],
+        lora_rank=lora["transformer.r"],
+        lora_alpha=lora["transformer.lora_alpha"],
+        lora_targets=tuple(sorted(lora["transformer.target_modules"])),
+    )
+    return make_policy(config, 0, environment)
+
+
+def evaluate(policy: SD3Policy, setup: EvaluationSetup) -> Evaluation:
+    """Draw all prompts with a policy and score the images."""
+    from sfgrpo.evaluation.evaluate import evaluate_policy
+    from sfgrpo.rewards import build_reward
+
+    geneval = build_reward("geneval_correct")
+    return evaluate_policy(policy, setup.prompts, geneval, setup.rewards, setup.protocol, shown=setup.shown)
