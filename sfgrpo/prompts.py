@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sized
 from pathlib import Path
 
@@ -13,7 +12,10 @@ import numpy as np
 from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.stages import PromptsStage
 from sfgrpo.errors import ConfigError
+from sfgrpo.runtime.files import atomic_write
 from sfgrpo.types import Prompt, Tag
+
+GENEVAL = Path("data/geneval")
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -35,13 +37,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
     """Write a file of GenEval metadata, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(_to_lines(prompts), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic_write(path, _to_lines(prompts))
 
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:
@@ -73,9 +69,6 @@ def prompts_of_update(prompts: Sized, update_index: int, prompts_per_update: int
 
 def _to_lines(prompts: Iterable[Prompt]) -> str:
     return "".join(f"{json.dumps(prompt.to_metadata())}\n" for prompt in prompts)
-
-
-GENEVAL = Path("data/geneval")
 
 
 def make_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:

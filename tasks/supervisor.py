@@ -1,7 +1,7 @@
 """Runs a command so that, whatever ends the run, no process of it stays behind.
 
 `dvc repro` leaves its stage running when it is told to stop, and torch starts every rank in a session of its own, out
-of reach of whoever kills the process group. The command is therefore the child of a supervisor (this file, run as a
+of reach of whoever kills the process group. The command is therefore the child of a supervisor (this module, run as a
 program), to which Linux hands every orphaned descendant. The supervisor ends them all when it is told to stop and when
 its own parent dies. If the supervisor itself is killed, its mark in their environment still tells what it left behind.
 """
@@ -9,7 +9,6 @@ its own parent dies. If the supervisor itself is killed, its mark in their envir
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -21,18 +20,19 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, TextIO
 
-import psutil  # type: ignore[import-untyped]
+import psutil
+
+from sfgrpo.runtime.process import adopt_orphans, die_with_parent, end_processes, is_running, signal_all
 
 MARK = "STAGE_SUPERVISOR"
 """Environment variable `<pid> <start time> <folder>` of every process below a supervisor."""
-GRACE_MARGIN_S = 5.0
-"""Time between the end of a stage's own grace and SIGKILL; Prefect gives a cancelled flow 30 s in all."""
 POLL_S = 0.2
 STOPPED = 128 + signal.SIGTERM
 """Exit status of a command that was told to stop."""
 _stopping = threading.Event()
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
+CODE = Path(__file__).parents[1]
+PROGRAM = "tasks.supervisor"
+"""Run from `CODE`, so that it finds this code; the working directory may hold another version of it."""
 
 
 def run_supervised(
@@ -60,7 +60,8 @@ def run_supervised(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as sink, log.open(encoding="utf-8", errors="replace") as source:
         supervisor = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(os.getpid()), str(grace_s), *command],
+            [sys.executable, "-m", PROGRAM, str(os.getpid()), str(grace_s), str(Path.cwd()), *command],
+            cwd=CODE,
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -82,7 +83,7 @@ def run_supervised(
 def stop_all() -> None:
     """Ends the commands of all threads of this process, for good: an interrupt reaches the main thread only."""
     _stopping.set()
-    _signal_all([child for child in psutil.Process().children() if _supervises(child)], signal.SIGTERM)
+    signal_all([child for child in psutil.Process().children() if _supervises(child)], signal.SIGTERM)
 
 
 def is_stopping(within_s: float = 0.0) -> bool:
@@ -93,7 +94,7 @@ def is_stopping(within_s: float = 0.0) -> bool:
 def end_leftovers(folder: Path, grace_s: float) -> list[int]:
     """Ends what dead supervisors of this folder left behind; returns the process ids."""
     leftovers = [process for process in psutil.process_iter() if _is_leftover(process, folder)]
-    end(lambda: [process for process in leftovers if _runs(process)], grace_s)
+    end_processes(lambda: [process for process in leftovers if is_running(process)], grace_s)
     return [process.pid for process in leftovers]
 
 
@@ -103,35 +104,22 @@ def marked_folders() -> set[Path]:
     return {mark.folder for mark in marks if mark is not None}
 
 
-def end(remaining: Callable[[], list[psutil.Process]], grace_s: float) -> None:
-    """Sends SIGTERM to all that remains, and SIGKILL to what still does after the grace time and a margin."""
-    _signal_all(remaining(), signal.SIGTERM)
-    deadline = time.monotonic() + grace_s + GRACE_MARGIN_S
-    while remaining() and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    # A process may have started another one meanwhile, hence more than once.
-    for _ in range(10):
-        if not (stubborn := remaining()):
-            return
-        _signal_all(stubborn, signal.SIGKILL)
-        time.sleep(POLL_S)
-
-
-def main(parent_pid: int, grace_s: float, command: Sequence[str]) -> int:
-    """Supervises a command until it ends or this process is told to stop; returns the command's exit status."""
+def main(parent_pid: int, grace_s: float, folder: Path, command: Sequence[str]) -> int:
+    """Run a command in a folder until it ends or this process is told to stop; return its exit status."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)
-    _become_reaper()
+    adopt_orphans()
+    die_with_parent(signal.SIGTERM)
     if os.getppid() != parent_pid:
         return 128 + signal.SIGTERM
     me = psutil.Process()
-    mark = f"{me.pid} {me.create_time()} {Path.cwd()}"
+    mark = f"{me.pid} {me.create_time()} {folder}"
     try:
-        status = subprocess.Popen(command, env={**os.environ, MARK: mark}).wait()
+        status = subprocess.Popen(command, cwd=folder, env={**os.environ, MARK: mark}).wait()
     finally:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        end(_living_descendants, grace_s)
+        end_processes(_living_descendants, grace_s)
     return status if status >= 0 else 128 - status
 
 
@@ -153,7 +141,7 @@ def _follow(source: TextIO, supervisor: subprocess.Popen[bytes], over: threading
 
 def _supervises(process: psutil.Process) -> bool:
     try:
-        return __file__ in process.cmdline()
+        return PROGRAM in process.cmdline()
     except psutil.Error:
         return False
 
@@ -189,27 +177,7 @@ def _living_descendants() -> list[psutil.Process]:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    return [process for process in psutil.Process().children(recursive=True) if _runs(process)]
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
-
-
-def _signal_all(processes: Sequence[psutil.Process], number: int) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(number)
-
-
-def _become_reaper() -> None:
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    return [process for process in psutil.Process().children(recursive=True) if is_running(process)]
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -217,4 +185,4 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))
+    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]))

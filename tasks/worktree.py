@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
+import math
 import os
 import re
 import subprocess
@@ -26,7 +26,7 @@ from sfgrpo.errors import ConfigError, SfgrpoError
 from sfgrpo.paths import PARAMS
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.runtime.files import atomic_write
-from sfgrpo.runtime.locks import exclusive_lock
+from sfgrpo.runtime.locks import exclusive_lock, shared_lock
 from sfgrpo.tracking.mlflow_client import sqlite_path
 from tasks.git import GitError, add_worktree, commit_files, git, remove_worktree, top_folder
 from tasks.overrides import changed_parameters
@@ -84,9 +84,9 @@ def own_workspace(changes: Mapping[str, Any]) -> Iterator[Workspace | None]:
     checkout = top_folder(Path.cwd())
     workspace = _planned(checkout, changes)
     with (
-        _locked(checkout / LOCK, fcntl.LOCK_SH),
+        shared_lock(checkout / LOCK),
         # Should a server start a run a second time that it takes for dead, the second process waits for the first.
-        _locked(workspace.folder.with_suffix(".lock"), fcntl.LOCK_EX),
+        exclusive_lock(workspace.folder.with_suffix(".lock"), math.inf),
     ):
         _make(workspace)
         get_run_logger().info("working in %s at commit %s", workspace.folder, workspace.commit[:10])
@@ -211,15 +211,3 @@ def _variables(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _locked(path: Path, kind: int) -> Iterator[None]:
-    """Waits for a lock file, and holds it; it goes with the process."""
-    path.parent.mkdir(exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, kind)
-        yield
-    finally:
-        os.close(descriptor)

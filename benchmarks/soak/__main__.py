@@ -22,8 +22,8 @@ from benchmarks.soak.services import make_bucket, mlflow_server, s3_server
 from benchmarks.soak.summary import recovery_complaints, summary
 from benchmarks.soak.training import CLEAN, MARK, SoakError, Training, lay_out, processes_where
 from benchmarks.soak.verdicts import no_process_left, verdicts
+from sfgrpo.runtime.process import end_processes
 from sfgrpo.runtime.shutdown import sigterm_as_exit
-from tasks.supervisor import end
 
 CALIBRATION_UPDATES = 8
 WORK_SHARE = 0.5
@@ -42,7 +42,7 @@ def main() -> int:
         del os.environ[name]
     print(f"the soak is in {folder}", flush=True)
     with sigterm_as_exit(), ExitStack() as ending:
-        ending.callback(lambda: end(lambda: processes_where(**{MARK: str(folder)}), 0.0))
+        ending.callback(lambda: end_processes(lambda: processes_where(**{MARK: str(folder)}), 0.0))
         try:
             text, holds = _soak(folder, arguments.minutes, arguments.seed, ending)
         except SoakError as error:

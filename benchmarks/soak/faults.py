@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from benchmarks.soak.services import Service
-from benchmarks.soak.training import GRACE_S, SoakError, Training, is_alive
+from benchmarks.soak.training import GRACE_S, SoakError, Training
 from sfgrpo.checkpoint.state import CHECKPOINTS
 from sfgrpo.errors import ExitStatus
 from sfgrpo.runtime.manifest import MANIFEST
+from sfgrpo.runtime.process import is_running
 from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S
 from sfgrpo.storage.s3 import Bucket
 
@@ -173,7 +174,7 @@ class Chaos:
 
     def _require_gone(self, processes: Sequence[psutil.Process], fault: Fault) -> None:
         deadline = time.monotonic() + GONE_S
-        while (left := [process for process in processes if is_alive(process)]) and time.monotonic() < deadline:
+        while (left := [process for process in processes if is_running(process)]) and time.monotonic() < deadline:
             time.sleep(0.05)
         for process in left:
             self.complaints.append(f"{fault.kind}: process {process.pid} was still there after {GONE_S:g} s")

@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from sfgrpo.errors import ExitStatus
+from sfgrpo.runtime.process import is_running
 from sfgrpo.runtime.rank import LAUNCHER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,17 +87,9 @@ def processes_where(**variables: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.Error, OSError):
-            if variables.items() <= process.environ().items() and is_alive(process):
+            if variables.items() <= process.environ().items() and is_running(process):
                 found.append(process)
     return found
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Tells whether a process runs, or is stopped; a zombie does not."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

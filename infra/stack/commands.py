@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from infra.stack.clients import env_file
 from infra.stack.errors import StackError, UnhealthyError

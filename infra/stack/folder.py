@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from infra.stack.errors import StackError
 from sfgrpo.errors import ConfigError
+from sfgrpo.runtime.locks import lock_existing
 
 MAX_SOCKET_LENGTH = 99
 """Bytes; Linux takes 107, and supervisord first makes a socket whose name is a process id longer."""
@@ -100,14 +100,7 @@ def make_folder(folder: Folder) -> None:
 @contextlib.contextmanager
 def alone(folder: Folder) -> Iterator[None]:
     """Keeps others from starting or stopping the stack meanwhile; raises `StackError` if somebody is at it already."""
-    descriptor = os.open(folder.private, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StackError(f"the stack in {folder.root} is being started or stopped; wait until that is done") from (
-                error
-            )
+    with lock_existing(folder.private) as locked:
+        if locked is False:
+            raise StackError(f"the stack in {folder.root} is being started or stopped; wait until that is done")
         yield
-    finally:
-        os.close(descriptor)

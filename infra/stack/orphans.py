@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from infra.stack.folder import Folder
-from tasks.supervisor import end
+from sfgrpo.runtime.process import end_processes, is_running
 
 GRACE_S = 25.0
 """A training takes 20 seconds to save its state and leave."""
@@ -37,12 +37,5 @@ def end_leftovers(folder: Folder, program: str | None = None, but: int | None = 
     """Ends them, except for one process id, by force if need be; returns the process ids."""
     found = [process for process in processes(folder, program) if process.pid != but]
     if found:
-        end(lambda: [process for process in found if _runs(process)], GRACE_S)
+        end_processes(lambda: [process for process in found if is_running(process)], GRACE_S)
     return [process.pid for process in found]
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False

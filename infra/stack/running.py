@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pwd
-import signal
 import time
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from infra.stack.errors import UnhealthyError
 from infra.stack.orphans import end_leftovers
 from infra.stack.program import Program, Stack
 from infra.stack.table import PROGRAMS
+from sfgrpo.runtime.process import die_with_parent
 
 RUN = ["-m", "infra.stack", "run"]
 """Arguments of Python before the name of the program."""
 POLL_S = 0.5
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 FOREIGN = ("AWS_", "MLFLOW_", "PREFECT_", "STACK_")
 """What a shell has set for its own clients means nothing to the programs."""
 
@@ -36,7 +34,7 @@ def run(stack: Stack, program: Program) -> None:
     if launch.user is not None:
         _become(launch.user)
     # Last of all, since the kernel forgets it when the user changes.
-    _die_with_supervisor(program.stop_signal)
+    die_with_parent(program.stop_signal)
     os.execve(launch.command[0], launch.command, inherited | launch.environment)
 
 
@@ -66,8 +64,3 @@ def _become(user: str) -> None:
     os.setgroups([])
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)
-
-
-def _die_with_supervisor(stop_signal: signal.Signals) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(stop_signal)) != 0:
-        raise OSError(ctypes.get_errno(), "prctl refuses PR_SET_PDEATHSIG")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sfgrpo.runtime.locks import _locked
+from sfgrpo.runtime.locks import lock_existing
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -63,9 +63,9 @@ def remove_leftovers(parent: Path) -> None:
 
     Where the file system has no such locks, nothing is removed.
     """
-    with _locked(parent, fcntl.LOCK_EX) as no_writer_is_starting:
+    with lock_existing(parent) as no_writer_is_starting:
         for partial in parent.glob(f".*{PARTIAL_SUFFIX}") if no_writer_is_starting else ():
-            with contextlib.suppress(FileNotFoundError), _locked(partial, fcntl.LOCK_EX) as writer_is_dead:
+            with contextlib.suppress(FileNotFoundError), lock_existing(partial) as writer_is_dead:
                 if writer_is_dead:
                     _remove(partial)
 
@@ -82,9 +82,9 @@ def _partial_beside(path: Path, create: Callable[[Path], None]) -> Iterator[Path
     partial = _partial_name(path)
     with contextlib.ExitStack() as lock:
         # Until it is locked it looks like a leftover, so nobody may clean up in between.
-        with _locked(path.parent, fcntl.LOCK_SH, wait=True):
+        with lock_existing(path.parent, shared=True, timeout_s=math.inf):
             create(partial)
-            lock.enter_context(_locked(partial, fcntl.LOCK_EX))
+            lock.enter_context(lock_existing(partial))
         try:
             yield partial
         except BaseException:

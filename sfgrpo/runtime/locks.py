@@ -1,9 +1,15 @@
-"""Lock files, released by the kernel when a process dies."""
+"""Advisory locks on files and directories, which the kernel releases when a process dies.
+
+The package filelock has no locks on directories and no shared ones beside them, and where flock is missing it falls
+back to marker files, which outlive a killed process. A process id in a file would not do either: ids are reused, and
+mean nothing in another container.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -13,47 +19,52 @@ LOCK_POLL_S = 0.2
 
 
 @contextlib.contextmanager
-def exclusive_lock(lock: Path, timeout_s: float = 0.0) -> Iterator[bool]:
-    """Takes a lock file, for which it waits up to `timeout_s` seconds; tells whether it has it.
+def exclusive_lock(path: Path, timeout_s: float = 0.0) -> Iterator[bool]:
+    """Lock a file, which is made if need be and stays; wait up to `timeout_s` seconds, and yield whether it is locked.
 
-    The file stays, and the lock goes with the process. Where the file system has no locks, everybody has it.
+    Where the file system has no locks, everybody gets this one.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    _make_file(path)
+    with lock_existing(path, timeout_s=timeout_s) as locked:
+        yield locked is not False
+
+
+@contextlib.contextmanager
+def shared_lock(path: Path) -> Iterator[None]:
+    """Share the lock of a file, which is made if need be and stays, with others that share it; wait for it."""
+    _make_file(path)
+    with lock_existing(path, shared=True, timeout_s=math.inf):
+        yield
+
+
+@contextlib.contextmanager
+def lock_existing(path: Path, *, shared: bool = False, timeout_s: float = 0.0) -> Iterator[bool | None]:
+    """Lock a file or directory, waiting up to `timeout_s` seconds; yield whether it is locked.
+
+    Yields None where the file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield _taken(descriptor, time.monotonic() + timeout_s)
+        yield _lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, timeout_s)
     finally:
         os.close(descriptor)
 
 
-def _taken(descriptor: int, deadline: float) -> bool:
+def _make_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def _lock(descriptor: int, kind: int, timeout_s: float) -> bool | None:
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind if timeout_s == math.inf else kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(LOCK_POLL_S)
         except OSError:
-            return True
+            return None
         else:
             return True
-
-
-@contextlib.contextmanager
-def _locked(path: Path, kind: int, *, wait: bool = False) -> Iterator[bool]:
-    """Tries to lock a file or directory, and tells whether it could.
-
-    The kernel drops the lock with the process, however that dies. A process id in the name would not do: ids are
-    reused, and mean nothing in another container.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)

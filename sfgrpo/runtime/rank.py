@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from sfgrpo.errors import ExitStatus, Preempted
+from sfgrpo.runtime.process import die_with_parent
 from sfgrpo.runtime.redaction import without_secrets
 
 LAUNCHER = "STAGE_LAUNCHER"
 """Environment variable with the process id of the launcher, for its ranks."""
-PR_SET_PDEATHSIG = 1
 
 
 def is_rank() -> bool:
@@ -32,10 +30,8 @@ def is_first_rank() -> bool:
 
 
 def die_with_launcher() -> None:
-    """Has Linux kill this rank when its launcher dies: it is in a session of its own, so nothing else would."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    """Make Linux kill this rank when its launcher dies: it is in a session of its own, so nothing else would."""
+    die_with_parent(signal.SIGKILL)
     if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
         # It died before the call above.
         os._exit(ExitStatus.RESUMABLE)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from sfgrpo.prompts import make_prompts
 from sfgrpo.rewards import build_reward, checked_rewards
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory
+from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.manifest import sha256_of_file
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.study.config import EXPERIMENTS, Plan, stages_of_run
@@ -96,7 +96,7 @@ def parent_run(plan: Plan, environment: Environment) -> MlflowTracker:
         key=f"study-{plan.preset}-{digest}",
     )
     environment.scratch_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(environment.scratch_dir / "study.lock"):
+    with exclusive_lock(environment.scratch_dir / "study.lock", math.inf):
         # Every run looks for the parent before it creates one, so under the lock the parent must come to exist.
         tracker.open()
     tracker.set_tags({"study.preset": plan.preset})
@@ -141,10 +141,3 @@ def _description(config: TrainStage, row: str, label: str, run_id: str | None) -
 
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sfgrpo.errors import TrackingError
 from sfgrpo.runtime.manifest import sha256_of_file
-from sfgrpo.runtime.process import ProcessIdentity, this_owner
+from sfgrpo.runtime.process import ProcessIdentity, this_process
 from sfgrpo.tracking.base import RunStatus, Tracker, param_texts
 from sfgrpo.tracking.delivery import DeliveryQueue, first_line
 from sfgrpo.tracking.mlflow_client import connect, find_or_create_experiment, find_run, is_outage, load_mlflow
@@ -276,7 +276,7 @@ class MlflowTracker(Tracker):
 
 def owner_tags() -> dict[str, str]:
     """Names this process as the one that records a run; empty where nobody could tell later whether it runs."""
-    owner = this_owner()
+    owner = this_process()
     return {} if owner is None else {OWNER_HOST_TAG: owner.host, OWNER_PROCESS_TAG: owner.process}
 
 

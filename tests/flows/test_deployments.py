@@ -246,7 +246,7 @@ def flow_processes(run_id: UUID) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             ours = process.environ().get("PREFECT__FLOW_RUN_ID") == str(run_id)
-            if ours and "STAGE_SUPERVISOR" not in process.environ() and "supervisor.py" not in str(process.cmdline()):
+            if ours and "STAGE_SUPERVISOR" not in process.environ() and "tasks.supervisor" not in process.cmdline():
                 found.append(process)
     return found
 

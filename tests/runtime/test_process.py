@@ -1,21 +1,30 @@
-"""Owners: a process is recognised while it runs, and gone when it is, whatever its id is given to next."""
+"""A process is recognised while it runs, is known to be gone afterwards, and can be ended."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from sfgrpo.runtime import process
-from sfgrpo.runtime.process import ProcessIdentity, is_gone, this_owner
+from sfgrpo.runtime.process import ProcessIdentity, end_processes, is_gone, is_running, this_process
+
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(120)
+"""
 
 
 @pytest.fixture
 def me() -> ProcessIdentity:
-    mine = this_owner()
+    mine = this_process()
     assert mine is not None
     return mine
 
@@ -25,13 +34,13 @@ def test_a_process_that_runs_is_not_gone(me):
     assert is_gone(me) is False
 
 
-def test_a_process_that_ended_is_gone_even_before_it_is_buried(me):
+def test_a_process_that_ended_is_gone_even_while_it_is_a_zombie(me):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     theirs = dataclasses.replace(me, pid=child.pid, start=process._start_of(child.pid))
     assert is_gone(theirs) is False
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert is_gone(theirs) is True
+    assert is_gone(theirs) is True and not is_running(psutil.Process(child.pid))
     child.communicate()
     assert is_gone(theirs) is True
 
@@ -51,17 +60,26 @@ def test_of_other_machines_and_containers_nothing_is_claimed(me, other):
     assert is_gone(dataclasses.replace(me, pid=2**30, **changes)) is None
 
 
-def test_owner_is_read_back_from_its_text(me):
+def test_identity_is_read_back_from_its_text(me):
     assert ProcessIdentity.from_text(me.host, me.process) == me
     assert str(me) == f"process {os.getpid()} of {me.host}"
 
 
 @pytest.mark.parametrize("text", ["", "12", "12 soon boot"])
-def test_text_that_names_no_process_names_none(text):
+def test_text_that_is_no_identity_gives_none(text):
     assert ProcessIdentity.from_text("here", text) is None
 
 
-def test_without_proc_nobody_is_named(monkeypatch, tmp_path, me):
+def test_without_proc_no_process_is_identified(monkeypatch, tmp_path, me):
     monkeypatch.setattr(process, "PROC", tmp_path)
-    assert this_owner() is None
+    assert this_process() is None
     assert is_gone(me) is None
+
+
+def test_process_that_ignores_sigterm_is_killed(monkeypatch):
+    monkeypatch.setattr(process, "GRACE_MARGIN_S", 0.3)
+    child = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    end_processes(lambda: [psutil.Process(child.pid)] if child.poll() is None else [], 0.2)
+    assert child.wait(5) == -signal.SIGKILL
+    child.stdout.close()

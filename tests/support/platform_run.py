@@ -27,6 +27,7 @@ from prefect.client.schemas.sorting import LogSort
 from prefect.states import Scheduled
 
 from sfgrpo.checkpoint.state import update_of
+from sfgrpo.runtime.process import is_running
 from sfgrpo.tracking.mlflow_client import connect
 from tests.support.stack import Stack
 
@@ -210,7 +211,7 @@ class Platform:
             with contextlib.suppress(psutil.Error, OSError):
                 variables = process.environ()
                 is_flow = variables.get("PREFECT__FLOW_RUN_ID") == str(run_id) and "STAGE_SUPERVISOR" not in variables
-                if is_flow and not any(part.endswith("tasks/supervisor.py") for part in process.cmdline()):
+                if is_flow and "tasks.supervisor" not in process.cmdline():
                     found.append(process)
         return found
 
@@ -239,7 +240,7 @@ class Platform:
     def wait_for_end(self, processes: Sequence[psutil.Process]) -> float:
         """Waits until none of some processes runs any more; returns after how many seconds that was so."""
         begin = time.monotonic()
-        while remaining := [process for process in processes if runs(process)]:
+        while remaining := [process for process in processes if is_running(process)]:
             assert time.monotonic() < begin + ORPHAN_S, f"still there after {ORPHAN_S:.0f} s: {remaining}"
             time.sleep(POLL_S)
         return time.monotonic() - begin
@@ -272,11 +273,3 @@ def environment_of(stack: Stack) -> dict[str, str]:
     """Gives the environment of a user who has activated the virtual environment and sourced the stack's file."""
     variables = stack.environment
     return variables | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])}
-
-
-def runs(process: psutil.Process) -> bool:
-    """Tells whether a process is neither gone nor dead."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False

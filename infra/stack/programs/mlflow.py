@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from infra.stack.program import BIN, Launch, Program, Stack
 from infra.stack.programs.postgres import database_url
