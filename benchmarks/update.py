@@ -1,0 +1,406 @@
+"""Time an update phase by phase beside the bare arithmetic of the same phases: `python -m benchmarks.update`.
+
+On a CPU it times the shapes world; on a GPU the architecture of SD3.5-Medium with random weights. Every round runs all
+phases, ours and bare in turn; the table shows medians over the rounds. Results are written after every round, so a run
+that is cut off still counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.architectures import build_sd35_medium
+from benchmarks.bare import BareModels, Call, RecordedReward, recorded_calls
+from sfgrpo.config.stages import TrainStage, load_config
+from sfgrpo.factory import device_of, make_accelerator, make_policy, make_reward, use_threads
+from sfgrpo.grpo.noise import gaussian_noise
+from sfgrpo.grpo.rollout import roll_out
+from sfgrpo.grpo.scoring import score_latents, score_states
+from sfgrpo.grpo.update import make_scaler, update_policy
+from sfgrpo.policies.sd3 import DTYPES, SD3Policy
+from sfgrpo.prompts import make_prompts
+from sfgrpo.rewards import Reward
+from sfgrpo.runtime.environment import Environment, read_environment
+from sfgrpo.runtime.files import atomic_write
+from sfgrpo.runtime.timing import PhaseClock
+from sfgrpo.training.trainer import objective_of
+from sfgrpo.types import Prompt, RolloutBatch, Trajectory
+
+RESULTS = Path("benchmarks/results")
+CPU_PARAMS = Path("experiments/shapes/stepwise_unguided_geneval.yaml")
+GPU_PARAMS = Path("params/sd35_medium.yaml")
+MAX_ROUNDS = 5
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+class Brightness(Reward):
+    """Mean brightness of an image: a reward that costs nothing."""
+
+    @property
+    def name(self) -> str:
+        return "brightness"
+
+    def __call__(self, images: Any, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.from_numpy(images).float().mean(dim=(1, 2, 3))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of an update with its setting: one row of the first table for each of its phases."""
+
+    stage: str
+    """`rollout`, `score_final`, `score_states` or `update`."""
+    guidance_scale: float
+    num_substeps: int = 1
+    kl_coef: float = 0.0
+    micro_batch_size: int = 0
+
+    @property
+    def name(self) -> str:
+        """Short name of the setting."""
+        words = [self.stage, f"guidance {self.guidance_scale:g}"]
+        words += [f"T'={self.num_substeps}"] if self.stage == "score_states" else []
+        words += [f"KL {self.kl_coef:g}", f"micro-batch {self.micro_batch_size}"] if self.stage == "update" else []
+        return ", ".join(words)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Timings:
+    """What was measured of one phase of a part."""
+
+    flops: float
+    """Floating-point operations of all calls of the models."""
+    ours_s: list[float] = dataclasses.field(default_factory=list)
+    bare_s: list[float] = dataclasses.field(default_factory=list)
+    peak_mb: float = 0.0
+
+    def to_dict(self, ceiling: float) -> dict[str, Any]:
+        """Return medians, their ratio, and the share of the machine's ceiling, in FLOP/s, that was reached."""
+        ours, bare = statistics.median(self.ours_s), statistics.median(self.bare_s)
+        return {
+            "ours_s": ours,
+            "ours_min_s": min(self.ours_s),
+            "ours_max_s": max(self.ours_s),
+            "bare_s": bare,
+            "ratio": ours / bare if bare > 0 else None,
+            "tflop": self.flops / 1e12,
+            "share_of_ceiling": self.flops / ours / ceiling if ours > 0 else None,
+            "peak_gb": self.peak_mb / 1024,
+        }
+
+
+@dataclasses.dataclass(kw_only=True)
+class Bench:
+    """A policy on a device, and everything an update of it needs."""
+
+    config: TrainStage
+    policy: SD3Policy
+    reward: RecordedReward
+    prompts: Sequence[Prompt]
+    environment: Environment
+    first_ratio: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Largest |ratio - 1| before the first optimiser step, by part."""
+
+    def __post_init__(self) -> None:
+        self._conditioning = self.policy.encode([prompt.text for prompt in self.prompts])
+        self._trajectories: dict[float, Trajectory] = {}
+        self._accelerator = make_accelerator(self.config, self.environment)
+
+    def run(self, part: Part) -> PhaseClock:
+        """Run one part and return its clock."""
+        clock = PhaseClock(self.policy.device)
+        getattr(self, f"_{part.stage}")(part, clock)
+        return clock
+
+    def bare(self) -> BareModels:
+        """Return the models without our code around them."""
+        return BareModels(self.policy, self.reward.reward, self._conditioning)
+
+    @property
+    def _sigmas_S(self) -> Tensor:
+        return self.policy.sigmas(self.config.sampling.num_steps).to(self.policy.device)
+
+    def _rollout(self, part: Part, clock: PhaseClock) -> None:
+        sampling, rollout = self.config.sampling, self.config.rollout
+        shape = self.policy.latent_shape
+        start = gaussian_noise(0, "start_noise", 0, range(rollout.prompts_per_update), shape)
+        noise = gaussian_noise(0, "step_noise", 0, range(rollout.num_images), (sampling.num_steps, *shape))
+        with clock("rollout"):
+            self._trajectories[part.guidance_scale] = roll_out(
+                self.policy,
+                self._conditioning,
+                start.repeat_interleave(rollout.group_size, 0).to(self.policy.device),
+                noise.to(self.policy.device),
+                self._sigmas_S,
+                sampler=sampling.sampler,
+                noise_level=sampling.noise_level,
+                guidance_scale=part.guidance_scale,
+                micro_batch_size=rollout.micro_batch_size,
+            )
+
+    def _score_final(self, part: Part, clock: PhaseClock) -> None:
+        latents = self._trajectories[part.guidance_scale].latents_NSCHW[:, -1]
+        score_latents(self.policy, latents, self.prompts, self.reward, self.config.rollout.micro_batch_size, clock)
+
+    def _score_states(self, part: Part, clock: PhaseClock) -> None:
+        rollout = self.config.rollout
+        score_states(
+            self.policy,
+            self._trajectories[part.guidance_scale],
+            self._conditioning,
+            self.prompts,
+            self.reward,
+            self._sigmas_S,
+            range(self.config.sampling.num_steps + 1),
+            group_first_rows=range(0, rollout.num_images, rollout.group_size),
+            num_substeps=part.num_substeps,
+            guidance_scale=part.guidance_scale,
+            micro_batch_size=rollout.micro_batch_size,
+            clock=clock,
+        )
+
+    def _update(self, part: Part, clock: PhaseClock) -> None:
+        config, policy = self.config, self.policy
+        objective = dataclasses.replace(
+            objective_of(config, policy, part.micro_batch_size),
+            guidance_scale=part.guidance_scale,
+            kl_coef=part.kl_coef,
+        )
+        num_images = config.rollout.num_images
+        generator = torch.Generator().manual_seed(0)
+        advantages = torch.randn(num_images, config.sampling.num_steps, generator=generator).to(policy.device)
+        batch = RolloutBatch(
+            trajectory=self._trajectories[part.guidance_scale],
+            conditioning=self._conditioning,
+            advantages_NK=advantages,
+            constant_N=torch.zeros(num_images, dtype=torch.bool, device=policy.device),
+        )
+        # A learning rate of 0 does all the work and leaves the policy where it is.
+        optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.0)
+        scaler = make_scaler(config.policy.dtype, policy.device)
+        with clock("update"):
+            outcome = update_policy(policy, optimizer, batch, objective, self._accelerator, scaler)
+        self.first_ratio[part.name] = outcome.metrics["policy/ratio_deviation_first_pass"]
+
+
+def phase_of(call: Call, part: Part) -> str:
+    """Return the phase that a call of the models belongs to."""
+    if part.stage.startswith("score"):
+        return call.kind if call.kind in ("decode", "reward") else "estimates"
+    return part.stage
+
+
+def measure(bench: Bench, parts: Sequence[Part], report: Callable[[Any, int], None], budget_s: float) -> None:
+    """Run all parts round by round, until `MAX_ROUNDS` or until the next round would exceed the budget."""
+    started = time.monotonic()
+    flops = bench.bare().count_flops()
+    calls: dict[Part, list[Call]] = {}
+    timings: dict[tuple[Part, str], Timings] = {}
+    for part in parts:  # Warm up, and note which calls of the models a part makes.
+        with recorded_calls(bench.policy, bench.reward) as calls[part]:
+            bench.run(part)
+        for phase in dict.fromkeys(phase_of(call, part) for call in calls[part]):
+            of_phase = [call for call in calls[part] if phase_of(call, part) == phase]
+            timings[part, phase] = Timings(flops=sum(call.num_rows * flops[call.kind] for call in of_phase))
+        print(f"warm-up  {part.name}: {time.monotonic() - started:.0f} s", flush=True)
+    for number in range(1, MAX_ROUNDS + 1):
+        round_started = time.monotonic()
+        for part in parts:
+            clock = bench.run(part)
+            for phase in (phase for named, phase in timings if named == part):
+                timings[part, phase].ours_s.append(clock.seconds[phase])
+                timings[part, phase].peak_mb = max(timings[part, phase].peak_mb, clock.megabytes[phase])
+        bare, clock = bench.bare(), PhaseClock(bench.policy.device)
+        with bare.adapter_in_dtype():
+            for (part, phase), timing in timings.items():
+                of_phase = [call for call in calls[part] if phase_of(call, part) == phase]
+                with clock(name := f"{part.name} {phase}"):
+                    bare.run(of_phase)
+                timing.bare_s.append(clock.seconds[name])
+        report(timings, number)
+        now = time.monotonic()
+        if now - started + (now - round_started) > budget_s:
+            break
+
+
+def measured_ceiling(device: torch.device) -> float:
+    """Return the FLOP/s of a large matrix product: bfloat16 on a GPU, float32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
+    clock = PhaseClock(device)
+    for _ in range(3):
+        a @ b
+    with clock("product"):
+        for _ in range(10):
+            a @ b
+    return 10 * 2 * size**3 / clock.seconds["product"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A whole update, put together from parts."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+
+def methods_of(config: TrainStage, *, full_scale: bool) -> list[Method]:
+    """Return the updates that are compared, Flow-GRPO first in each setting."""
+    size = config.update.micro_batch_size
+
+    def method(name: str, guidance: float, substeps: int | None, kl: float, micro_batch: int = size) -> Method:
+        scored = (
+            Part(stage="score_final", guidance_scale=guidance)
+            if substeps is None
+            else Part(stage="score_states", guidance_scale=guidance, num_substeps=substeps)
+        )
+        update = Part(stage="update", guidance_scale=guidance, kl_coef=kl, micro_batch_size=micro_batch)
+        setting = f"guidance {guidance:g}, KL {kl:g}, micro-batch {micro_batch}"
+        rollout = Part(stage="rollout", guidance_scale=guidance)
+        return Method(name=f"{name}, {setting}", parts=(rollout, scored, update))
+
+    kl = config.update.kl_coef
+    found = []
+    for guidance in (1.0, 4.5):
+        found.append(method("Flow-GRPO", guidance, None, kl))
+        found += [method(f"Stepwise T'={substeps}", guidance, substeps, kl) for substeps in (1, 2, 5)]
+    if full_scale:
+        found.append(method("Flow-GRPO", 4.5, None, 0.0))
+        found.append(method("Flow-GRPO", 4.5, None, kl, size // 2))
+    return found
+
+
+def results_of(
+    timings: Mapping[tuple[Part, str], Timings], methods: Sequence[Method], num_images: int, ceiling: float
+) -> dict[str, Any]:
+    """Return the two tables as records: phases, and whole updates with the ratio to the first method."""
+    phases = {f"{part.name}: {phase}": timing.to_dict(ceiling) for (part, phase), timing in timings.items()}
+    updates = {}
+    for method in methods:
+        of_method = [(key, timing) for key, timing in timings.items() if key[0] in method.parts]
+        seconds = {phase: statistics.median(timing.ours_s) for (_, phase), timing in of_method}
+        bare = sum(statistics.median(timing.bare_s) for _, timing in of_method)
+        total = sum(seconds.values())
+        flops = sum(timing.flops for _, timing in of_method)
+        updates[method.name] = {
+            "seconds": seconds,
+            "total_s": total,
+            "over_bare": total / bare,
+            "images_per_s": num_images / total,
+            "share_of_ceiling": flops / total / ceiling,
+        }
+    return {"phases": phases, "updates": updates}
+
+
+def tables_of(results: Mapping[str, Any]) -> str:
+    """Lay the results out as two Markdown tables."""
+    lines = [["Phase", "ours s", "bare s", "ratio", "TFLOP", "of ceiling", "peak GB"], ["---", *["---:"] * 6]]
+    for name, row in results["phases"].items():
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        numbers = [f"{row['ours_s']:.3f}", f"{row['bare_s']:.3f}", ratio, f"{row['tflop']:.2f}"]
+        lines.append([name, *numbers, f"{row['share_of_ceiling']:.0%}", f"{row['peak_gb']:.1f}"])
+    tables = ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    phases = ("rollout", "estimates", "decode", "reward", "update")
+    lines = [["Update", *phases, "total s", "over bare", "images/s", "of ceiling"], ["---", *["---:"] * 9]]
+    for name, row in results["updates"].items():
+        cells = [f"{row['seconds'].get(phase, 0.0):.3f}" for phase in phases]
+        cells += [f"{row['total_s']:.2f}", f"{row['over_bare']:.2f}", f"{row['images_per_s']:.2f}"]
+        lines.append([name, *cells, f"{row['share_of_ceiling']:.0%}"])
+    return "\n\n".join([*tables, "\n".join(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def build_bench(environment: Environment) -> Bench:
+    """Build the shapes policy on a CPU, and SD3.5-Medium with random weights on a GPU."""
+    device = torch.device(device_of(environment))
+    if device.type == "cpu":
+        config = load_config("train", CPU_PARAMS)
+        pool, _ = make_prompts(load_config("prompts", CPU_PARAMS))
+        policy = make_policy(config.policy, 0, environment)
+        reward: Reward = make_reward(config.reward)
+    else:
+        config = load_config("train", GPU_PARAMS)
+        pool, _ = make_prompts(load_config("prompts", GPU_PARAMS))
+        dtype = DTYPES[config.policy.dtype]
+        policy = SD3Policy(
+            build_sd35_medium(device, dtype),
+            resolution=config.policy.resolution,
+            max_sequence_length=config.policy.max_sequence_length,
+            lora_rank=config.policy.lora_rank,
+            lora_alpha=config.policy.lora_alpha,
+            lora_targets=config.policy.lora_targets,
+            dtype=dtype,
+        )
+        policy.pipeline.to(device)
+        reward = Brightness()
+        config = dataclasses.replace(
+            config, rollout=dataclasses.replace(config.rollout, prompts_per_update=1, group_size=8)
+        )
+    config = dataclasses.replace(config, update=dataclasses.replace(config.update, steps_per_update=1))
+    prompts = [pool[index] for index in range(config.rollout.prompts_per_update)]
+    return Bench(
+        config=config,
+        policy=policy,
+        reward=RecordedReward(reward),
+        prompts=[prompt for prompt in prompts for _ in range(config.rollout.group_size)],
+        environment=environment,
+    )
+
+
+def machine_of(device: torch.device) -> str:
+    """Return the name of the machine's processor, as the card or the kernel calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return f"{torch.get_num_threads()} threads of {line.split(':', 1)[1].strip()}"
+    return f"{torch.get_num_threads()} threads of {platform.machine()}"
+
+
+def main() -> None:
+    """Measure, print the tables and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.update", description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--seconds", type=float, default=480.0, help="when to stop, warm-up included (%(default)g)")
+    parser.add_argument("--out", type=Path, help=f"JSON file ({RESULTS}/<machine>.json)")
+    chosen = parser.parse_args()
+    environment = read_environment()
+    use_threads(environment)
+    bench = build_bench(environment)
+    device = bench.policy.device
+    machine, ceiling = machine_of(device), measured_ceiling(device)
+    out = chosen.out or RESULTS / f"{'-'.join(machine.lower().split())}.json"
+    methods = methods_of(bench.config, full_scale=device.type == "cuda")
+    parts = list(dict.fromkeys(part for method in methods for part in method.parts))
+    about = {
+        "machine": machine,
+        "ceiling_tflop_s": ceiling / 1e12,
+        "images": bench.config.rollout.num_images,
+        "steps": bench.config.sampling.num_steps,
+        "rollout_micro_batch": bench.config.rollout.micro_batch_size,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    print(json.dumps(about), flush=True)
+
+    def report(timings: Mapping[tuple[Part, str], Timings], num_rounds: int) -> None:
+        results = results_of(timings, methods, bench.config.rollout.num_images, ceiling)
+        record = about | {"rounds": num_rounds, "first_ratio_deviation": bench.first_ratio} | results
+        atomic_write(out, json.dumps(record, indent=1) + "\n")
+        print(f"\nafter {num_rounds} round(s)\n\n{tables_of(results)}", flush=True)
+
+    measure(bench, parts, report, chosen.seconds)
+    print(f"\nlargest |ratio - 1| of a first pass: {max(bench.first_ratio.values()):.2g}; results in {out}")
+
+
+if __name__ == "__main__":
+    main()
