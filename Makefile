@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope --no-l
 
 .DEFAULT_GOAL := help
 FORM ?= short
-.PHONY: help setup s3-server infra-tools stack stack-down stack-status deploy demo repro study test test-distributed \
+.PHONY: help bench setup s3-server infra-tools stack stack-down stack-status deploy demo repro study test test-distributed \
 	test-stack soak check format clean
 
 help: ## Lists the targets
@@ -39,6 +39,9 @@ $(INFRA_INSTALLED): infra/requirements.txt
 	@$(PYTHON) -m venv .venv-infra
 	@.venv-infra/bin/python -m pip install --quiet --quiet --disable-pip-version-check -r infra/requirements.txt
 	@touch $@
+
+bench: setup ## Times an update beside its bare arithmetic; on a GPU, SD3.5-M with random weights
+	@$(BIN)/python -m benchmarks.update
 
 stack: setup s3-server ## Starts PostgreSQL, S3, MLflow, Prefect and a worker on this machine
 	@$(BIN)/python -m infra.stack up

@@ -23,20 +23,21 @@ from torch import Tensor
 
 from benchmarks.architectures import build_sd35_medium
 from benchmarks.bare import BareModels, Call, RecordedReward, recorded_calls
-from sfgrpo.config.stages import TrainStage, load_config
+from sfgrpo.config.schema import SamplingConfig
+from sfgrpo.config.stages import PromptsStage, TrainStage, load_config
 from sfgrpo.factory import device_of, make_accelerator, make_policy, make_reward, use_threads
+from sfgrpo.grpo.distributed import row_slices
 from sfgrpo.grpo.noise import gaussian_noise
 from sfgrpo.grpo.rollout import roll_out
-from sfgrpo.grpo.scoring import score_latents, score_states
-from sfgrpo.grpo.update import make_scaler, update_policy
+from sfgrpo.grpo.scoring import StateScorer
+from sfgrpo.grpo.update import Objective, make_scaler, update_policy
 from sfgrpo.policies.sd3 import DTYPES, SD3Policy
 from sfgrpo.prompts import make_prompts
 from sfgrpo.rewards import Reward
 from sfgrpo.runtime.environment import Environment, read_environment
 from sfgrpo.runtime.files import atomic_write
 from sfgrpo.runtime.timing import PhaseClock
-from sfgrpo.training.trainer import objective_of
-from sfgrpo.types import Prompt, RolloutBatch, Trajectory
+from sfgrpo.types import Prompt, RolloutBatch, Trajectory, joined
 
 RESULTS = Path("benchmarks/results")
 CPU_PARAMS = Path("experiments/shapes/stepwise_unguided_geneval.yaml")
@@ -132,59 +133,51 @@ class Bench:
     def _sigmas_S(self) -> Tensor:
         return self.policy.sigmas(self.config.sampling.num_steps).to(self.policy.device)
 
+    def _sampling(self, part: Part) -> SamplingConfig:
+        return dataclasses.replace(self.config.sampling, guidance_scale=part.guidance_scale)
+
     def _rollout(self, part: Part, clock: PhaseClock) -> None:
-        sampling, rollout = self.config.sampling, self.config.rollout
-        shape = self.policy.latent_shape
+        policy, rollout, sampling = self.policy, self.config.rollout, self._sampling(part)
+        shape, device = policy.latent_shape, policy.device
         start = gaussian_noise(0, "start_noise", 0, range(rollout.prompts_per_update), shape)
-        noise = gaussian_noise(0, "step_noise", 0, range(rollout.num_images), (sampling.num_steps, *shape))
+        start = start.repeat_interleave(rollout.group_size, 0).to(device)
+        noise = gaussian_noise(0, "step_noise", 0, range(rollout.num_images), (sampling.num_steps, *shape)).to(device)
         with clock("rollout"):
-            self._trajectories[part.guidance_scale] = roll_out(
-                self.policy,
-                self._conditioning,
-                start.repeat_interleave(rollout.group_size, 0).to(self.policy.device),
-                noise.to(self.policy.device),
-                self._sigmas_S,
-                sampler=sampling.sampler,
-                noise_level=sampling.noise_level,
-                guidance_scale=part.guidance_scale,
-                micro_batch_size=rollout.micro_batch_size,
-            )
+            trajectories = [
+                roll_out(policy, self._conditioning[rows], start[rows], noise[rows], self._sigmas_S, sampling)
+                for rows in row_slices(rollout.num_images, rollout.micro_batch_size)
+            ]
+        self._trajectories[part.guidance_scale] = joined(trajectories)
 
     def _score_final(self, part: Part, clock: PhaseClock) -> None:
-        latents = self._trajectories[part.guidance_scale].latents_NSCHW[:, -1]
-        score_latents(self.policy, latents, self.prompts, self.reward, self.config.rollout.micro_batch_size, clock)
+        self._score(part, [self.config.sampling.num_steps], clock)
 
     def _score_states(self, part: Part, clock: PhaseClock) -> None:
+        self._score(part, range(self.config.sampling.num_steps + 1), clock)
+
+    def _score(self, part: Part, states: Sequence[int], clock: PhaseClock) -> None:
         rollout = self.config.rollout
-        score_states(
-            self.policy,
-            self._trajectories[part.guidance_scale],
-            self._conditioning,
-            self.prompts,
-            self.reward,
-            self._sigmas_S,
-            range(self.config.sampling.num_steps + 1),
-            group_first_rows=range(0, rollout.num_images, rollout.group_size),
+        scorer = StateScorer(
+            policy=self.policy,
+            reward=self.reward,
+            sigmas_S=self._sigmas_S,
+            states=states,
             num_substeps=part.num_substeps,
             guidance_scale=part.guidance_scale,
             micro_batch_size=rollout.micro_batch_size,
-            clock=clock,
         )
+        first_rows = range(0, rollout.num_images, rollout.group_size)
+        scorer.score(self._trajectories[part.guidance_scale], self._conditioning, self.prompts, first_rows, clock)
 
     def _update(self, part: Part, clock: PhaseClock) -> None:
-        config, policy = self.config, self.policy
-        objective = dataclasses.replace(
-            objective_of(config, policy, part.micro_batch_size),
-            guidance_scale=part.guidance_scale,
-            kl_coef=part.kl_coef,
-        )
-        num_images = config.rollout.num_images
+        config, policy, num_images = self.config, self.policy, self.config.rollout.num_images
+        update = dataclasses.replace(config.update, kl_coef=part.kl_coef)
+        objective = Objective.of(policy, self._sampling(part), update, part.micro_batch_size)
         generator = torch.Generator().manual_seed(0)
-        advantages = torch.randn(num_images, config.sampling.num_steps, generator=generator).to(policy.device)
         batch = RolloutBatch(
             trajectory=self._trajectories[part.guidance_scale],
             conditioning=self._conditioning,
-            advantages_NK=advantages,
+            advantages_NK=torch.randn(num_images, config.sampling.num_steps, generator=generator).to(policy.device),
             constant_N=torch.zeros(num_images, dtype=torch.bool, device=policy.device),
         )
         # A learning rate of 0 does all the work and leaves the policy where it is.
@@ -325,13 +318,13 @@ def build_bench(environment: Environment) -> Bench:
     """Build the shapes policy on a CPU, and SD3.5-Medium with random weights on a GPU."""
     device = torch.device(device_of(environment))
     if device.type == "cpu":
-        config = load_config("train", CPU_PARAMS)
-        pool, _ = make_prompts(load_config("prompts", CPU_PARAMS))
+        config = load_config(TrainStage, CPU_PARAMS)
+        pool, _ = make_prompts(load_config(PromptsStage, CPU_PARAMS))
         policy = make_policy(config.policy, 0, environment)
         reward: Reward = make_reward(config.reward)
     else:
-        config = load_config("train", GPU_PARAMS)
-        pool, _ = make_prompts(load_config("prompts", GPU_PARAMS))
+        config = load_config(TrainStage, GPU_PARAMS)
+        pool, _ = make_prompts(load_config(PromptsStage, GPU_PARAMS))
         dtype = DTYPES[config.policy.dtype]
         policy = SD3Policy(
             build_sd35_medium(device, dtype),

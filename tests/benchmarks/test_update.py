@@ -11,7 +11,7 @@ import torch
 from benchmarks import architectures
 from benchmarks.bare import Call, RecordedReward, recorded_calls
 from benchmarks.update import GPU_PARAMS, Bench, Brightness, Part, measure, methods_of, results_of, tables_of
-from sfgrpo.config.stages import load_config
+from sfgrpo.config.stages import PromptsStage, TrainStage, load_config
 from sfgrpo.policies.sd3 import SD3Policy
 from sfgrpo.prompts import make_prompts
 from sfgrpo.runtime.environment import read_environment
@@ -33,7 +33,7 @@ GUIDED = Part(stage="update", guidance_scale=4.5, kl_coef=0.04, micro_batch_size
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     torch.manual_seed(0)
-    params = load_config("train", GPU_PARAMS)
+    params = load_config(TrainStage, GPU_PARAMS)
     config = dataclasses.replace(
         params,
         policy=dataclasses.replace(params.policy, dtype="float32"),
@@ -44,7 +44,7 @@ def bench() -> Bench:
     pipeline = architectures.build_sd3(torch.device("cpu"), torch.float32, TRANSFORMER, AUTOENCODER, (64, 64))
     targets = config.policy.lora_targets
     policy = SD3Policy(pipeline, resolution=64, max_sequence_length=4, lora_rank=2, lora_alpha=4, lora_targets=targets)
-    pool, _ = make_prompts(load_config("prompts", GPU_PARAMS))
+    pool, _ = make_prompts(load_config(PromptsStage, GPU_PARAMS))
     reward = RecordedReward(Brightness())
     return Bench(config=config, policy=policy, reward=reward, prompts=pool[:1] * 4, environment=read_environment())
 
@@ -92,4 +92,4 @@ def test_update_is_the_sum_of_its_phases(bench):
     assert set(stepwise["seconds"]) == {"rollout", "estimates", "decode", "reward", "update"}
     assert stepwise["images_per_s"] == pytest.approx(4 / stepwise["total_s"])
     assert all(row["ours_s"] > 0 for row in results["phases"].values())
-    assert tables_of(results).count("\n") == len(results["phases"]) + len(results["updates"]) + 5
+    assert tables_of(results).count("\n") == len(results["phases"]) + len(results["updates"]) + 4
