@@ -26,7 +26,7 @@ Way = tuple[Callable[[Path], object], Callable[[Path], object]]
 
 def by_boto3() -> Way:
     """Gives upload and download as boto3 does them."""
-    import boto3  # type: ignore[import-untyped]
+    import boto3
 
     client = boto3.session.Session().client("s3")
 

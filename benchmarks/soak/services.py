@@ -89,7 +89,7 @@ def s3_server(folder: Path) -> tuple[Service, dict[str, str]]:
 
 def make_bucket() -> str:
     """Makes the bucket on the server that the environment names, and gives the address for `SFGRPO_MIRROR`."""
-    import boto3  # type: ignore[import-untyped]
+    import boto3
 
     boto3.session.Session().client("s3").create_bucket(Bucket=BUCKET)
     return f"s3://{BUCKET}/trainings"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import pandas as pd  # type: ignore[import-untyped] # pandas-stubs is not installed
+import pandas as pd
 import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline

@@ -164,8 +164,8 @@ class Bucket:
 
     @functools.cached_property
     def _client(self) -> Any:
-        import boto3  # type: ignore[import-untyped]
-        from botocore.config import Config  # type: ignore[import-untyped]
+        import boto3
+        from botocore.config import Config
 
         config = Config(
             retries={"mode": "standard", "total_max_attempts": NUM_ATTEMPTS},
@@ -203,7 +203,7 @@ class Bucket:
             raise
 
     def _complete(self, upload: dict[str, str], sent: list[dict[str, Any]]) -> None:
-        from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+        from botocore.exceptions import ClientError
 
         try:
             self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": sent})

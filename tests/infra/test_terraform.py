@@ -126,7 +126,7 @@ class Cloud:
         return {name: output["value"] for name, output in json.loads(self.terraform("output", "-json")).items()}
 
     def client(self, service: str, **credentials: str) -> Any:
-        import boto3  # type: ignore[import-untyped]
+        import boto3
 
         keys = {"aws_access_key_id": "administrator", "aws_secret_access_key": "secret"} | credentials
         return boto3.session.Session().client(service, endpoint_url=self.url, region_name=REGION, **keys)
@@ -292,7 +292,7 @@ def rights_enforced() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("role", RIGHTS)
 def test_a_role_can_do_what_its_work_takes_and_no_more(cloud: Cloud, role: str) -> None:
-    from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+    from botocore.exceptions import ClientError
 
     administrator, s3 = cloud.client("s3"), cloud.client("s3", **cloud.credentials(role))
 

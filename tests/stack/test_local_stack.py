@@ -91,7 +91,7 @@ def run_script(script: str, *arguments: str | Path, environment: Mapping[str, st
 
 
 def s3_of(stack: Stack) -> Any:
-    import boto3  # type: ignore[import-untyped]
+    import boto3
 
     environment = stack.environment
     return boto3.session.Session().client(

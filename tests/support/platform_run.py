@@ -70,7 +70,7 @@ class Platform:
 
     @property
     def s3(self) -> Any:
-        import boto3  # type: ignore[import-untyped]
+        import boto3
 
         variables = self.environment
         return boto3.session.Session().client(

@@ -54,7 +54,7 @@ class S3Server:
 
     def client(self) -> Any:
         """Makes a boto3 client of this server, whatever the environment says."""
-        import boto3  # type: ignore[import-untyped]
+        import boto3
 
         return boto3.session.Session().client(
             "s3",

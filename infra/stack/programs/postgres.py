@@ -131,7 +131,7 @@ def _make_cluster(stack: Stack, user: str | None) -> None:
 
 @contextlib.contextmanager
 def _connected(stack: Stack, database: str, user: str, password: str) -> Iterator[Any]:
-    import psycopg2  # type: ignore[import-untyped]
+    import psycopg2
 
     try:
         connection = psycopg2.connect(
@@ -173,7 +173,7 @@ def _fill(stack: Stack) -> None:
 
 def _hashed(cursor: Any, user: str, password: str) -> str:
     """Hashes a password as the server stores it: what is sent might be seen in its log."""
-    from psycopg2.extensions import encrypt_password  # type: ignore[import-untyped]
+    from psycopg2.extensions import encrypt_password
 
     hashed: str = encrypt_password(password, user, cursor.connection, "scram-sha-256")
     return hashed

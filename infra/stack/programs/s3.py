@@ -46,8 +46,8 @@ def _launch(stack: Stack) -> Launch:
 
 
 def _client(stack: Stack) -> Any:
-    import boto3  # type: ignore[import-untyped]
-    from botocore.config import Config  # type: ignore[import-untyped]
+    import boto3
+    from botocore.config import Config
 
     config = Config(retries={"total_max_attempts": 1}, connect_timeout=5.0, read_timeout=5.0)
     keys = client_environment(stack)
@@ -63,7 +63,7 @@ def _client(stack: Stack) -> Any:
 
 @contextlib.contextmanager
 def _asking() -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+    from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
