@@ -322,6 +322,7 @@ def build_bench(environment: Environment) -> Bench:
         pool, _ = make_prompts(load_config(PromptsStage, CPU_PARAMS))
         policy = make_policy(config.policy, 0, environment)
         reward: Reward = make_reward(config.reward)
+        rollout = config.rollout
     else:
         config = load_config(TrainStage, GPU_PARAMS)
         pool, _ = make_prompts(load_config(PromptsStage, GPU_PARAMS))
@@ -337,10 +338,9 @@ def build_bench(environment: Environment) -> Bench:
         )
         policy.pipeline.to(device)
         reward = Brightness()
-        config = dataclasses.replace(
-            config, rollout=dataclasses.replace(config.rollout, prompts_per_update=1, group_size=8)
-        )
-    config = dataclasses.replace(config, update=dataclasses.replace(config.update, steps_per_update=1))
+        rollout = dataclasses.replace(config.rollout, prompts_per_update=1, group_size=8)
+    update = dataclasses.replace(config.update, steps_per_update=1)
+    config = dataclasses.replace(config, rollout=rollout, update=update)
     prompts = [pool[index] for index in range(config.rollout.prompts_per_update)]
     return Bench(
         config=config,
