@@ -1,1 +1,1 @@
-"""Prefect flows: which tasks run, in which order."""
+"""Prefect flows: which tasks run, and in which order."""

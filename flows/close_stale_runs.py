@@ -15,7 +15,7 @@ from sfgrpo.runtime.shutdown import sigterm_as_exit
 from tasks import maintenance
 from tasks.git import top_folder
 from tasks.stages import StageError, refuse_inside_stage
-from tasks.supervisor import end_leftovers, marked_folders
+from tasks.supervisor import end_orphans, marked_folders
 
 
 @flow(name="close-stale-runs")
@@ -24,9 +24,9 @@ def close_stale_runs() -> None:
     refuse_inside_stage()
     checkout, grace_s = top_folder(Path.cwd()), read_environment().grace_s
     folders = sorted(folder for folder in marked_folders() if folder.is_relative_to(checkout))
-    ended = [pid for folder in folders for pid in end_leftovers(folder, grace_s)]
+    ended = [pid for folder in folders for pid in end_orphans(folder, grace_s)]
     if ended:
-        get_run_logger().warning("ended processes that killed runs left behind: %s", ended)
+        get_run_logger().warning("ended processes of killed runs: %s", ended)
     found = maintenance.close_stale_runs()
     create_markdown_artifact(report(found, ended), key="stale-runs", description="Stale runs and orphaned processes")
 

@@ -1,7 +1,7 @@
-"""Makes a Prefect server ready for this project, and registers every deployment: `python -m flows.deploy`.
+"""Prepare a Prefect server for this project and register every deployment: `python -m flows.deploy`.
 
-Done again it changes nothing. What a person has changed since in the UI is kept: schedules that were switched on, the
-number of GPU slots, settings of the work pool.
+Idempotent. Changes that a person made in the UI are kept: schedules that were switched on, the number of GPU slots,
+settings of the work pool.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from tasks.gpu_slots import LIMIT
 POOL = "sfgrpo"
 DEFINITION = Path("prefect.yaml")
 SILENCE_S = 90
-"""Three signs of life that did not come."""
+"""Three missed heartbeats."""
 REST_S = 30
-"""Between a crash and the next attempt."""
+"""Pause between a crash and the next attempt."""
 MAX_ATTEMPTS = 3
-"""Times that a training run is started in all: what crashes every time must not go on for ever."""
+"""How often a training run is started in all: a run that always crashes must not go on for ever."""
 RENAMED = {"sweep/every-10-minutes": "close-stale-runs/every-10-minutes"}
 """Deployments of earlier versions, and what they are called now."""
 
 ZOMBIES = AutomationCore(
     name="sfgrpo: dead runs are marked Crashed",
     description=(
-        f"A flow run that gave a sign of life and then none for {SILENCE_S} s has lost its process together with its "
-        "worker; without this it would say Running for ever."
+        f"A flow run that sent heartbeats and then none for {SILENCE_S} s has lost both its process and its worker; "
+        "without this automation it would stay Running for ever."
     ),
     trigger=EventTrigger(
         after={"prefect.flow-run.heartbeat"},
@@ -59,7 +59,7 @@ ZOMBIES = AutomationCore(
         ChangeFlowRunState(
             state=StateType.CRASHED,
             name="Crashed",
-            message=f"The run gave no sign of life for {SILENCE_S} s.",
+            message=f"The run sent no heartbeat for {SILENCE_S} s.",
             force=False,
         )
     ],
@@ -67,8 +67,8 @@ ZOMBIES = AutomationCore(
 RESUMPTION = AutomationCore(
     name="sfgrpo: crashed trainings go on",
     description=(
-        f"A run of train-policy that crashed is scheduled again after {REST_S} s, as the same run, until it was "
-        f"started {MAX_ATTEMPTS} times; it goes on from its last checkpoint."
+        f"A crashed run of train-policy is scheduled again after {REST_S} s, as the same run, up to {MAX_ATTEMPTS} "
+        "starts in all; it resumes from its last checkpoint."
     ),
     trigger=EventTrigger(
         after={"prefect.flow-run.Crashed"},
@@ -79,8 +79,8 @@ RESUMPTION = AutomationCore(
         },
         match_related={"prefect.resource.role": "flow", "prefect.resource.name": "train-policy"},
         for_each={"prefect.resource.id"},
-        # Not at once: a worker reports the crash of a process a second time when it has cleaned up after it, and would
-        # take it for one of the new attempt.
+        # Not at once: a worker reports the crash of a process a second time after its cleanup, which would then count
+        # as a crash of the new attempt.
         posture=Posture.Proactive,
         threshold=1,
         within=datetime.timedelta(seconds=REST_S),
@@ -89,7 +89,7 @@ RESUMPTION = AutomationCore(
         ChangeFlowRunState(
             state=StateType.SCHEDULED,
             name="AwaitingRetry",
-            message="The run crashed, and goes on from its last checkpoint.",
+            message="The run crashed, and resumes from its last checkpoint.",
             force=False,
         )
     ],
@@ -97,7 +97,7 @@ RESUMPTION = AutomationCore(
 
 
 def ensure_pool(client: SyncPrefectClient) -> str:
-    """Makes the work pool unless there is one of its name, of whatever type; says what it did."""
+    """Create the work pool unless there is one of its name, of whatever type; return a line about it."""
     try:
         return f"work pool {POOL} is there, of type {client.read_work_pool(POOL).type}"
     except ObjectNotFound:
@@ -107,7 +107,7 @@ def ensure_pool(client: SyncPrefectClient) -> str:
 
 
 def ensure_slots(client: SyncPrefectClient, num_slots: int) -> str:
-    """Makes the limit on GPU slots unless there is one; says what it did."""
+    """Create the limit on GPU slots unless there is one; return a line about it."""
     try:
         return f"limit {LIMIT} is there, slots {client.read_global_concurrency_limit_by_name(LIMIT).limit}"
     except ObjectNotFound:
@@ -116,7 +116,7 @@ def ensure_slots(client: SyncPrefectClient, num_slots: int) -> str:
 
 
 def ensure_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
-    """Makes an automation, or brings it to what it should be; one that was switched off stays so. Says what it did."""
+    """Create or update an automation; one that was switched off stays so. Return a line about it."""
     found = client.read_automations_by_name(wanted.name)
     if not found:
         client.create_automation(wanted)
@@ -129,7 +129,7 @@ def ensure_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
 
 
 def _content(automation: AutomationCore) -> dict[str, Any]:
-    """Gives what an automation does, without the ids that the server adds."""
+    """Return the definition of an automation without the ids that the server adds."""
     return automation.model_dump(mode="json", include={"name", "description", "enabled", "trigger", "actions"})
 
 
@@ -144,15 +144,15 @@ def remove_renamed(client: SyncPrefectClient) -> list[str]:
 
 
 def count_gpus() -> int:
-    """Counts the GPUs of this machine, by their device files; PyTorch would take seconds to load."""
+    """Count the GPUs of this machine by their device files; PyTorch would take seconds to load."""
     return sum(1 for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
 
 
 def register_deployments() -> None:
-    """Has Prefect's command line register all deployments of prefect.yaml.
+    """Register all deployments of prefect.yaml by Prefect's command line.
 
     Raises:
-        ConfigError: it refused; its own words are on the terminal.
+        ConfigError: it failed; its own message is on the terminal.
     """
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(DEFINITION)]
     if subprocess.run(command).returncode:
@@ -160,8 +160,8 @@ def register_deployments() -> None:
 
 
 @contextlib.contextmanager
-def schedules_left_alone(client: SyncPrefectClient) -> Iterator[None]:
-    """Gives every schedule back the switch that it had before the block, where a person may have set it."""
+def schedules_kept(client: SyncPrefectClient) -> Iterator[None]:
+    """Restore the switch of every schedule after the block, since a person may have set it."""
     before = {(found.id, each.id): each.active for found in client.read_deployments() for each in found.schedules}
     yield
     for found in client.read_deployments():
@@ -172,7 +172,7 @@ def schedules_left_alone(client: SyncPrefectClient) -> Iterator[None]:
 
 
 def deploy(num_slots: int) -> None:
-    """Brings the server at PREFECT_API_URL to what this project needs, and prints what it did.
+    """Prepare the server at PREFECT_API_URL and print what was done.
 
     Raises:
         ConfigError: there is no such server, or it refuses.
@@ -191,12 +191,12 @@ def deploy(num_slots: int) -> None:
                 ensure_automation(client, RESUMPTION),
                 *remove_renamed(client),
             ):
-                # At once, since Prefect's command line prints next.
+                # Flushed, since Prefect's command line prints next.
                 print(line, flush=True)
         except PrefectHTTPStatusError as refusal:
             reason = f"{refusal.response.status_code} {refusal.response.reason_phrase}"
             raise ConfigError(f"{address} refuses ({reason}); check PREFECT_API_AUTH_STRING") from refusal
-        with schedules_left_alone(client):
+        with schedules_kept(client):
             register_deployments()
         for deployment in sorted(client.read_deployments(), key=lambda found: found.name):
             flow = client.read_flow(deployment.flow_id)
@@ -204,7 +204,7 @@ def deploy(num_slots: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Deploys; returns the exit status."""
+    """Deploy; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m flows.deploy", description=__doc__)
     parser.add_argument("--gpu-slots", type=int, default=max(1, count_gpus()), help="trainings at a time (%(default)s)")
     try:

@@ -1,4 +1,4 @@
-"""Decides whether a candidate of the registry becomes champion: `python -m flows.promote`."""
+"""Decide whether a candidate of the registry becomes champion: `python -m flows.promote`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pydantic import Field
 
 from sfgrpo.errors import ConfigError
 from sfgrpo.runtime.shutdown import sigterm_as_exit
-from tasks.promotion import apply, judge, show_decision
+from tasks.promotion import apply, decide, show_decision
 from tasks.stages import StageError, prompts, refuse_inside_stage
-from tasks.worktree import own_workspace
+from tasks.worktree import run_worktree
 
 APPROVAL_S = 7 * 24 * 3600
 """How long a decision waits for a person."""
@@ -22,54 +22,54 @@ POLL_S = 5
 
 
 class Approval(RunInput):
-    """What a person says to a candidate that has passed every gate."""
+    """A person's answer to a candidate that has passed every gate."""
 
     approve: bool = Field(description="Whether the candidate becomes champion")
-    reason: str = Field(default="", description="Why; it is kept in the logs of the run")
+    reason: str = Field(default="", description="Why; kept in the log of the run")
 
 
 @flow(name="promote")
 def promote(model: str | None = None, version: int | None = None, approval: bool = False) -> dict[str, Any]:
-    """Compares a candidate with the champion on the same prompts and noise, and moves the aliases if it is better.
+    """Compare a candidate with the champion on the same prompts and noise; move the aliases if it is better.
 
-    The new champion has to draw by its alias; if it cannot, the former one is champion again and the run fails.
+    The new champion has to be sampled by its alias. If that fails, the aliases move back and the run fails.
 
     Args:
-        model: Registered model; empty is that of params.yaml.
-        version: Number of the candidate; empty is the version with the alias of params.yaml.
+        model: Registered model; empty takes that of params.yaml.
+        version: Number of the candidate; empty takes the version with the alias of params.yaml.
         approval: Whether a person has to agree, in the UI, before a candidate that passed becomes champion.
     """
     refuse_inside_stage()
-    with own_workspace({}):
+    with run_worktree({}):
         prompts()
-        judgement = judge(model, version)
-    show_decision(judgement)
-    # The decision is looked up by its run: what the folder holds may be of another one by the time that it is approved.
-    if judgement["promoted"] and (not approval or approved(judgement)):
-        apply(judgement["run_id"])
-    return judgement
+        decision = decide(model, version)
+    show_decision(decision)
+    # By the time of an approval the folder may hold another decision, so it is looked up by its run.
+    if decision["promoted"] and (not approval or approved(decision)):
+        apply(decision["run_id"])
+    return decision
 
 
-def approved(judgement: dict[str, Any]) -> bool:
-    """Pauses the run until a person has answered, and returns the answer."""
-    question = Approval.with_initial_data(description=judgement["report"])
+def approved(decision: dict[str, Any]) -> bool:
+    """Pause the run until a person has answered; return whether the candidate is approved."""
+    question = Approval.with_initial_data(description=decision["report"])
     answer = pause_flow_run(wait_for_input=question, timeout=APPROVAL_S, poll_interval=POLL_S)
     word = "approved" if answer.approve else "refused"
     get_run_logger().info(
-        "version %s of %s is %s: %s", judgement["version"], judgement["model"], word, answer.reason or "no reason given"
+        "version %s of %s is %s: %s", decision["version"], decision["model"], word, answer.reason or "no reason given"
     )
     return answer.approve
 
 
 def main() -> int:
-    """Runs the flow; prints the report, or the failed command's own last lines, and returns the exit status."""
+    """Run the flow; print the report, or the last lines of the failed command; return the exit status."""
     try:
         with sigterm_as_exit():
-            judgement = promote()
+            decision = promote()
     except (StageError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"\n{judgement['report']}")
+    print(f"\n{decision['report']}")
     return 0
 
 

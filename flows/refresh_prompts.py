@@ -1,4 +1,4 @@
-"""Draws a new edition of the training prompts, keeps it, and makes it the one that the next training takes."""
+"""Draw a new edition of the training prompts, and make it the one that the next training takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flows.train_policy import EDITION_PARAMETER, EDITION_VARIABLE, Edition, cur
 from sfgrpo.errors import ConfigError
 from tasks.prompt_sets import PromptSets, read_prompt_sets
 from tasks.stages import prompts, refuse_inside_stage
-from tasks.worktree import own_workspace
+from tasks.worktree import run_worktree
 
 NUM_EXAMPLES = 10
 
@@ -22,7 +22,7 @@ NUM_EXAMPLES = 10
 def refresh_prompts(
     edition: Edition | None = None, num_examples: Annotated[int, Field(ge=0, le=100)] = NUM_EXAMPLES
 ) -> int:
-    """Makes an edition of the training prompts the current one; returns its number. Evaluation prompts stay.
+    """Make an edition of the training prompts the current one; return its number. Evaluation prompts stay.
 
     Args:
         edition: The edition to draw; empty takes the one after the current one.
@@ -30,13 +30,13 @@ def refresh_prompts(
     """
     refuse_inside_stage()
     chosen = (current_edition() or 0) + 1 if edition is None else edition
-    with own_workspace({EDITION_PARAMETER: chosen}) as workspace:
-        if workspace is None:
-            raise ConfigError("prompts are refreshed by a deployment; run refresh-prompts/monthly")
+    with run_worktree({EDITION_PARAMETER: chosen}) as worktree:
+        if worktree is None:
+            raise ConfigError("prompts are refreshed by a deployment only; run refresh-prompts/monthly")
         prompts()
         sets = read_prompt_sets()
-        branch = keep(workspace, ("prompts",))
-    # Last, so that nobody is told of an edition that is not kept.
+        branch = keep(worktree, ("prompts",))
+    # Last, so that the variable never names an edition that is not on a branch.
     Variable.set(EDITION_VARIABLE, chosen, overwrite=True)
     create_markdown_artifact(
         report(chosen, branch, sets, num_examples), key="prompts", description=f"Edition {chosen} of the prompts"
@@ -45,7 +45,7 @@ def refresh_prompts(
 
 
 def report(edition: int, branch: str, sets: PromptSets, num_examples: int) -> str:
-    """Words the edition in Markdown: counts per task, and examples."""
+    """Return the edition as Markdown: counts by task, and examples."""
     lines = [f"Edition {edition}, on branch {branch}.", "", "| Task | Training | Different | Evaluation |"]
     lines.append("|---|---:|---:|---:|")
     lines += [f"| {count.tag} | {count.training} | {count.unique} | {count.evaluation} |" for count in sets.counts]

@@ -1,4 +1,4 @@
-"""Removes what finished runs left behind and nobody needs any more, and says what that was."""
+"""Remove the state, worktrees and branches of old runs, and report what was removed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def retention(
     rehearse_data: bool = True,
     remote: bool = False,
 ) -> None:
-    """Removes resumable state, its copies in the bucket, worktrees, branches and, if told to, data of DVC.
+    """Remove resumable state, its copies in the bucket, worktrees, branches and, on request, data of DVC.
 
     Args:
-        state_days: Days after which a finished training's checkpoints go, from the disk and from the bucket.
-        worktree_days: Days after which the worktree of a failed or cancelled run goes.
-        branch_days: Days after which the branch of a run goes, unless an alias of the registry needs it.
-        rehearse_state: Only list the checkpoints that would go.
+        state_days: Days after which a finished training's checkpoints are removed from the disk and the bucket.
+        worktree_days: Days after which the worktree of a failed or cancelled run is removed.
+        branch_days: Days after which the branch of a run is removed, unless an alias of the registry needs it.
+        rehearse_state: Only list the checkpoints that would be removed.
         rehearse_data: Only list the data of DVC that no branch, tag or worktree refers to; switch off to remove it.
         remote: Look at the remote of DVC as well as at the cache.
     """
@@ -58,7 +58,7 @@ def report(
     rehearse_state: bool,
     rehearse_data: bool,
 ) -> str:
-    """Words what was removed in Markdown."""
+    """Return what was removed as Markdown."""
     state = "would be removed" if rehearse_state else "removed"
     lines = ["| What | Where | MB | |", "|---|---|---:|---|"]
     lines += [f"| worktree | {name} | {size / 1e6:.1f} | removed |" for name, size in worktrees.items()]
@@ -74,4 +74,4 @@ def report(
     else:
         lines.append(f"| data of DVC | cache | {num_bytes / 1e6:.1f} | removed |")
     kept = ", ".join(states["kept"]) or "none"
-    return "\n".join([*lines, "", f"Runs whose state stays, as they are not finished for so long: {kept}"])
+    return "\n".join([*lines, "", f"Runs whose state is kept, since they finished too recently or not at all: {kept}"])

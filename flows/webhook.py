@@ -1,8 +1,8 @@
-"""Hears from MLflow's registry of a challenger and starts its promotion: `python -m flows.webhook --port P`.
+"""Webhook that starts a promotion when MLflow's registry has a new challenger: `python -m flows.webhook --port P`.
 
-Every message is signed with a secret that MLflow and this program share, WEBHOOK_SECRET. A message without a right
-signature, an old one and one that came before are refused, and start nothing. What is started is a run of the
-deployment `promote/on-request`; a message that MLflow sends again, because nobody answered, starts no second one.
+Every message is signed with a secret that MLflow and this program share, WEBHOOK_SECRET. Messages with a wrong
+signature, old ones and repeated ones are refused. A valid message starts a run of the deployment `promote/on-request`;
+a message that MLflow sends again, because it got no answer, starts no second run.
 """
 
 from __future__ import annotations
@@ -27,54 +27,54 @@ from sfgrpo.runtime.environment import read_environment
 
 DEPLOYMENT = "promote/on-request"
 CHALLENGER = "challenger"
-"""Alias that asks for a promotion."""
+"""Alias that requests a promotion."""
 NAME = "sfgrpo-promotion"
 """Name of the webhook in MLflow."""
 SECRET_VARIABLE = "WEBHOOK_SECRET"
 MAX_BYTES = 64 * 1024
-"""Of a message; MLflow's have some 200."""
+"""Largest size of a message; MLflow's have some 200 bytes."""
 MAX_AGE_S = 300
-"""Of a message, in either direction, since clocks differ."""
+"""Largest age of a message, in either direction, since clocks differ."""
 
 logger = logging.getLogger(__name__)
 
 Start = Callable[[str, int, str], Awaitable[str]]
-"""Starts the promotion of a version of a model, once for an idempotency key; returns the id of the run."""
+"""Starts the promotion of a version of a model, once for each idempotency key; returns the id of the run."""
 
 
 class Deliveries:
-    """Remembers the messages that were taken, as long as their time alone would not give them away."""
+    """The ids of accepted messages, kept until the messages would be refused as too old."""
 
     def __init__(self) -> None:
-        self._taken: dict[str, float] = {}
+        self._accepted: dict[str, float] = {}
 
     def is_new(self, delivery_id: str, now_s: float) -> bool:
-        """Tells whether no message of this id was taken."""
-        self._taken = {key: when_s for key, when_s in self._taken.items() if now_s - when_s <= 2 * MAX_AGE_S}
-        return delivery_id not in self._taken
+        """Return whether no message of this id was accepted."""
+        self._accepted = {key: when_s for key, when_s in self._accepted.items() if now_s - when_s <= 2 * MAX_AGE_S}
+        return delivery_id not in self._accepted
 
-    def take(self, delivery_id: str, now_s: float) -> None:
-        """Counts a message as taken, so that it is refused from now on."""
-        self._taken[delivery_id] = now_s
+    def accept(self, delivery_id: str, now_s: float) -> None:
+        """Record a message as accepted, so that it is refused from now on."""
+        self._accepted[delivery_id] = now_s
 
     def forget(self, delivery_id: str) -> None:
-        """Lets a message come again, since nothing came of it."""
-        self._taken.pop(delivery_id, None)
+        """Accept a message once more, since it started nothing."""
+        self._accepted.pop(delivery_id, None)
 
 
 def signature_of(secret: str, delivery_id: str, timestamp: str, body: bytes) -> str:
-    """Signs a message as MLflow does."""
+    """Return the signature that MLflow gives a message."""
     signed = f"{delivery_id}.{timestamp}.".encode() + body
     return "v1," + base64.b64encode(hmac.new(secret.encode(), signed, hashlib.sha256).digest()).decode()
 
 
 def refusal(secret: str, headers: dict[str, str], body: bytes, deliveries: Deliveries, now_s: float) -> str | None:
-    """Says why a message is not to be believed; None if it is."""
+    """Return why a message is refused, or None."""
     delivery_id = headers.get("x-mlflow-delivery-id", "")
     timestamp = headers.get("x-mlflow-timestamp", "")
     given = headers.get("x-mlflow-signature", "")
     expected = signature_of(secret, delivery_id, timestamp, body)
-    # Nothing else is looked at before the signature, and all of it takes the same time.
+    # The signature comes first and takes constant time, so that a forger learns nothing.
     if not hmac.compare_digest(given.encode(), expected.encode()):
         return "wrong signature"
     if not timestamp.isascii() or not timestamp.isdigit() or abs(now_s - int(timestamp)) > MAX_AGE_S:
@@ -83,10 +83,10 @@ def refusal(secret: str, headers: dict[str, str], body: bytes, deliveries: Deliv
 
 
 def challenger_of(body: bytes) -> tuple[str, int] | None:
-    """Reads which version became challenger; None if the message is about something else.
+    """Return the model and version that became challenger; None if the message is about something else.
 
     Raises:
-        ValueError: it is no message of MLflow's registry.
+        ValueError: this is no message of MLflow's registry.
     """
     try:
         message = json.loads(body)
@@ -99,7 +99,7 @@ def challenger_of(body: bytes) -> tuple[str, int] | None:
 
 
 def make_app(secret: str, start: Start) -> FastAPI:
-    """Makes the receiver: `POST /` for MLflow, `GET /health` for whoever watches."""
+    """Make the application: `POST /` for MLflow, `GET /health` for health checks."""
     app = FastAPI(title="Promotions on request", docs_url=None, redoc_url=None, openapi_url=None)
     deliveries = Deliveries()
 
@@ -119,13 +119,13 @@ def make_app(secret: str, start: Start) -> FastAPI:
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         delivery_id = request.headers["x-mlflow-delivery-id"]
-        deliveries.take(delivery_id, now_s)
+        deliveries.accept(delivery_id, now_s)
         if challenger is None:
             return {"started": None}
         try:
             run_id = await start(*challenger, delivery_id)
         except Exception as error:
-            # MLflow sends it again.
+            # MLflow will send it again.
             deliveries.forget(delivery_id)
             logger.exception("the promotion of version %d of %s was not started", challenger[1], challenger[0])
             raise HTTPException(503, "Prefect did not start the promotion") from error
@@ -136,7 +136,7 @@ def make_app(secret: str, start: Start) -> FastAPI:
 
 
 async def start_promotion(model: str, version: int, key: str) -> str:
-    """Has Prefect start the deployment; returns the id of the flow run without waiting for it."""
+    """Start the deployment; return the id of the flow run without waiting for it."""
     from prefect.deployments import arun_deployment
 
     run = await arun_deployment(
@@ -150,7 +150,7 @@ async def start_promotion(model: str, version: int, key: str) -> str:
 
 
 async def _body(request: Request) -> bytes:
-    """Reads a message, of which no more than `MAX_BYTES` are ever kept."""
+    """Read a message; refuse it once it has more than `MAX_BYTES`."""
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -160,10 +160,10 @@ async def _body(request: Request) -> bytes:
 
 
 def read_secret() -> str:
-    """Reads the secret that MLflow signs with.
+    """Read the secret that MLflow signs with.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the variable is not set.
     """
     secret = os.environ.get(SECRET_VARIABLE, "")
     if not secret:
@@ -172,11 +172,11 @@ def read_secret() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serves until it is stopped, or registers the webhook; returns the exit status."""
+    """Serve until stopped, or register the webhook; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m flows.webhook", description="Starts promotions for MLflow.")
     form = parser.add_mutually_exclusive_group(required=True)
     form.add_argument("--port", type=int, help="listen on this port of the loopback interface")
-    form.add_argument("--register", metavar="URL", help="have the MLflow server call URL, and leave")
+    form.add_argument("--register", metavar="URL", help="register URL as webhook of the MLflow server, and exit")
     chosen = parser.parse_args(arguments)
     try:
         secret = read_secret()
@@ -196,7 +196,9 @@ def _register(url: str, secret: str) -> None:
 
     uri = read_environment().tracking_uri
     if not uri.startswith(("http://", "https://")):
-        raise ConfigError(f"environment: MLFLOW_TRACKING_URI: {uri!r} is no server; only a server calls webhooks")
+        raise ConfigError(
+            f"environment: MLFLOW_TRACKING_URI: {uri!r} is not a server; only a server calls webhooks"
+        )
     print(f"webhook {register_webhook(uri, NAME, url, secret)} of {uri} calls {url}")
 
 

@@ -1,1 +1,1 @@
-"""Prefect tasks: one per stage of the pipeline, each a supervised subprocess."""
+"""Prefect tasks: one for each stage of the pipeline, each a supervised subprocess."""

@@ -1,4 +1,4 @@
-"""Worktrees, branches and data of DVC that nobody needs any more."""
+"""Removal of old worktrees and branches of runs, and of unreferenced data of DVC."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from uuid import UUID
 from prefect import get_client
 from prefect.exceptions import ObjectNotFound
 
+from sfgrpo.runtime.locks import exclusive_lock
 from tasks.git import git, remove_worktree
 from tasks.stages import run_command, stage_task
-from tasks.worktree import BRANCHES, WORKTREES, alone, dvc_cache, run_of_branch
+from tasks.worktree import BRANCHES, RUNS_LOCK, WORKTREES, dvc_cache, run_of_branch
 
 DAY_S = 24 * 3600.0
 
 
 @stage_task("worktrees")
 def remove_stale_worktrees(checkout: Path, days: float) -> dict[str, int]:
-    """Removes the worktrees of runs that ended so many days ago; returns their names and sizes in bytes.
+    """Remove the worktrees of runs that ended so many days ago; return their names and sizes in bytes.
 
-    One of whose run the server knows nothing is judged by its own age.
+    A worktree whose run is unknown to the server counts by its own age.
     """
     removed: dict[str, int] = {}
     for folder in sorted(path for path in (checkout / WORKTREES).glob("*-*") if path.is_dir()):
@@ -34,14 +35,14 @@ def remove_stale_worktrees(checkout: Path, days: float) -> dict[str, int]:
 
 @stage_task("branches")
 def remove_old_branches(checkout: Path, days: float, in_use: Collection[str]) -> list[str]:
-    """Removes the branches that runs committed so many days ago, but for those in use; returns their names."""
+    """Remove the branches that runs committed so many days ago, except those in use; return their names."""
     form = "--format=%(refname:short) %(committerdate:unix)"
     listed = git(checkout, "for-each-ref", form, f"refs/heads/{BRANCHES}").splitlines()
     removed: list[str] = []
     for branch, committed in (line.rsplit(" ", 1) for line in listed):
-        old = time.time() - int(committed) >= days * DAY_S
-        # A branch that a person has put there, or is at work on, is none of ours.
-        if old and branch not in in_use and run_of_branch(checkout, branch) is not None:
+        is_old = time.time() - int(committed) >= days * DAY_S
+        # A branch without the trailer of a run belongs to a person, and stays.
+        if is_old and branch not in in_use and run_of_branch(checkout, branch) is not None:
             git(checkout, "update-ref", "-d", f"refs/heads/{branch}")
             removed.append(branch)
     return removed
@@ -49,14 +50,14 @@ def remove_old_branches(checkout: Path, days: float, in_use: Collection[str]) ->
 
 @stage_task("dvc gc")
 def collect_garbage(checkout: Path, rehearsal: bool, remote: bool) -> int | None:
-    """Removes data of DVC that neither the checkout, nor a branch, nor a tag, nor a run in a worktree refers to.
+    """Remove data of DVC to which no checkout, branch, tag or worktree refers; return the bytes freed in the cache.
 
-    Returns the bytes by which the cache got smaller; None when a run is at work, whose data nothing refers to yet.
+    Return None while a run is at work, since nothing refers to its data yet.
     """
-    with alone(checkout) as nobody_works:
-        if not nobody_works:
+    with exclusive_lock(checkout / RUNS_LOCK) as no_run_at_work:
+        if not no_run_at_work:
             return None
-        # Runs that wait to be started again.
+        # Worktrees of runs that will be started again.
         waiting = [str(path.parent) for path in sorted((checkout / WORKTREES).glob("*/dvc.lock"))]
         options = ["--workspace", "--all-branches", "--all-tags", *(["--projects", *waiting] if waiting else [])]
         options += ["--cloud"] if remote else []
@@ -68,12 +69,12 @@ def collect_garbage(checkout: Path, rehearsal: bool, remote: bool) -> int | None
 
 
 def size_of(folder: Path) -> int:
-    """Adds up the bytes of all files below a folder."""
+    """Return the bytes of all files below a folder."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _ended_s_ago(folder: Path) -> float:
-    """Tells how long ago the run of a worktree ended; negative while it may still go on."""
+    """Return how long ago the run of a worktree ended; negative while it may still go on."""
     try:
         run_id = UUID(folder.name)
     except ValueError:

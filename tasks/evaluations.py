@@ -1,6 +1,6 @@
-"""The evaluations of a training as Prefect tasks: each of its snapshots is judged or awaited, and shown, as it goes on.
+"""Evaluations of a training as Prefect tasks: snapshots are evaluated or awaited, and shown, while it runs.
 
-Nothing here delays or fails the training: what is not judged by its end it judges itself.
+Nothing here delays or fails the training, which itself evaluates what is not evaluated by its end.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ ARTIFACT = "evaluations"
 
 
 @contextlib.contextmanager
-def evaluations_reported() -> Iterator[None]:
-    """Has the snapshots evaluated and shown of the training that the block runs, in a flow, in this working directory.
+def background_evaluations() -> Iterator[None]:
+    """Evaluate and report snapshots in a background thread while the block trains.
 
-    Those that an earlier flow saw evaluated are not shown again.
+    The training is the one that a flow runs in this working directory. Snapshots that were evaluated before the block
+    are not shown again.
     """
     TRAINING.unlink(missing_ok=True)
-    over = threading.Event()
+    training_ended = threading.Event()
     # The context tells Prefect to which flow run the tasks of that thread belong.
     run = contextvars.copy_context().run
-    watcher = threading.Thread(target=run, args=(_watch, over, time.time()), name="evaluations", daemon=True)
-    watcher.start()
+    thread = threading.Thread(target=run, args=(_watch, training_ended, time.time()), name="evaluations", daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        over.set()
-        watcher.join(LAST_REPORTS_S)
+        training_ended.set()
+        thread.join(LAST_REPORTS_S)
 
 
 @task(
@@ -58,28 +59,28 @@ def evaluations_reported() -> Iterator[None]:
     retry_condition_fn=worth_retrying,
     cache_policy=NO_CACHE,
 )
-def evaluate_update(folder: str, update: int, over: threading.Event) -> dict[str, float] | None:
-    """Evaluates a run's snapshot where evaluations have a device, else awaits it; shows and returns the metrics.
+def evaluate_update(folder: str, update: int, training_ended: threading.Event) -> dict[str, float] | None:
+    """Evaluate a snapshot on SFGRPO_EVALUATION_DEVICE, or wait until the training has; show and return the metrics.
 
-    None if `over` was set before there was a result.
+    Return None if the training ended before there was a result.
     """
     run = Path(folder)
     device = read_environment().evaluation_device
-    if device is not None and not over.is_set() and not is_evaluated(_store(run), _snapshot(run, update).key):
+    if device is not None and not training_ended.is_set() and not is_evaluated(_store(run), _snapshot(run, update).key):
         command = [sys.executable, "-m", "sfgrpo", "evaluate_snapshot", folder, str(update)]
         try:
-            run_command(f"evaluate-update-{update}", command, {"SFGRPO_DEVICE": device}, over=over)
+            run_command(f"evaluate-update-{update}", command, {"SFGRPO_DEVICE": device}, stop=training_ended)
         except StageError:
-            if not over.is_set():
+            if not training_ended.is_set():
                 raise
-    metrics = _awaited_metrics(run, update, over)
+    metrics = _wait_for_metrics(run, update, training_ended)
     if metrics is not None:
         create_markdown_artifact(report(run, update), key=ARTIFACT, description=f"Evaluations of {run.name}")
     return metrics
 
 
 def report(run: Path, update: int) -> str:
-    """Lays out in Markdown the evaluations of a run up to an update, and where its samples are."""
+    """Return the evaluations of a run up to an update as Markdown, with the place of its samples."""
     snapshots = [snapshot for snapshot in list_snapshots(run) if snapshot.update <= update]
     found = {snapshot.update: read_metrics(_store(run), snapshot.key) for snapshot in snapshots}
     rows = {number: _cells(metrics) for number, metrics in found.items() if metrics is not None}
@@ -87,35 +88,35 @@ def report(run: Path, update: int) -> str:
     lines = [["Update", *names], ["---:"] * (1 + len(names))]
     lines += [[str(number), *(cells.get(name, "") for name in names)] for number, cells in rows.items()]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{table}\n\n{_where(_snapshot(run, update))}\n\nSamples: `{run / f'samples_{update:06d}.png'}`\n"
+    return f"{table}\n\n{_mlflow_link(_snapshot(run, update))}\n\nSamples: `{run / f'samples_{update:06d}.png'}`\n"
 
 
-def _watch(over: threading.Event, started: float) -> None:
-    """Reports snapshots until the training is over, the last ones after that; `started` is the time in seconds."""
+def _watch(training_ended: threading.Event, started: float) -> None:
+    """Report snapshots until the training has ended, and the last ones after that; `started` is the time in seconds."""
     seen: set[tuple[Path, int]] = set()
     try:
         while True:
-            is_last = over.is_set()
+            is_last = training_ended.is_set()
             for run, update in _unreported(started):
                 if (run, update) not in seen:
                     seen.add((run, update))
-                    _report(run, update, over)
+                    _report(run, update, training_ended)
             if is_last:
                 return
-            over.wait(POLL_S)
+            training_ended.wait(POLL_S)
     except Exception:
         get_run_logger().warning("the evaluations are no longer shown; the training goes on", exc_info=True)
 
 
-def _report(run: Path, update: int, over: threading.Event) -> None:
+def _report(run: Path, update: int, training_ended: threading.Event) -> None:
     try:
-        evaluate_update(str(run), update, over)
+        evaluate_update(str(run), update, training_ended)
     except Exception as error:
         get_run_logger().warning("evaluation of update %d is left to the training: %s", update, error)
 
 
 def _unreported(started: float) -> list[tuple[Path, int]]:
-    """Lists the snapshots that were published since `started`, or are still to be evaluated, by run and update."""
+    """List run and update of the snapshots that were published since `started` or are not evaluated yet."""
     if not TRAINING.exists():
         return []
     run = Path(json.loads(TRAINING.read_text(encoding="utf-8"))["folder"])
@@ -126,18 +127,18 @@ def _unreported(started: float) -> list[tuple[Path, int]]:
     ]
 
 
-def _awaited_metrics(run: Path, update: int, over: threading.Event) -> dict[str, float] | None:
+def _wait_for_metrics(run: Path, update: int, training_ended: threading.Event) -> dict[str, float] | None:
     while True:
-        is_last = over.is_set()
+        is_last = training_ended.is_set()
         # A training that resumes may publish another adapter of the same update, so the key is read every time.
         metrics = read_metrics(_store(run), _snapshot(run, update).key)
         if metrics is not None or is_last:
             return metrics
-        over.wait(POLL_S)
+        training_ended.wait(POLL_S)
 
 
 def _cells(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Words the shares of correct images, with their errors, and the mean rewards."""
+    """Format the shares of correct images, with standard errors, and the mean rewards."""
     cells: dict[str, str] = {}
     for name, value in metrics.items():
         kind, _, rest = name.partition("/")
@@ -148,8 +149,8 @@ def _cells(metrics: Mapping[str, float]) -> dict[str, str]:
     return cells
 
 
-def _where(snapshot: Snapshot) -> str:
-    """Links to the MLflow run, where its server has an address; that of a database may hold a password."""
+def _mlflow_link(snapshot: Snapshot) -> str:
+    """Return a link to the MLflow run, or its id if the store is no server; a database URI may hold a password."""
     if snapshot.mlflow_run_id is None:
         return "The MLflow run was not known yet."
     address = urlsplit(read_environment().tracking_uri)

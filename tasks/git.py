@@ -1,4 +1,4 @@
-"""Worktrees and commits of the repository by plumbing, which touches no checkout and needs nobody's settings."""
+"""Worktrees and commits by git's plumbing commands, which change no checkout and need no user settings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ EMAIL = "sfgrpo@localhost"
 
 
 class GitError(RuntimeError):
-    """git refused; the message ends with its own words."""
+    """git failed; the message ends with git's own."""
 
 
 def git(folder: Path, *arguments: str, content: str | None = None, variables: Mapping[str, str] | None = None) -> str:
-    """Runs git in a folder, with `content` as its input; returns what it prints, without the line end.
-
-    Hooks do not run: they are for people.
-    """
-    # Whoever calls us may be a hook or an alias of git, whose variables name another repository.
+    """Run git in a folder, with `content` as its input; return its output without the line end. Hooks do not run."""
+    # The caller may be a hook or an alias of git, whose variables name another repository.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     answer = subprocess.run(
         ["git", "-c", "core.hooksPath=/dev/null", *arguments],
@@ -38,29 +35,29 @@ def git(folder: Path, *arguments: str, content: str | None = None, variables: Ma
 
 
 def top_folder(folder: Path) -> Path:
-    """Finds the root of the checkout that a folder lies in."""
+    """Return the root of the checkout that holds a folder."""
     return Path(git(folder, "rev-parse", "--show-toplevel"))
 
 
 def add_worktree(checkout: Path, folder: Path, commit: str) -> None:
-    """Makes a worktree at a commit, on no branch, in place of whatever was left of an earlier one."""
+    """Make a worktree at a commit, on no branch; replace an earlier one."""
     remove_worktree(checkout, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Twice, for the lock of a worktree whose making was interrupted.
+    # Twice: the second one overrides the lock of a worktree whose creation was interrupted.
     git(checkout, "worktree", "add", "--quiet", "--force", "--force", "--detach", str(folder), commit)
 
 
 def remove_worktree(checkout: Path, folder: Path) -> None:
-    """Removes a worktree, with all that is in it; one that is only half there, or not at all, too."""
+    """Remove a worktree and its files; one that is incomplete or missing is no error."""
     if folder.exists():
         shutil.rmtree(folder)
     git(checkout, "worktree", "prune")
 
 
 def commit_files(folder: Path, parent: str, files: Mapping[str, str], message: str, *, same_time: bool = False) -> str:
-    """Makes a commit that is its parent with some text files replaced; returns its id. No branch moves.
+    """Make a commit that is its parent with some text files replaced; return its id. No branch moves.
 
-    With `same_time` it has the time of its parent, so that the same files and message always make the same commit.
+    With `same_time` it has the time of its parent, so that the same files and message always give the same commit.
     """
     time = git(folder, "show", "--no-patch", "--format=%ct +0000", parent) if same_time else None
     who = {f"GIT_{role}_{what}": value for role in ("AUTHOR", "COMMITTER") for what, value in _identity(time).items()}

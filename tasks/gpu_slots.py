@@ -1,4 +1,4 @@
-"""The GPUs of the machines as slots that runs take, so that two never share one by accident."""
+"""The GPUs of the machines as slots of a Prefect concurrency limit, so that two runs never share one by accident."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ from prefect.exceptions import ObjectNotFound
 from sfgrpo.config.stages import LaunchStage, load_config
 from sfgrpo.errors import ConfigError
 from sfgrpo.paths import PARAMS
+from tasks.worktree import is_deployed
 
 LIMIT = "gpu"
 LEASE_S = 60.0
-"""Slots of a run that was killed come free after this time at most."""
+"""The longest time after which the slots of a killed run come free."""
 
 
 @contextlib.contextmanager
 def gpu_slots() -> Iterator[None]:
-    """Waits for as many slots as the training here has processes, or for all if it has more, and holds them.
+    """Hold one slot for each process of the training, or all slots if it has more; wait for them first.
 
-    A server that goes away does not stop a training that holds its slots already.
+    Only runs of deployments take slots: whoever works in place chooses the GPUs. A server that goes away does not stop
+    a training that holds its slots already.
 
     Raises:
         ConfigError: the server has no such limit, since nobody deployed to it.
     """
+    if not is_deployed():
+        yield
+        return
     wanted = load_config(LaunchStage, Path(PARAMS)).launch.num_processes
     with concurrency(
         LIMIT, min(wanted, _num_slots()), lease_duration=LEASE_S, raise_on_lease_renewal_failure=False, strict=True

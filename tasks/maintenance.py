@@ -1,4 +1,4 @@
-"""What keeps the pipeline clean and its champion watched, as Prefect tasks around the commands of sfgrpo."""
+"""The maintenance commands of sfgrpo as Prefect tasks: recheck, stale runs, retention."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import Any, cast
 
+from sfgrpo.paths import RECHECK
 from tasks.stages import run_command, stage_task
-
-RECHECK = Path("reports/recheck.json")
-"""Written by `python -m sfgrpo recheck`."""
 
 
 @stage_task("recheck")
 def recheck() -> dict[str, Any]:
-    """Draws with the champion again; returns whether it drifted, and the table of both drawings."""
+    """Evaluate the champion again; return whether it drifted, and the table of both evaluations."""
     RECHECK.unlink(missing_ok=True)
     run_command("recheck", [sys.executable, "-m", "sfgrpo", "recheck"])
     return cast(dict[str, Any], json.loads(RECHECK.read_text(encoding="utf-8")))
@@ -25,17 +23,17 @@ def recheck() -> dict[str, Any]:
 @stage_task("close stale runs")
 def close_stale_runs() -> dict[str, Any]:
     """Close the MLflow runs of dead processes; return the runs at work, closed and silent."""
-    return _reported("close_stale_runs")
+    return _run_with_report("close_stale_runs")
 
 
 @stage_task("retention")
 def remove_finished(days: float, rehearsal: bool) -> dict[str, Any]:
-    """Removes what trainings left that are finished for so many days; returns what was removed and what has to stay."""
-    return _reported("retention", "--days", str(days), *(["--rehearse"] if rehearsal else []))
+    """Remove the state of trainings that finished so many days ago; return what was removed and what is kept."""
+    return _run_with_report("retention", "--days", str(days), *(["--rehearse"] if rehearsal else []))
 
 
-def _reported(command: str, *options: str) -> dict[str, Any]:
-    """Runs a command of sfgrpo that writes its findings to a file; returns them."""
+def _run_with_report(command: str, *options: str) -> dict[str, Any]:
+    """Run a command of sfgrpo that writes a report as JSON; return the report."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         run_command(command, [sys.executable, "-m", "sfgrpo", command, *options, "--report", str(report)])

@@ -1,4 +1,4 @@
-"""Parameters that a person or a schedule gives a run: set by dotted name, and checked as the stages will check them."""
+"""Parameter overrides of a run: set by dotted name, and checked as the stages will check them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _ABSENT = object()
 
 
 def changed_parameters(text: str, changes: Mapping[str, Any]) -> str:
-    """Sets values in the text of a parameter file, by dotted name such as `update.num_updates`; comments stay.
+    """Set values in the text of a parameter file by dotted name, such as `update.num_updates`; keep its comments.
 
-    A value that is there already, if only by default, changes nothing.
+    An override that equals the present value, or the default of an absent one, changes nothing.
 
     Raises:
-        ConfigError: a name leads through a value that is no section, or the file would be refused by a stage.
+        ConfigError: a name has a value where a section should be, or a stage would refuse the file.
     """
     present = _checked(text)
-    news = {name: value for name, value in changes.items() if present.get(name, _ABSENT) != value}
-    if not news:
+    changed = {name: value for name, value in changes.items() if present.get(name, _ABSENT) != value}
+    if not changed:
         return text
     yaml = YAML()
     yaml.width = 4096
     parameters = yaml.load(text)
-    for name, value in news.items():
+    for name, value in changed.items():
         _set(parameters, name, value)
     stream = io.StringIO()
     yaml.dump(parameters, stream)
@@ -54,7 +54,7 @@ def _set(parameters: Any, name: str, value: Any) -> None:
 
 
 def _checked(text: str) -> dict[str, Any]:
-    """Reads the parameters of every stage, and divides the work among the processes; returns them by dotted name."""
+    """Load the parameters of every stage and check the batch arithmetic; return the values by dotted name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, PARAMS)
         path.write_text(text, encoding="utf-8")

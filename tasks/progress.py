@@ -1,4 +1,4 @@
-"""The updates of a training as a bar on the page of its Prefect run."""
+"""The updates of a training as a progress bar on the page of its Prefect run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
 
 UPDATE = re.compile(r"update (\d+)/(\d+)\b")
-"""How `sfgrpo.tracking.progress` words an update that is done."""
+"""Start of the line that `sfgrpo.tracking.progress` prints for a finished update."""
 PAUSE_S = 5.0
 """Shortest time between two messages to the server."""
 
 
-class ShownProgress:
-    """Shows the line of every update as a percentage; a server that is away costs a warning, and no training."""
+class ProgressBar:
+    """A progress artifact; a server that is away costs a warning, and never the training."""
 
     def __init__(self, key: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._key = key
@@ -29,7 +29,7 @@ class ShownProgress:
         self._is_away = False
 
     def show(self, line: str) -> None:
-        """Takes any line that a training prints; the last update is shown however soon it comes."""
+        """Show an update; ignore other lines, and updates within `PAUSE_S` of the last one shown but the very last."""
         if (found := UPDATE.match(line)) is None:
             return
         done, total = int(found[1]), int(found[2])

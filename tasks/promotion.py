@@ -1,4 +1,4 @@
-"""Promotion as Prefect tasks: the decision, which moves nothing, and its application, which may be repeated."""
+"""Promotion as Prefect tasks: the decision, which moves no alias, and its application, which is idempotent."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from tasks.stages import run_command, stage_task
 PROMOTE = (sys.executable, "-m", "sfgrpo", "promote")
 
 
-@stage_task("judge")
-def judge(model: str | None = None, version: int | None = None) -> dict[str, Any]:
-    """Compares a candidate with the champion; returns the decision, as in `decision.json`, and the report."""
+@stage_task("decide")
+def decide(model: str | None = None, version: int | None = None) -> dict[str, Any]:
+    """Compare a candidate with the champion; return the decision, as in `decision.json`, and the report."""
     PROMOTION_DECISION.unlink(missing_ok=True)
     options = [*(["--model", model] if model else []), *(["--version", str(version)] if version else [])]
     run_command("promote", [*PROMOTE, "--judge-only", *options])
-    judgement = cast(dict[str, Any], json.loads(PROMOTION_DECISION.read_text(encoding="utf-8")))
-    return {**judgement, "report": PROMOTION_TEXT.read_text(encoding="utf-8")}
+    decision = cast(dict[str, Any], json.loads(PROMOTION_DECISION.read_text(encoding="utf-8")))
+    return {**decision, "report": PROMOTION_TEXT.read_text(encoding="utf-8")}
 
 
 @stage_task("apply", "apply decision {run_id}")
 def apply(run_id: str) -> None:
-    """Makes the candidate of a decision champion, has it draw, and takes it back if it cannot.
+    """Make the candidate of a decision champion, sample from it by its alias, and roll back if that fails.
 
-    Repeated after a crash it goes on where that one stopped, since the ledger of champions knows.
+    After a crash it can be repeated: the promotion history says what was done already.
     """
     run_command("promote", [*PROMOTE, "--apply", run_id])
 
 
-def show_decision(judgement: dict[str, Any]) -> None:
-    """Puts the report of a decision into Prefect's UI, with a link to the version if MLflow has a server."""
-    create_markdown_artifact(judgement["report"], key="promotion", description="Candidate against champion")
+def show_decision(decision: dict[str, Any]) -> None:
+    """Show the report of a decision in Prefect's UI, with a link to the version if MLflow has a server."""
+    create_markdown_artifact(decision["report"], key="promotion", description="Candidate against champion")
     server = read_environment().tracking_uri
     if server.startswith(("http://", "https://")):
         create_link_artifact(
-            f"{server.rstrip('/')}/#/models/{judgement['model']}/versions/{judgement['version']}",
-            link_text=f"{judgement['model']}, version {judgement['version']}",
+            f"{server.rstrip('/')}/#/models/{decision['model']}/versions/{decision['version']}",
+            link_text=f"{decision['model']}, version {decision['version']}",
             key="promotion-version",
-            description="The version that was judged, with all figures as its tags",
+            description="The version that was evaluated, with its metrics as tags",
         )
 
 
 def promote_version(model: str | None = None, version: int | None = None) -> dict[str, Any]:
-    """Judges a candidate and makes it champion if it passes; for flows that have just registered one.
+    """Evaluate a candidate and make it champion if it passes; return the decision.
 
-    It works in the current folder, whose evaluation prompts both models draw.
+    Both models are evaluated on the evaluation prompts of the working directory.
     """
-    judgement = judge(model, version)
-    show_decision(judgement)
-    if judgement["promoted"]:
-        apply(judgement["run_id"])
-    return judgement
+    decision = decide(model, version)
+    show_decision(decision)
+    if decision["promoted"]:
+        apply(decision["run_id"])
+    return decision

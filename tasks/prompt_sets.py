@@ -1,4 +1,4 @@
-"""Looks at the prompt sets that the stage `prompts` wrote, before they are kept."""
+"""Checks and counts of the prompt sets that the stage `prompts` wrote."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sfgrpo.types import TAGS, Tag
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TaskCount:
-    """Prompts of one GenEval task."""
+    """Numbers of prompts of one GenEval task."""
 
     tag: Tag
     training: int
@@ -27,18 +27,18 @@ class TaskCount:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSets:
-    """What the prompt sets of the working directory hold."""
+    """The prompt sets of the working directory, in short."""
 
     counts: Sequence[TaskCount]
     training_texts: Sequence[str]
 
 
 def read_prompt_sets() -> PromptSets:
-    """Reads both sets, and checks their sizes and that nothing is trained on that is evaluated.
+    """Read both sets; check their sizes and that they do not overlap.
 
     Raises:
-        SfgrpoError: a set has another size than the parameters ask for, or training holds an evaluation prompt or the
-            order-swapped twin of one.
+        SfgrpoError: a set has another size than the parameters ask for, or the training set holds an evaluation prompt
+            or the order-swapped twin of one.
     """
     wanted = load_config(PromptsStage, Path(PARAMS)).prompts
     training, evaluation = read_prompts(TRAINING_PROMPTS), read_prompts(EVALUATION_PROMPTS)

@@ -19,17 +19,15 @@ from prefect.runtime import flow_run
 from prefect.tasks import Task
 
 from sfgrpo.errors import ConfigError, ExitStatus
+from sfgrpo.paths import EVALUATE_REPORT, REGISTRATION
 from sfgrpo.runtime.environment import read_environment
-from tasks.progress import ShownProgress
+from tasks.progress import ProgressBar
 from tasks.supervisor import is_stopping, run_supervised
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 LOGS = Path("logs")
-METRICS = Path("reports/evaluate/metrics.json")
-REGISTRATION = Path("reports/registered.json")
-"""Written by `python -m sfgrpo register`; no output of DVC, since the registry is the truth."""
 DVC_ADVICE = (
     "Generating lock file",
     "Updating lock file",
@@ -39,7 +37,7 @@ DVC_ADVICE = (
     "dvc config core.autostage",
     "Use `dvc push`",
 )
-"""How the lines start that DVC prints around every stage; `--quiet` would hide its errors as well."""
+"""Starts of the lines that DVC prints around every stage; `--quiet` would hide its errors as well."""
 NUM_SHOWN_LINES = 20
 RETRY_DELAY_S = 5
 
@@ -59,22 +57,34 @@ class StageError(RuntimeError):
 
 
 def refuse_inside_stage() -> None:
-    """Raises if DVC runs this process: the stages that the flow starts would wait for the one that started it."""
+    """Raise if DVC runs this process: a stage that the flow starts would wait for the stage that started the flow."""
     if stage := os.environ.get("DVC_STAGE"):
         raise RuntimeError(f"DVC stage {stage} started the flow, which would wait for that stage; start it by itself")
+
+
+def dvc_repro(stage: str, file: str = "dvc.yaml") -> list[str]:
+    """Return the command that brings one DVC stage up to date; stages may run side by side."""
+    return [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", f"{file}:{stage}"]
 
 
 def run_command(
     stage: str,
     command: Sequence[str],
-    environment: Mapping[str, str] | None = None,
+    variables: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] = lambda line: None,
     *,
-    over: threading.Event | None = None,
+    stop: threading.Event | None = None,
 ) -> None:
-    """Runs a command under supervision, with further environment variables, and logs its output, but for DVC's advice.
+    """Run a command under supervision and log its output without DVC's advice.
 
-    Every line that is logged goes to `on_line` as well. The command is ended once `over` is set.
+    A command that was told to stop is started again, as often as it takes, until this process itself is told to stop.
+
+    Args:
+        stage: Name of the stage, for the log and for errors.
+        command: Program and arguments.
+        variables: Environment variables besides those of this process.
+        on_line: Called with every line that is logged.
+        stop: The command is ended once this is set.
 
     Raises:
         StageError: the command failed. The exit status is that of the stage when DVC reports one.
@@ -92,44 +102,36 @@ def run_command(
         grace_s = read_environment().grace_s
     except ConfigError as error:
         raise StageError(stage, ExitStatus.WRONG_CONFIGURATION, str(error).splitlines()) from error
-    # The stages are `python -m sfgrpo ...`: of all Pythons, they need this one.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    status = run_supervised(
-        command,
-        LOGS / f"{stage}.log",
-        show,
+    environment = _environment(variables or {})
+    while status := run_supervised(command, LOGS / f"{stage}.log", show, environment, grace_s=grace_s, stop=stop):
+        status = _status_of_stage(status, lines)
+        is_over = stop is not None and stop.is_set()
+        if status != ExitStatus.RESUMABLE or is_over or is_stopping(within_s=RETRY_DELAY_S):
+            raise StageError(stage, status, tuple(lines))
+        logger.warning("stage %s was told to stop; it goes on from where it stopped", stage)
+        lines.clear()
+
+
+def _environment(variables: Mapping[str, str]) -> dict[str, str]:
+    run = {"SFGRPO_FLOW_RUN_ID": flow_run.id, "SFGRPO_FLOW_RUN_URL": flow_run.ui_url}
+    return {
+        **os.environ,
         # Unbuffered, so that lines appear when they are printed, and errors after what led to them.
-        {**os.environ, "PYTHONUNBUFFERED": "1", **_flow_variables(), **(environment or {}), "PATH": path},
-        grace_s=grace_s,
-        over=over,
-    )
-    if status:
-        reported = re.findall(r"exited with (\d+)", "\n".join(lines))
-        raise StageError(stage, int(reported[-1]) if reported else status, tuple(lines))
+        "PYTHONUNBUFFERED": "1",
+        **{name: str(value) for name, value in run.items() if value is not None},
+        **variables,
+        # The stages are `python -m sfgrpo ...`: of all Pythons, they need this one.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
 
 
-def reproduce(
-    stage: str,
-    file: str = "dvc.yaml",
-    environment: Mapping[str, str] | None = None,
-    on_line: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Brings one DVC stage up to date; stages may run side by side.
-
-    A stage that was told to stop goes on, as often as it takes, until this process itself is told to stop.
-    """
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", f"{file}:{stage}"]
-    while True:
-        try:
-            return run_command(stage, command, environment, on_line)
-        except StageError as error:
-            if error.status != ExitStatus.RESUMABLE or is_stopping(within_s=RETRY_DELAY_S):
-                raise
-            get_run_logger().warning("stage %s was told to stop; it goes on from where it stopped", stage)
+def _status_of_stage(status: int, lines: Sequence[str]) -> int:
+    reported = re.findall(r"exited with (\d+)", "\n".join(lines))
+    return int(reported[-1]) if reported else status
 
 
 def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Tells whether a failure may pass by itself: wrong parameters stay wrong, and who was told to stop stops."""
+    """Return whether a failure may pass by itself: not wrong parameters, and not after this process was stopped."""
     error = state.result(raise_on_failure=False)
     return not is_stopping() and not (isinstance(error, StageError) and error.status == ExitStatus.WRONG_CONFIGURATION)
 
@@ -137,7 +139,7 @@ def worth_retrying(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -
 def stage_task(
     name: str, run_name: str | None = None
 ) -> Callable[[Callable[Parameters, Result]], Task[Parameters, Result]]:
-    """Gives the options that all tasks share; `run_name` may hold parameters of the task in braces."""
+    """Return a task decorator with the shared options; `run_name` may hold parameters of the task in braces."""
     return task(
         name=name,
         task_run_name=run_name or name,
@@ -150,29 +152,29 @@ def stage_task(
 
 @stage_task("prompts")
 def prompts() -> None:
-    """Writes the prompt sets."""
-    reproduce("prompts")
+    """Write the prompt sets."""
+    run_command("prompts", dvc_repro("prompts"))
 
 
 @stage_task("train")
 def train() -> None:
-    """Trains the policy; a retry goes on from the last checkpoint, and so does a training that was told to stop."""
-    reproduce("train", on_line=ShownProgress("training").show)
+    """Train the policy; a retry resumes from the last checkpoint."""
+    run_command("train", dvc_repro("train"), on_line=ProgressBar("training").show)
 
 
 @stage_task("evaluate")
 def evaluate() -> dict[str, Any]:
-    """Compares the policy with the base model; returns the metrics."""
-    reproduce("evaluate")
-    return cast(dict[str, Any], json.loads(METRICS.read_text(encoding="utf-8")))
+    """Compare the policy with the base model; return the metrics."""
+    run_command("evaluate", dvc_repro("evaluate"))
+    return cast(dict[str, Any], json.loads((EVALUATE_REPORT / "metrics.json").read_text(encoding="utf-8")))
 
 
 @stage_task("register")
 def register(branch: str | None = None) -> dict[str, Any]:
-    """Registers the policy; returns name, number and alias of the version, which names the branch of the run, if any.
+    """Register the policy; return name, number and alias of the version. The version records the run's branch.
 
-    It is no DVC stage: DVC would skip it, or restore it from a cache, on a machine whose registry knows nothing of it.
-    It is a process of its own so that the flow never holds a model, and is killed and retried like the other stages.
+    This is no DVC stage: DVC would skip it, or restore it from a cache, on a machine whose registry lacks the version.
+    It runs in its own process so that the flow never holds a model, and so that it is killed and retried like a stage.
     """
     REGISTRATION.unlink(missing_ok=True)
     variables = {} if branch is None else {"SFGRPO_BRANCH": branch}
@@ -182,11 +184,5 @@ def register(branch: str | None = None) -> dict[str, Any]:
 
 @stage_task("push")
 def push(stages: Sequence[str]) -> None:
-    """Copies the outputs of some stages to the remote of DVC; what it has already is not sent again."""
+    """Copy the outputs of some stages to DVC's remote; what is there already is not sent again."""
     run_command("push", [sys.executable, "-m", "dvc", "push", *stages])
-
-
-def _flow_variables() -> dict[str, str]:
-    """Names the flow run to the processes that it starts, which record it."""
-    variables = {"SFGRPO_FLOW_RUN_ID": flow_run.id, "SFGRPO_FLOW_RUN_URL": flow_run.ui_url}
-    return {name: str(value) for name, value in variables.items() if value is not None}

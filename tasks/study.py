@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tasks.stages import reproduce, stage_task
+from tasks.stages import dvc_repro, run_command, stage_task
 
 STAGES = "experiments/dvc.yaml"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "SFGRPO_NUM_THREADS": "1"}
@@ -11,10 +11,12 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "SFGRPO_NUM_THREADS": "1"}
 @stage_task("study-run", "{row} seed {seed}")
 def train_run(preset: str, row: str, seed: int) -> None:
     """Train one row with one seed; a retry resumes from the last checkpoint."""
-    reproduce(f"{preset}@{row}-{seed}", STAGES, ONE_THREAD)
+    stage = f"{preset}@{row}-{seed}"
+    run_command(stage, dvc_repro(stage, STAGES), ONE_THREAD)
 
 
 @stage_task("study-report")
 def write_report(preset: str) -> None:
     """Write the report on all runs."""
-    reproduce(f"{preset}-report", STAGES, ONE_THREAD)
+    stage = f"{preset}-report"
+    run_command(stage, dvc_repro(stage, STAGES), ONE_THREAD)

@@ -42,21 +42,19 @@ def run_supervised(
     environment: Mapping[str, str] | None = None,
     *,
     grace_s: float,
-    over: threading.Event | None = None,
+    stop: threading.Event | None = None,
 ) -> int:
-    """Runs a command in the working directory and returns its exit status; ends it if this call is interrupted.
+    """Run a command in the working directory and return its exit status; end it if this call is interrupted.
 
-    It is also ended once `over` is set, from another thread.
+    The command is also ended once another thread sets `stop`. It then has `grace_s` seconds, and a margin, to leave.
+    After `stop_all` this starts nothing and returns `STOPPED`.
 
-    When it is told to stop it has `grace_s` seconds, and a margin, to leave. After `stop_all` this starts nothing and
-    returns `STOPPED`.
-
-    What it prints goes to the file `log`, and from there to `on_line`: a child that held the output of the calling
-    process would hide that process's death from Prefect.
+    The output goes to the file `log`, and from there to `on_line`: a child that held the output of the calling process
+    would hide that process's death from Prefect.
     """
     if _stopping.is_set():
         return STOPPED
-    end_leftovers(Path.cwd(), grace_s)
+    end_orphans(Path.cwd(), grace_s)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as sink, log.open(encoding="utf-8", errors="replace") as source:
         supervisor = subprocess.Popen(
@@ -68,10 +66,10 @@ def run_supervised(
             env=environment,
         )
         if _stopping.is_set():
-            # It may have been too late for `stop_all` to see.
+            # `stop_all` may have run just before the supervisor was there.
             supervisor.terminate()
         try:
-            for line in _follow(source, supervisor, over):
+            for line in _follow(source, supervisor, stop):
                 on_line(line)
         finally:
             if supervisor.poll() is None:
@@ -81,13 +79,13 @@ def run_supervised(
 
 
 def stop_all() -> None:
-    """Ends the commands of all threads of this process, for good: an interrupt reaches the main thread only."""
+    """End the commands of all threads of this process, for good: an interrupt reaches the main thread only."""
     _stopping.set()
     signal_all([child for child in psutil.Process().children() if _supervises(child)], signal.SIGTERM)
 
 
 def is_stopping(within_s: float = 0.0) -> bool:
-    """Tells whether `stop_all` was called, or is within so many seconds."""
+    """Return whether `stop_all` was called, or is called within so many seconds."""
     return _stopping.wait(within_s)
 
 
@@ -99,7 +97,7 @@ def end_leftovers(folder: Path, grace_s: float) -> list[int]:
 
 
 def marked_folders() -> set[Path]:
-    """Lists the folders in which supervisors, living and dead, have processes."""
+    """Return the folders in which supervisors, living and dead, have processes."""
     marks = (_mark_of(process) for process in psutil.process_iter())
     return {mark.folder for mark in marks if mark is not None}
 
@@ -123,15 +121,15 @@ def main(parent_pid: int, grace_s: float, folder: Path, command: Sequence[str]) 
     return status if status >= 0 else 128 - status
 
 
-def _follow(source: TextIO, supervisor: subprocess.Popen[bytes], over: threading.Event | None) -> Iterator[str]:
-    """Yields the lines of a growing file, none of them empty, until the supervisor is done or it is over."""
+def _follow(source: TextIO, supervisor: subprocess.Popen[bytes], stop: threading.Event | None) -> Iterator[str]:
+    """Yield the non-empty lines of a growing file until the supervisor is done or `stop` is set."""
     rest = ""
     done = False
     while not done:
         done = supervisor.poll() is not None
         *lines, rest = (rest + source.read()).split("\n")
         yield from (line.rstrip() for line in lines if line.strip())
-        if over is not None and over.is_set():
+        if stop is not None and stop.is_set():
             return
         if not done:
             time.sleep(POLL_S)
@@ -147,7 +145,7 @@ def _supervises(process: psutil.Process) -> bool:
 
 
 class _Mark(NamedTuple):
-    """What the environment of a process says of its supervisor."""
+    """The supervisor of a process, as its environment has it."""
 
     pid: int
     start: float
@@ -162,7 +160,7 @@ def _mark_of(process: psutil.Process) -> _Mark | None:
         return None
 
 
-def _is_leftover(process: psutil.Process, folder: Path) -> bool:
+def _is_orphan(process: psutil.Process, folder: Path) -> bool:
     mark = _mark_of(process)
     if mark is None or mark.folder != folder:
         return False
@@ -173,7 +171,7 @@ def _is_leftover(process: psutil.Process, folder: Path) -> bool:
 
 
 def _living_descendants() -> list[psutil.Process]:
-    """Lists all descendants that still run, and buries the dead ones."""
+    """Reap the dead descendants and list those that still run."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -338,7 +338,7 @@ def everything(client: SyncPrefectClient) -> dict[str, Any]:
 def test_parameters_can_be_filled_in_by_a_person(client):
     properties = client.read_deployment_by_name("train-policy/weekly").parameter_openapi_schema["properties"]
     assert "by dotted name" in properties["changes"]["description"]
-    assert "Drawing of the training prompts" in properties["prompts_edition"]["description"]
+    assert "Edition of the training prompts" in properties["prompts_edition"]["description"]
     assert properties["prompts_edition"]["anyOf"][0]["minimum"] == 0
 
 
@@ -454,7 +454,7 @@ def test_champion_that_drifted_fails_the_run_and_shows_the_table(platform, clien
     (platform.project / "drifted").touch()
     run = ended(client, platform, start_run(client, "watch-champion/nightly"))
     assert (run.state.name, artifact(client, run.id)) == ("Failed", "| then | now |")
-    assert "the champion draws otherwise than when it was promoted" in run.state.message
+    assert "the champion's images differ from those of its promotion" in run.state.message
     assert not (platform.project / ".worktrees" / str(run.id)).exists()
 
 
@@ -507,7 +507,7 @@ def test_retention_removes_what_is_old_and_only_lists_data_unless_told(platform,
     told = artifact(client, run.id)
     assert "| state of train-1 | /scratch/train-1 | 2.5 | removed |" in told
     assert "| data of DVC | cache | | only listed, in the log of the task `dvc gc` |" in told
-    assert told.endswith("not finished for so long: train-2")
+    assert told.endswith("finished too recently or not at all: train-2")
     assert worktree.exists() and platform.git("rev-parse", f"runs/{kept.name}")
     assert sum(path.is_file() for path in cache.rglob("*")) == num_files
 

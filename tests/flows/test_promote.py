@@ -39,7 +39,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     build_stub_pipeline(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "POLL_S", 1)
-    for task in (stages.prompts, promotion.judge, promotion.apply):
+    for task in (stages.prompts, promotion.decide, promotion.apply):
         monkeypatch.setattr(task, "retry_delay_seconds", 0)
     return tmp_path
 
@@ -70,8 +70,8 @@ def artifacts() -> dict[str | None, Any]:
 
 
 def test_candidate_that_passes_is_applied_by_the_run_of_its_decision(server, project):
-    judgement = promote(model="stub", version=7)
-    assert (judgement["run_id"], judgement["promoted"]) == ("r7", True)
+    decision = promote(model="stub", version=7)
+    assert (decision["run_id"], decision["promoted"]) == ("r7", True)
     assert calls(project) == ["prompts", "promote", "promote"]
     assert (project / "judged").read_text() == "--judge-only --model stub --version 7"
     assert (project / "applied").read_text() == "--apply r7"

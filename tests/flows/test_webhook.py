@@ -193,7 +193,7 @@ def test_webhook_needs_a_server_to_call_it(monkeypatch, capsys):
     monkeypatch.setenv("WEBHOOK_SECRET", SECRET)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     assert main(["--register", "http://127.0.0.1:1/"]) == 2
-    assert "'sqlite:///mlflow.db' is no server; only a server calls webhooks" in capsys.readouterr().err
+    assert "'sqlite:///mlflow.db' is not a server; only a server calls webhooks" in capsys.readouterr().err
 
 
 LISTENER = """

@@ -1,4 +1,4 @@
-"""Evaluations as Prefect tasks, beside a stub of a training that publishes snapshots: awaited, done aside, shown."""
+"""Evaluations as Prefect tasks beside a stub of a training: awaited, done in the background, shown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prefect.testing.utilities import prefect_test_harness
 from sfgrpo.evaluation.store import EVALUATIONS
 from sfgrpo.paths import TRAINING
 from tasks import evaluations, stages
-from tasks.evaluations import evaluations_reported, report
+from tasks.evaluations import background_evaluations, report
 from tasks.stages import run_command, train
 from tests.support.paths import ROOT
 from tests.support.published import keep, publish
@@ -94,7 +94,7 @@ def test_snapshots_are_awaited_and_shown_in_order_while_the_block_runs(server, h
 
     @flow(flow_run_name="awaited")
     def body() -> None:
-        with evaluations_reported():
+        with background_evaluations():
             run = started(here)
             for update in (0, 2):
                 publish(run, update)
@@ -120,7 +120,7 @@ def test_what_an_earlier_flow_saw_evaluated_is_not_shown_again(server, here):
 
     @flow(flow_run_name="resumed")
     def body() -> None:
-        with evaluations_reported():
+        with background_evaluations():
             started(here)
             time.sleep(1.0)
             keep(run, 2)
@@ -143,9 +143,9 @@ def test_with_a_device_the_command_evaluates_there_and_a_failure_is_retried_and_
         + "if sys.argv[3] == '0':\n    sys.exit(1)\nkeep(pathlib.Path(sys.argv[2]), int(sys.argv[3]))\nsys.exit(0)\n"
     )
 
-    @flow(flow_run_name="aside")
+    @flow(flow_run_name="background")
     def body() -> None:
-        with evaluations_reported():
+        with background_evaluations():
             run = started(here)
             publish(run, 0)
             publish(run, 2)
@@ -155,7 +155,7 @@ def test_with_a_device_the_command_evaluates_there_and_a_failure_is_retried_and_
                 time.sleep(0.1)
 
     body()
-    tasks, artifacts = shown("aside")
+    tasks, artifacts = shown("background")
     assert tasks == {"evaluate update 0": "FAILED", "evaluate update 2": "COMPLETED"}
     assert calls(here) == ["evaluate_snapshot"] * 4
     assert len(artifacts) == 1 and "| 2 | 0.250 ± 0.050 | 0.5000 |" in artifacts[0]
@@ -165,7 +165,7 @@ def test_with_a_device_the_command_evaluates_there_and_a_failure_is_retried_and_
 def test_failing_training_is_neither_hidden_nor_delayed(server, here):
     @flow(flow_run_name="failing")
     def body() -> None:
-        with evaluations_reported():
+        with background_evaluations():
             publish(started(here), 0)
             time.sleep(1.0)
             raise ValueError("the training failed")
@@ -181,7 +181,7 @@ def test_failing_training_is_neither_hidden_nor_delayed(server, here):
 def test_unreadable_record_stops_the_showing_and_not_the_flow(server, here, caplog):
     @flow(flow_run_name="unreadable")
     def body() -> int:
-        with evaluations_reported():
+        with background_evaluations():
             TRAINING.write_text("nonsense")
             time.sleep(1.0)
         return 5
@@ -200,21 +200,21 @@ def test_pipeline_shows_the_evaluations_of_its_training(server, here):
     @flow(flow_run_name="pipeline")
     def body() -> None:
         stages.prompts()
-        with evaluations_reported():
+        with background_evaluations():
             train()
 
     body()
     assert shown("pipeline")[0]["evaluate update 0"] == "COMPLETED"
 
 
-def test_command_ends_once_it_is_over(here, monkeypatch):
+def test_command_ends_once_it_is_told_to_stop(here, monkeypatch):
     from prefect.logging import disable_run_logger
 
-    over = threading.Event()
-    threading.Timer(1.0, over.set).start()
+    stop = threading.Event()
+    threading.Timer(1.0, stop.set).start()
     begin = time.monotonic()
     with disable_run_logger(), pytest.raises(stages.StageError, match="stage wait failed with exit status 143"):
-        run_command("wait", ["python", "-c", "import time; time.sleep(60)"], over=over)
+        run_command("wait", ["python", "-c", "import time; time.sleep(60)"], stop=stop)
     assert time.monotonic() - begin < 20
 
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tasks import progress
-from tasks.progress import ShownProgress
+from tasks.progress import ProgressBar
 
 
 class Clock:
@@ -40,7 +40,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, str]]:
 
 def test_updates_show_as_percentages_of_one_bar_and_other_lines_do_not(sent):
     clock = Clock()
-    bar = ShownProgress("training", clock)
+    bar = ProgressBar("training", clock)
     for line in ("resuming after update 9", "update 10/40  reward 0.4", "drawing", "update 20/40  reward 0.5"):
         bar.show(line)
         clock.now += 10
@@ -49,7 +49,7 @@ def test_updates_show_as_percentages_of_one_bar_and_other_lines_do_not(sent):
 
 def test_fast_updates_are_thinned_out_but_the_last_one_is_shown(sent):
     clock = Clock()
-    bar = ShownProgress("training", clock)
+    bar = ProgressBar("training", clock)
     for update in range(1, 101):
         bar.show(f"update {update}/100")
         clock.now += 0.5
@@ -59,7 +59,7 @@ def test_fast_updates_are_thinned_out_but_the_last_one_is_shown(sent):
 
 def test_a_server_that_is_away_costs_one_warning_and_the_bar_goes_on_later(sent, monkeypatch, caplog):
     clock = Clock()
-    bar = ShownProgress("training", clock)
+    bar = ProgressBar("training", clock)
     bar.show("update 1/4")
     real = progress.update_progress_artifact
 

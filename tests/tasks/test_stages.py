@@ -16,8 +16,8 @@ from prefect.logging import disable_run_logger
 from prefect.states import Failed
 
 from tasks import stages
-from tasks.stages import StageError, reproduce, run_command, worth_retrying
-from tasks.supervisor import MARK, end_leftovers, run_supervised
+from tasks.stages import StageError, dvc_repro, run_command, worth_retrying
+from tasks.supervisor import MARK, end_orphans, run_supervised
 from tests.support.rank_stubs import LAUNCHER, RANK
 from tests.support.stub_pipeline import ROOT, build_stub_pipeline, calls, stub_environment
 
@@ -114,7 +114,7 @@ def test_work_of_living_supervisors_and_of_other_folders_is_left_alone(here):
     others = [subprocess.Popen(SLEEPER, env={**os.environ, MARK: mark}, stdout=subprocess.PIPE) for mark in marks]
     for other in others:
         other.stdout.readline()
-    assert end_leftovers(here, 10) == []
+    assert end_orphans(here, 10) == []
     for other in others:
         other.kill()
         other.communicate()
@@ -138,7 +138,7 @@ def test_exit_status_of_the_stage_is_read_from_what_dvc_says(here):
     build_stub_pipeline(here)
     (here / "fail_prompts").write_text("2")
     with disable_run_logger(), pytest.raises(StageError, match="PolicyError: the stub was told to fail") as caught:
-        reproduce("prompts")
+        run_command("prompts", dvc_repro("prompts"))
     assert caught.value.status == 2
 
 
@@ -147,7 +147,7 @@ def test_stage_that_was_told_to_stop_goes_on_by_itself(here, monkeypatch):
     build_stub_pipeline(here)
     (here / "preempt_prompts").write_text("2")
     with disable_run_logger():
-        reproduce("prompts")
+        run_command("prompts", dvc_repro("prompts"))
     assert calls(here) == ["prompts"] * 3
 
 
@@ -156,7 +156,7 @@ def test_stage_does_not_go_on_when_the_flow_is_told_to_stop_as_well(here, monkey
     build_stub_pipeline(here)
     (here / "preempt_prompts").write_text("2")
     with disable_run_logger(), pytest.raises(StageError, match="stage prompts failed with exit status 75") as caught:
-        reproduce("prompts")
+        run_command("prompts", dvc_repro("prompts"))
     assert calls(here) == ["prompts"]
     assert not worth_retrying(stages.prompts, None, Failed(data=caught.value))
 
@@ -190,8 +190,8 @@ def test_ranks_below_a_stopped_caller_save_their_state_and_are_gone_in_the_time_
 def test_stage_is_reproduced_once(here):
     build_stub_pipeline(here)
     with disable_run_logger():
-        reproduce("prompts")
-        reproduce("prompts")
+        run_command("prompts", dvc_repro("prompts"))
+        run_command("prompts", dvc_repro("prompts"))
     assert calls(here) == ["prompts"]
 
 

@@ -1,4 +1,4 @@
-"""Workspaces without a server: where data goes, what is shared, which branch is whose."""
+"""Worktrees without a server: where data goes, what is shared, which branch is whose."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from prefect.logging import disable_run_logger
 
 from sfgrpo.errors import ConfigError
 from tasks.git import git
-from tasks.stages import push, reproduce
-from tasks.worktree import Workspace, _environment, _make, own_workspace, run_of_branch, save_branch
+from tasks.stages import dvc_repro, push, run_command
+from tasks.worktree import Worktree, _environment, _make, run_of_branch, run_worktree, save_branch
 from tests.support.s3 import BUCKET, S3Server
 from tests.support.stub_pipeline import ROOT, build_stub_pipeline
 
@@ -31,10 +31,8 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path / "checkout"
 
 
-def workspace(
-    checkout: Path, run_id: str = "0123456789", name: str = "calm-owl", remote: str | None = None
-) -> Workspace:
-    return Workspace(
+def planned(checkout: Path, run_id: str = "0123456789", name: str = "calm-owl", remote: str | None = None) -> Worktree:
+    return Worktree(
         checkout=checkout,
         folder=checkout / ".worktrees" / run_id,
         run_id=run_id,
@@ -44,14 +42,14 @@ def workspace(
     )
 
 
-def test_a_run_in_place_has_no_workspace_and_takes_no_parameters():
-    with own_workspace({}) as none:
+def test_a_run_in_place_has_no_worktree_and_takes_no_parameters():
+    with run_worktree({}) as none:
         assert none is None
     with (
         pytest.raises(
             ConfigError, match=r"parameters seed were given to a run that works in place; write them to params"
         ),
-        own_workspace({"seed": 1}),
+        run_worktree({"seed": 1}),
     ):
         pass
 
@@ -60,12 +58,12 @@ def test_a_run_in_place_has_no_workspace_and_takes_no_parameters():
 def test_data_goes_to_the_bucket_and_no_secret_to_any_file(checkout, s3_server: S3Server, monkeypatch):
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    here = workspace(checkout, remote=f"s3://{BUCKET}/dvc/store")
+    here = planned(checkout, remote=f"s3://{BUCKET}/dvc/store")
     _make(here)
     _make(here)
     monkeypatch.chdir(here.folder)
     with disable_run_logger():
-        reproduce("prompts")
+        run_command("prompts", dvc_repro("prompts"))
         push.fn(("prompts",))
     listed = s3_server.client().list_objects_v2(Bucket=BUCKET, Prefix="dvc/store/")
     assert listed["KeyCount"] == 2
@@ -75,7 +73,7 @@ def test_data_goes_to_the_bucket_and_no_secret_to_any_file(checkout, s3_server: 
 
 
 def test_interrupted_making_is_done_again(checkout):
-    here = workspace(checkout)
+    here = planned(checkout)
     _make(here)
     (here.folder / ".dvc/config.local").unlink()
     (here.folder / "half").touch()
@@ -97,7 +95,7 @@ def test_relative_places_are_those_of_the_checkout(checkout, monkeypatch):
 
 
 def test_branch_moves_with_its_run_and_is_not_taken_by_another_of_the_same_name(checkout):
-    first, second = workspace(checkout, "11111111-1"), workspace(checkout, "22222222-2")
+    first, second = planned(checkout, "11111111-1"), planned(checkout, "22222222-2")
     for here in (first, second):
         here.folder.mkdir(parents=True)
         (here.folder / "dvc.lock").write_text(f"lock of {here.run_id}\n")
@@ -110,7 +108,7 @@ def test_branch_moves_with_its_run_and_is_not_taken_by_another_of_the_same_name(
 
 def test_branch_of_a_person_is_left_alone(checkout):
     git(checkout, "branch", "runs/calm-owl")
-    here = workspace(checkout)
+    here = planned(checkout)
     here.folder.mkdir(parents=True)
     (here.folder / "dvc.lock").write_text("lock\n")
     assert save_branch(here) == "runs/calm-owl-01234567"
@@ -128,7 +126,7 @@ def test_branch_of_a_person_is_left_alone(checkout):
 )
 def test_data_in_the_bucket_is_encrypted_as_all_else_is(checkout, monkeypatch, encryption, remote, found):
     monkeypatch.setenv("SFGRPO_S3_ENCRYPTION", encryption)
-    _make(workspace(checkout, remote=remote))
+    _make(planned(checkout, remote=remote))
     settings = Config(dvc_dir=str(checkout / ".worktrees/0123456789/.dvc"))
     assert {name: settings["remote"]["store"][name] for name in found} == found
     assert ("sse" in settings["remote"]["store"]) == ("sse" in found)
@@ -137,7 +135,7 @@ def test_data_in_the_bucket_is_encrypted_as_all_else_is(checkout, monkeypatch, e
 
 @pytest.mark.parametrize(("name", "branch"), [("Tuesday's run: no. 2", "runs/Tuesday-s-run-no-2"), ("..", "runs/0123")])
 def test_any_name_of_a_run_makes_a_branch(checkout, name, branch):
-    here = workspace(checkout, "0123", name)
+    here = planned(checkout, "0123", name)
     here.folder.mkdir(parents=True)
     (here.folder / "dvc.lock").write_text("lock\n")
     assert save_branch(here) == branch
