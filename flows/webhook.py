@@ -196,9 +196,7 @@ def _register(url: str, secret: str) -> None:
 
     uri = read_environment().tracking_uri
     if not uri.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"environment: MLFLOW_TRACKING_URI: {uri!r} is not a server; only a server calls webhooks"
-        )
+        raise ConfigError(f"environment: MLFLOW_TRACKING_URI: {uri!r} is not a server; only a server calls webhooks")
     print(f"webhook {register_webhook(uri, NAME, url, secret)} of {uri} calls {url}")
 
 

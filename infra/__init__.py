@@ -1,1 +1,1 @@
-"""What runs around a training: the local stack, and descriptions of where else it can run."""
+"""Infrastructure of a training: the local stack, and definitions for other places."""

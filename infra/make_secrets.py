@@ -1,7 +1,7 @@
-"""Makes the secrets that `infra/compose.yaml` reads, at random: `python3 infra/make_secrets.py`.
+"""Generate the secrets that `infra/compose.yaml` reads: `python3 infra/make_secrets.py`.
 
-It never replaces any. The files can be read by everyone, since each container reads them as a user of its own; the
-folder around them only by its owner.
+Existing secrets are never replaced. Everyone can read the files, since each container reads them as another user; only
+the owner can enter their folder.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ RIGHTS = {
     "mlflow": ["Read:mlflow", "Write:mlflow", "List:mlflow"],
     "training": ["Read:runs", "Write:runs", "List:runs"],
 }
-"""What each user of the S3 server may do, in SeaweedFS's words: `Right:bucket`."""
+"""Rights of each user of the S3 server, in the notation of SeaweedFS: `Right:bucket`."""
 
 
 def main(folder: Path) -> int:
-    """Writes the files of all secrets into a new folder; returns the exit status."""
+    """Write all secrets into a new folder; return the exit status."""
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:

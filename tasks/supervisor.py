@@ -1,9 +1,9 @@
-"""Runs a command so that, whatever ends the run, no process of it stays behind.
+"""Run a command so that none of its processes is left behind, however the run ends.
 
-`dvc repro` leaves its stage running when it is told to stop, and torch starts every rank in a session of its own, out
-of reach of whoever kills the process group. The command is therefore the child of a supervisor (this module, run as a
-program), to which Linux hands every orphaned descendant. The supervisor ends them all when it is told to stop and when
-its own parent dies. If the supervisor itself is killed, its mark in their environment still tells what it left behind.
+`dvc repro` leaves its stage running when it is told to stop, and torch starts every rank in its own session, which a
+signal to the process group does not reach. The command is therefore the child of a supervisor (this module, run as a
+program), to which Linux reparents every orphaned descendant. The supervisor ends them all when it is told to stop and
+when its own parent dies. If the supervisor itself is killed, a mark in their environment identifies its orphans.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def is_stopping(within_s: float = 0.0) -> bool:
     return _stopping.wait(within_s)
 
 
-def end_leftovers(folder: Path, grace_s: float) -> list[int]:
-    """Ends what dead supervisors of this folder left behind; returns the process ids."""
-    leftovers = [process for process in psutil.process_iter() if _is_leftover(process, folder)]
-    end_processes(lambda: [process for process in leftovers if is_running(process)], grace_s)
-    return [process.pid for process in leftovers]
+def end_orphans(folder: Path, grace_s: float) -> list[int]:
+    """End the processes that dead supervisors of this folder left behind; return the process ids."""
+    orphans = [process for process in psutil.process_iter() if _is_orphan(process, folder)]
+    end_processes(lambda: [process for process in orphans if is_running(process)], grace_s)
+    return [process.pid for process in orphans]
 
 
 def marked_folders() -> set[Path]:

@@ -1,12 +1,13 @@
-"""A real S3 server on this machine: OpenStack Swift behind its S3 interface, all data in one folder.
+"""A local S3 server: OpenStack Swift behind its S3 interface, with all data in one folder.
 
     .venv-s3/bin/python infra/s3_server/serve.py --folder .s3 --port 9000 --access-key sfgrpo:local
 
-The secret key comes from the file of `--secret-key-file`, or from AWS_SECRET_ACCESS_KEY. It serves 127.0.0.1 alone.
-When it answers it prints `ready: http://127.0.0.1:9000`; SIGTERM or Ctrl-C ends it with all four servers it runs, and
-so does SIGKILL. What was stored is there again at the next start with the same folder.
+The secret key comes from the file of `--secret-key-file`, or from AWS_SECRET_ACCESS_KEY. The server listens on
+127.0.0.1 only. When it answers it prints `ready: http://127.0.0.1:9000`. SIGTERM, Ctrl-C and SIGKILL end it with its
+four servers. The next start with the same folder has the same data.
 
-Checks signatures, knows multipart uploads, versions and presigned addresses; knows no tags, lifecycles and policies.
+It checks signatures and supports multipart uploads, versions and presigned addresses, but no tags, lifecycles and
+policies.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ user = {user}
 workers = 0
 swift_dir = {folder}
 log_level = WARNING
-# Swift always writes to syslog as well; nobody listens here.
+# Swift always writes to syslog as well; nothing listens on this port.
 log_udp_host = {host}
 log_udp_port = 9
 """
@@ -68,7 +69,7 @@ use = egg:swift#{kind}
 recon_cache_path = {folder}/recon
 """
 
-# Without the filter `cache`, which would share a memcached of this machine with whoever else uses it.
+# Without the filter `cache`, which would use a memcached of this machine that others may use too.
 PROXY = """\
 
 [pipeline:main]
@@ -107,7 +108,7 @@ PLAIN_FILTERS = (
 
 
 def main() -> None:
-    """Serves until it is told to stop or one of the servers ends."""
+    """Serve until told to stop, or until one of the servers ends."""
     arguments = _arguments()
     signal.signal(signal.SIGTERM, _leave)
     folder: Path = arguments.folder.resolve()
@@ -117,7 +118,7 @@ def main() -> None:
         ports = _write_configuration(
             folder, arguments.port, arguments.access_key, _secret_key(arguments.secret_key_file)
         )
-        # The proxy comes last and goes first, so that no request finds a part of the servers.
+        # The proxy starts last and stops first, so that no request finds only some of the servers.
         servers = {kind: running.enter_context(_server(kind, folder, lock)) for kind in STORAGE_KINDS}
         for port in ports.values():
             _wait_until(partial(_accepts, port), servers, folder)
@@ -151,7 +152,7 @@ def _secret_key(file: Path | None) -> str:
     secret = os.environ.get("AWS_SECRET_ACCESS_KEY", "") if file is None else file.read_text(encoding="utf-8").strip()
     if not re.fullmatch(r"[A-Za-z0-9/+=_-]{8,}", secret):
         sys.exit(
-            "the secret key is not of at least 8 letters, digits and /+=_-; "
+            "the secret key must have at least 8 letters, digits and /+=_-; "
             "give another by --secret-key-file or AWS_SECRET_ACCESS_KEY"
         )
     return secret
@@ -172,7 +173,7 @@ def _require_extended_attributes(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """Keeps the folder for this server; its children inherit the lock, so it lasts until the last one is gone."""
+    """Lock the folder; the children inherit the lock, so it lasts until the last one is gone."""
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
@@ -190,11 +191,11 @@ def _locked(folder: Path) -> Iterator[int]:
 
 
 def _write_configuration(folder: Path, port: int, access_key: str, secret: str) -> dict[str, int]:
-    """Writes all that Swift reads, except the salt of the first start; gives the ports of the storage servers."""
+    """Write Swift's configuration, but keep the salt of the first start; return the ports of the storage servers."""
     (folder / "devices" / "disk").mkdir(parents=True, exist_ok=True)
     (folder / "recon").mkdir(exist_ok=True)
     if not (folder / "swift.conf").exists():
-        # Where an object lies follows from the salt: with another one all data would be lost.
+        # The salt determines where an object is stored: with another one all data would be lost.
         salt = f"swift_hash_path_prefix = {secrets.token_hex(16)}\nswift_hash_path_suffix = {secrets.token_hex(16)}\n"
         policy = "name = default\ndefault = yes\n"
         _write_private(folder / "swift.conf", f"[swift-hash]\n{salt}\n[storage-policy:0]\n{policy}")
@@ -225,7 +226,7 @@ def _free_ports(kinds: tuple[str, ...]) -> dict[str, int]:
 
 
 def _write_ring(path: Path, port: int) -> None:
-    """Writes the map of all partitions to the one disk; a new port moves no data."""
+    """Write the map of all partitions to the one disk; a new port moves no data."""
     builder = RingBuilder(PARTITION_POWER, replicas=1, min_part_hours=1)
     builder.add_dev({"region": 1, "zone": 1, "weight": 1.0, "ip": HOST, "port": port, "device": "disk"})
     builder.rebalance(seed="0")

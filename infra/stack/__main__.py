@@ -9,12 +9,12 @@ import argparse
 import sys
 
 from infra.stack.commands import down, run_program, status, up
-from infra.stack.table import PROGRAMS
+from infra.stack.programs.table import PROGRAMS
 from sfgrpo.errors import ConfigError, SfgrpoError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; words the errors that a user can mend, and returns the exit status."""
+    """Run one command; print the errors that a user can correct; return the exit status."""
     chosen = _parser().parse_args(arguments)
     try:
         match chosen.command:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was started goes on, and `make stack-down` stops it", file=sys.stderr)
+        print("interrupted; what was started keeps running, and `make stack-down` stops it", file=sys.stderr)
         return 130
     return 0
 
@@ -42,15 +42,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m infra.stack",
         description="PostgreSQL, S3, MLflow, Prefect and a worker on this machine, under supervisord.",
-        epilog="Where and how is set by STACK_DIR, STACK_HOST, STACK_POSTGRES_PORT, STACK_S3_PORT, STACK_MLFLOW_PORT, "
-        "STACK_PREFECT_PORT, STACK_WEBHOOK_PORT and STACK_AUTH; infra/README.md says what they mean.",
+        epilog="Set by STACK_DIR, STACK_HOST, STACK_POSTGRES_PORT, STACK_S3_PORT, STACK_MLFLOW_PORT, "
+        "STACK_PREFECT_PORT, STACK_WEBHOOK_PORT and STACK_AUTH; see infra/README.md.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("up", help="start what does not run, and wait until all is healthy")
+    commands.add_parser("up", help="start everything that does not run, and wait until it is healthy")
     commands.add_parser("down", help="stop everything, and keep the data")
-    report = commands.add_parser("status", help="show how each program is; status 1 unless all are healthy")
+    report = commands.add_parser("status", help="show the state of each program; exit status 1 unless all are healthy")
     report.add_argument("--json", action="store_true", help="as JSON")
-    one = commands.add_parser("run", help="become one of the programs; for supervisord")
+    one = commands.add_parser("run", help="run one program in place of this process; for supervisord")
     one.add_argument("program", choices=PROGRAMS, metavar="PROGRAM", help=", ".join(PROGRAMS))
     return parser
 

@@ -1,4 +1,4 @@
-"""What a program has to know to use the stack: the file `env` that a shell sources."""
+"""Environment of the stack's clients: the file `env` that a shell sources."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from infra.stack.programs import mlflow, prefect, s3
 
 
 def client_environment(stack: Stack) -> dict[str, str]:
-    """Gives the variables by which a program finds everything, and is let in."""
+    """Return the addresses and credentials that a client needs, as environment variables."""
     return {
         **prefect.client_environment(stack),
         **mlflow.client_environment(stack),
@@ -21,6 +21,6 @@ def client_environment(stack: Stack) -> dict[str, str]:
 
 
 def env_file(stack: Stack) -> str:
-    """Writes these variables for a shell."""
+    """Return these variables as a shell script."""
     lines = (f"export {name}={shlex.quote(value)}\n" for name, value in client_environment(stack).items())
     return "".join(lines)

@@ -1,4 +1,4 @@
-"""What can go wrong with the stack; wrong settings are `sfgrpo.errors.ConfigError`."""
+"""Errors of the stack; wrong settings raise `sfgrpo.errors.ConfigError`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from sfgrpo.errors import SfgrpoError
 
 
 class StackError(SfgrpoError):
-    """The stack cannot be started, watched or stopped; the message says why, and what to do about it."""
+    """The stack cannot be started, inspected or stopped; the message has the cause and the cure."""
 
 
 class UnhealthyError(Exception):
-    """A program does not do what it is for at the moment; the message says what was seen instead."""
+    """A program does not work at the moment; the message says what was seen instead."""

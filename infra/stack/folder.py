@@ -1,4 +1,4 @@
-"""Where things lie below the folder of a stack, and who may look at them."""
+"""Files of a stack, their permissions, and the lock on starting and stopping it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sfgrpo.errors import ConfigError
 from sfgrpo.runtime.locks import lock_existing
 
 MAX_SOCKET_LENGTH = 99
-"""Bytes; Linux takes 107, and supervisord first makes a socket whose name is a process id longer."""
+"""In bytes; Linux allows 107, and supervisord first makes a socket whose name is longer by a process id."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class Folder:
 
     @property
     def env(self) -> Path:
-        """What a shell sources to use the stack; holds secrets."""
+        """Shell script that sets the environment of clients; holds secrets."""
         return self.root / "env"
 
     @property
@@ -39,7 +39,7 @@ class Folder:
 
     @property
     def configuration(self) -> Path:
-        """What supervisord reads."""
+        """Configuration of supervisord."""
         return self.root / "supervisord.conf"
 
     @property
@@ -49,7 +49,7 @@ class Folder:
 
     @property
     def socket(self) -> Path:
-        """Where supervisord listens."""
+        """Socket of supervisord."""
         return self.private / "socket"
 
     @property
@@ -58,16 +58,16 @@ class Folder:
         return self.root / "logs"
 
     def log(self, program: str) -> Path:
-        """What the program printed."""
+        """Output of a program."""
         return self.logs / f"{program}.log"
 
     def data(self, program: str) -> Path:
-        """Folder of the program's data."""
+        """Folder of a program's data."""
         return self.root / "data" / program
 
 
 def open_folder(root: Path) -> Folder:
-    """Describes a folder without making it; raises `ConfigError` for a path with which supervisord cannot work."""
+    """Return the folder without making it; raise `ConfigError` for a path that supervisord cannot use."""
     folder = Folder(root=root.absolute())
     if "%" in str(folder.root):
         raise ConfigError(
@@ -82,9 +82,9 @@ def open_folder(root: Path) -> Folder:
 
 
 def make_folder(folder: Folder) -> None:
-    """Makes the folder with what every stack has in it.
+    """Make the folder and its subfolders.
 
-    Others may look at nothing. When the stack is run by root, PostgreSQL's user passes through to its own data.
+    Other users can read nothing. When root runs the stack, PostgreSQL's user can pass through to its own data.
     """
     passage = 0o711 if os.geteuid() == 0 else 0o700
     for path, mode in (
@@ -98,9 +98,9 @@ def make_folder(folder: Folder) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: Folder) -> Iterator[None]:
-    """Keeps others from starting or stopping the stack meanwhile; raises `StackError` if somebody is at it already."""
-    with lock_existing(folder.private) as locked:
-        if locked is False:
+def start_stop_lock(folder: Folder) -> Iterator[None]:
+    """Keep others from starting or stopping the stack; raise `StackError` if somebody is doing so already."""
+    with lock_existing(folder.private) as is_locked:
+        if is_locked is False:
             raise StackError(f"the stack in {folder.root} is being started or stopped; wait until that is done")
         yield

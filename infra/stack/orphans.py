@@ -1,4 +1,4 @@
-"""Finds processes of the stack that nobody looks after any more, and ends them."""
+"""Processes of the stack whose supervisord is gone, found and ended."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from infra.stack.folder import Folder
 from sfgrpo.runtime.process import end_processes, is_running
 
 GRACE_S = 25.0
-"""A training takes 20 seconds to save its state and leave."""
+"""A training takes up to 20 seconds to save its state and leave."""
 
 
 def processes(folder: Folder, program: str | None = None) -> list[psutil.Process]:
-    """Lists all processes of the stack, or of one program, but supervisord and this process with its ancestors.
+    """Return the processes of the stack, or of one program, without supervisord, this process and its ancestors.
 
-    They are known by the variables that supervisord gives to what it starts, and that children inherit.
+    They are known by the variables that supervisord sets for its children and that their children inherit.
     """
     found = []
-    spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    excluded = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     for process in psutil.process_iter():
         try:
-            if process.pid in spared or process.status() == psutil.STATUS_ZOMBIE:
+            if process.pid in excluded or process.status() == psutil.STATUS_ZOMBIE:
                 continue
             environment = process.environ()
         except (psutil.Error, OSError):
@@ -33,9 +33,9 @@ def processes(folder: Folder, program: str | None = None) -> list[psutil.Process
     return found
 
 
-def end_leftovers(folder: Folder, program: str | None = None, but: int | None = None) -> list[int]:
-    """Ends them, except for one process id, by force if need be; returns the process ids."""
-    found = [process for process in processes(folder, program) if process.pid != but]
+def end_orphans(folder: Folder, program: str | None = None, spare: int | None = None) -> list[int]:
+    """End these processes except the process id `spare`, by SIGKILL after the grace period; return the process ids."""
+    found = [process for process in processes(folder, program) if process.pid != spare]
     if found:
         end_processes(lambda: [process for process in found if is_running(process)], GRACE_S)
     return [process.pid for process in found]

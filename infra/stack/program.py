@@ -1,26 +1,27 @@
-"""What the stack has to know of a program to run it."""
+"""Definition of a program of the stack."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from infra.stack.credentials import Secrets
 from infra.stack.folder import Folder
-from infra.stack.secrets import Secrets
 from infra.stack.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 """The repository."""
 BIN = Path(sys.executable).parent
-"""Folder of the programs of our packages."""
+"""Folder of the executables of the virtual environment."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """A stack as it is set up; says nothing of whether it runs."""
+    """Settings, folder and secrets of a stack, whether it runs or not."""
 
     settings: Settings
     folder: Folder
@@ -29,38 +30,40 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """What `run` becomes."""
+    """Command that `python -m infra.stack run` replaces itself by."""
 
     command: list[str]
     environment: dict[str, str]
-    """Variables beside those of the machine."""
+    """Variables besides those of the machine."""
     working_directory: Path
     user: str | None = None
-    """Whom the program runs as; None means whoever runs the stack."""
+    """User of the program; None for the user who runs the stack."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A program of the stack; its functions take the stack, unless they say otherwise."""
+    """A program of the stack."""
 
     name: str
     launch: Callable[[Stack], Launch]
-    """Prepares what lies on the disk, and says what to execute."""
-    check: Callable[[Stack, float], None]
-    """Asks the program to do what it is for; raises `UnhealthyError`. Takes the time of its start, as seconds since
-    1970."""
+    """Prepares the program's files and returns its command."""
     address: Callable[[Stack], str]
-    """What to open or to connect to."""
+    """Returns the address at which users and clients reach the program."""
+    check: Callable[[Stack], None] = lambda stack: None
+    """Raises `UnhealthyError` unless the program answers a request."""
+    last_heartbeat: Callable[[Stack], float] = lambda stack: math.inf
+    """Returns the time of the last heartbeat that the program sent, in seconds since 1970. One older than the process
+    is of an earlier process."""
     require: Callable[[Folder], None] = lambda folder: None
-    """Raises `StackError` or `ConfigError` for what is missing on this machine; changes nothing. Takes the folder."""
-    fill: Callable[[Stack], None] = lambda stack: None
-    """Makes what those who need the program expect in it, once it is healthy; harmless when done again."""
+    """Raises `StackError` or `ConfigError` for what is missing on this machine; changes nothing."""
+    initialise: Callable[[Stack], None] = lambda stack: None
+    """Creates what dependent programs expect in a healthy program, such as databases; idempotent."""
     port: str | None = None
     """Variable of the port on which it listens."""
     needs: tuple[str, ...] = ()
     """Programs that have to be healthy first."""
-    children_outlive: bool = False
-    """Whether its children go on when it is killed, rather than be in the way of its next start."""
+    keeps_children: bool = False
+    """Whether its children keep running when it is killed. Those of other programs would block the next start."""
     stop_signal: signal.Signals = signal.SIGTERM
     stop_timeout_s: int = 20
     """Seconds between that signal and SIGKILL."""

@@ -1,4 +1,4 @@
-"""Where the stack runs, from STACK_ variables; those of a running stack are kept in its folder."""
+"""Settings of the stack from STACK_ variables; a running stack keeps its own in its folder."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Settings(BaseSettings):
     folder: Path = Field(default=Path(".stack"), validation_alias="STACK_DIR")
     """Folder of all data, logs and secrets."""
     host: IPv4Address = Field(default=IPv4Address(LOOPBACK), validation_alias="STACK_HOST")
-    """Address at which MLflow and Prefect listen; all others listen on loopback whatever this says."""
+    """Address at which MLflow and Prefect listen; all other programs listen on loopback only."""
     postgres_port: Port = Field(default=5433, validation_alias="STACK_POSTGRES_PORT")
-    """5432 belongs to the server that Debian's package starts by itself."""
+    """Not 5432, which the server has that Debian's package starts."""
     s3_port: Port = Field(default=9000, validation_alias="STACK_S3_PORT")
     mlflow_port: Port = Field(default=5000, validation_alias="STACK_MLFLOW_PORT")
     prefect_port: Port = Field(default=4200, validation_alias="STACK_PREFECT_PORT")
     webhook_port: Port = Field(default=4201, validation_alias="STACK_WEBHOOK_PORT")
     auth: bool | None = Field(default=None, validation_alias="STACK_AUTH")
-    """Whether MLflow and Prefect ask for credentials; None means where they can be reached from elsewhere."""
+    """Whether MLflow and Prefect ask for credentials; None means if other machines can reach them."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Settings:
@@ -63,7 +63,7 @@ class Settings(BaseSettings):
 
     @property
     def asks_for_credentials(self) -> bool:
-        """Whether MLflow and Prefect want to know who is there."""
+        """Whether MLflow and Prefect ask for user and password."""
         return self.is_exposed or bool(self.auth)
 
     @property
@@ -82,24 +82,24 @@ class Settings(BaseSettings):
 
     @property
     def chosen(self) -> dict[str, object]:
-        """The settings that were given and not left at their defaults, by the names of their variables."""
+        """The settings that were given and are not defaults, by the names of their variables."""
         values = json.loads(self.model_dump_json())
         return {str(type(self).model_fields[name].validation_alias): values[name] for name in self.model_fields_set}
 
 
 def read_settings() -> Settings:
-    """Reads the settings; raises `ConfigError` for a bad value or a `STACK_` variable that does not exist."""
+    """Read the settings; raise `ConfigError` for a bad value or an unknown `STACK_` variable."""
     variables = [str(field.validation_alias) for field in Settings.model_fields.values()]
     if unknown := sorted(name for name in os.environ if name.startswith(PREFIX) and name not in variables):
         raise ConfigError("\n".join(f"environment: {name}: {unknown_key(name, variables)}" for name in unknown))
     try:
         return Settings()
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_worded(problem) for problem in error.errors())) from error
+        raise ConfigError("\n".join(_message(problem) for problem in error.errors())) from error
 
 
 def dump_settings(settings: Settings) -> str:
-    """Writes all settings but the folder as JSON, by the names of their variables."""
+    """Return all settings but the folder as JSON, by the names of their variables."""
     values = json.loads(settings.model_dump_json())
     fields = type(settings).model_fields
     named = {str(field.validation_alias): values[name] for name, field in fields.items() if name != "folder"}
@@ -107,12 +107,12 @@ def dump_settings(settings: Settings) -> str:
 
 
 def parse_settings(folder: Path, text: str) -> Settings:
-    """Reads what `dump_settings` has written."""
+    """Parse the output of `dump_settings`."""
     return Settings.model_validate({"STACK_DIR": folder, **json.loads(text)})
 
 
 def require_free_ports(settings: Settings, variables: Iterable[str]) -> None:
-    """Raises `ConfigError` for the first of the ports, given by their variables, on which something else listens."""
+    """Raise `ConfigError` for the first port, given by its variable, on which something else listens."""
     for variable in variables:
         port = settings.ports[variable]
         try:
@@ -123,7 +123,7 @@ def require_free_ports(settings: Settings, variables: Iterable[str]) -> None:
             raise ConfigError(f"port {port} cannot be used ({reason}); choose another by {variable}") from error
 
 
-def _worded(problem: ErrorDetails) -> str:
+def _message(problem: ErrorDetails) -> str:
     if problem["type"] == "value_error":
         return f"environment: {problem['ctx']['error']}"
     return f"environment: {problem['loc'][0]}: {problem['input']!r}: {problem['msg']}; correct or unset the variable"

@@ -1,31 +1,30 @@
-"""Talks to supervisord, which starts the programs, starts them again when they die, and keeps their logs."""
+"""Client of supervisord, which starts the programs, restarts them when they die, and keeps their logs."""
 
 from __future__ import annotations
 
 import dataclasses
-import http.client
 import os
 import pwd
 import shlex
-import socket
 import subprocess
 import sys
 import time
 import xmlrpc.client
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from supervisor.xmlrpc import SupervisorTransport
+
+from infra.stack.credentials import write_private
 from infra.stack.errors import StackError
 from infra.stack.folder import Folder
 from infra.stack.program import BIN, ROOT, Program
 from infra.stack.running import RUN
-from infra.stack.secrets import write_private
 
 LOG_SIZE = 10 * 2**20
 NUM_OLD_LOGS = 3
 NUM_RETRIES = 1000
-"""Times that a program which dies within its first second is tried again, with growing pauses."""
+"""How often a program that dies within its first second is started again, with growing pauses."""
 STOPPED_STATES = ("STOPPED", "EXITED", "FATAL")
 ANSWER_TIMEOUT_S = 15.0
 
@@ -72,19 +71,19 @@ class Process:
     """A program as supervisord sees it."""
 
     state: str
-    """In supervisord's words: STOPPED, STARTING, RUNNING, BACKOFF, STOPPING, EXITED, FATAL, UNKNOWN."""
+    """State of supervisord: STOPPED, STARTING, RUNNING, BACKOFF, STOPPING, EXITED, FATAL, UNKNOWN."""
     pid: int
-    """Process id; 0 when it does not run."""
+    """Process id; 0 if the program does not run."""
     started_at: float
     """Start of the process, in seconds since 1970."""
 
 
 class Supervisor:
-    """A supervisord that runs."""
+    """A running supervisord."""
 
     def __init__(self, folder: Folder) -> None:
-        """Contacts nobody."""
-        self._socket = folder.socket
+        """Make no connection yet."""
+        self._url = f"unix://{folder.socket}"
 
     @property
     def pid(self) -> int:
@@ -92,62 +91,40 @@ class Supervisor:
         return int(self._call("getPID"))
 
     def processes(self) -> dict[str, Process]:
-        """Lists all programs it knows."""
+        """Return all programs that it knows, by name."""
         return {
             entry["name"]: Process(state=entry["statename"], pid=entry["pid"], started_at=float(entry["start"]))
             for entry in self._call("getAllProcessInfo")
         }
 
     def add_missing(self, names: Iterable[str]) -> None:
-        """Lets it read its configuration again, and takes in the programs it does not know."""
+        """Reload its configuration and add the programs that it does not know."""
         self._call("reloadConfig")
         for name in set(names) - self.processes().keys():
             self._call("addProcessGroup", name)
 
     def start(self, name: str) -> None:
-        """Starts a program that does not run, without waiting for it."""
+        """Start a program without waiting for it."""
         self._call("startProcess", name, False)
 
     def stop(self, name: str) -> None:
-        """Stops a program, and waits until it is gone; one that does not run is left so."""
+        """Stop a program if it runs, and wait until it is gone."""
         if self.processes()[name].state not in STOPPED_STATES:
             self._call("stopProcess", name)
 
     def shut_down(self) -> None:
-        """Tells supervisord to stop all programs and itself."""
+        """Tell supervisord to stop all programs and itself."""
         self._call("shutdown")
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        with xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(self._socket)) as server:
+        transport = SupervisorTransport(serverurl=self._url)
+        # The proxy demands an address by HTTP; the transport ignores it.
+        with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as server:
             return getattr(server.supervisor, method)(*arguments)
 
 
-class _Transport(xmlrpc.client.Transport):
-    """Carries calls over a socket of the file system."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-
-    def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        """Makes the connection that `request` uses, and `close` closes."""
-        connection = _Connection(self._path)
-        self._connection = host, connection
-        return connection
-
-
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost")
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(str(self._path))
-
-
 def running_supervisor(folder: Folder) -> Supervisor | None:
-    """Finds the supervisord of a folder; None if there is none."""
+    """Return the supervisord of a folder; None if there is none."""
     supervisor = Supervisor(folder)
     try:
         supervisor.processes()
@@ -157,7 +134,7 @@ def running_supervisor(folder: Folder) -> Supervisor | None:
 
 
 def configuration(folder: Folder, programs: Iterable[Program]) -> str:
-    """Writes what supervisord reads. Each program is started by our `run`, so that no secret is in here."""
+    """Return supervisord's configuration. Each program is started by our `run`, so that it holds no secret."""
     common = {"log_size": LOG_SIZE, "num_old_logs": NUM_OLD_LOGS, "num_retries": NUM_RETRIES}
     text = SERVER.format(
         directory=ROOT,
@@ -181,7 +158,7 @@ def configuration(folder: Folder, programs: Iterable[Program]) -> str:
 
 
 def start_supervisor(folder: Folder) -> Supervisor:
-    """Starts supervisord in the background, with what `write_configuration` has written."""
+    """Start supervisord in the background with the configuration of `write_configuration`."""
     done = subprocess.run(
         [sys.executable, "-m", "supervisor.supervisord", "-c", str(folder.configuration)],
         cwd=ROOT,
@@ -201,5 +178,5 @@ def start_supervisor(folder: Folder) -> Supervisor:
 
 
 def write_configuration(folder: Folder, programs: Iterable[Program]) -> None:
-    """Writes supervisord's configuration into the folder."""
+    """Write supervisord's configuration into the folder."""
     write_private(folder.configuration, configuration(folder, programs))

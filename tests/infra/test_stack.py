@@ -22,19 +22,19 @@ from supervisor.options import ServerOptions
 
 from infra.stack.__main__ import main
 from infra.stack.clients import client_environment, env_file
+from infra.stack.credentials import Secrets, ensure_secrets
 from infra.stack.errors import StackError, UnhealthyError
-from infra.stack.folder import MAX_SOCKET_LENGTH, Folder, alone, make_folder, open_folder
-from infra.stack.orphans import end_leftovers, processes
+from infra.stack.folder import MAX_SOCKET_LENGTH, Folder, make_folder, open_folder, start_stop_lock
+from infra.stack.health import post_json, require_answer
+from infra.stack.orphans import end_orphans, processes
 from infra.stack.program import Stack
 from infra.stack.programs.mlflow import allowed_hosts
 from infra.stack.programs.postgres import binaries, require_reachable
+from infra.stack.programs.table import PROGRAMS
 from infra.stack.programs.webhook import WEBHOOK
-from infra.stack.requests import ask, require_answer
 from infra.stack.running import is_still_run
-from infra.stack.secrets import Secrets, ensure_secrets
 from infra.stack.settings import PREFIX, Settings, dump_settings, parse_settings, read_settings, require_free_ports
 from infra.stack.supervision import configuration, running_supervisor
-from infra.stack.table import PROGRAMS
 from sfgrpo.errors import ConfigError
 from tests.support.stack import BELOW_EPHEMERAL, PORTS, free_ports
 
@@ -218,9 +218,13 @@ def test_the_longest_path_that_is_allowed_can_be_used(tmp_path: Path) -> None:
 
 
 def test_only_one_starts_or_stops_a_stack_at_a_time(folder: Folder) -> None:
-    with alone(folder), pytest.raises(StackError, match="is being started or stopped; wait"), alone(folder):
+    with (
+        start_stop_lock(folder),
+        pytest.raises(StackError, match="is being started or stopped; wait"),
+        start_stop_lock(folder),
+    ):
         pass
-    with alone(folder):
+    with start_stop_lock(folder):
         pass
 
 
@@ -381,7 +385,7 @@ def test_a_folder_that_the_user_cannot_enter_is_named(tmp_path: Path) -> None:
     require_reachable(closed / "a" / "b", "nobody")
 
 
-# --- Requests ---
+# --- Health ---
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -390,9 +394,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         question = self.rfile.read(int(self.headers["Content-Length"]))
         is_known = self.headers["Authorization"] == f"Basic {base64.b64encode(b'me:secret').decode()}"
-        self.send_response(200 if is_known else 401)
+        self.send_response(200 if is_known or self.path == "/page" else 401)
         self.end_headers()
-        self.wfile.write(question if is_known else b"no")
+        self.wfile.write(question if is_known else b"<html>")
 
     def do_GET(self) -> None:
         self.send_response({"/missing": 404, "/broken": 503}.get(self.path, 200))
@@ -414,20 +418,20 @@ def server() -> Iterator[str]:
 
 
 def test_an_answer_needs_the_right_credentials(server: str) -> None:
-    assert ask(server, {"a": 1}, "me:secret") == {"a": 1}
-    for credentials in (None, "me:wrong"):
+    assert post_json(server, {"a": 1}, ("me", "secret")) == {"a": 1}
+    for credentials in (None, ("me", "wrong")):
         with pytest.raises(UnhealthyError, match="answers with status 401"):
-            ask(server, {"a": 1}, credentials)
+            post_json(server, {"a": 1}, credentials)
 
 
-def test_what_is_no_json_is_no_answer(server: str) -> None:
-    with pytest.raises(UnhealthyError, match="answers with something that is no JSON"):
-        ask(server)
+def test_an_answer_that_is_not_json_is_refused(server: str) -> None:
+    with pytest.raises(UnhealthyError, match="answers with something other than JSON"):
+        post_json(f"{server}/page", {})
 
 
 def test_nobody_there_is_told() -> None:
     with pytest.raises(UnhealthyError, match=r"does not answer \(.*refused"):
-        ask(f"http://127.0.0.1:{free_ports(1)[0]}")
+        post_json(f"http://127.0.0.1:{free_ports(1)[0]}", {})
 
 
 def test_any_answer_but_a_failure_shows_that_a_server_is_there(server: str) -> None:
@@ -458,14 +462,14 @@ def marked(folder: Folder, program: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_leftovers_are_those_of_the_folder_and_the_program(folder: Folder, tmp_path: Path) -> None:
+def test_orphans_are_those_of_the_folder_and_the_program(folder: Folder, tmp_path: Path) -> None:
     other = open_folder(tmp_path / "other")
     with marked(folder, "s3") as s3, marked(folder, "mlflow") as mlflow, marked(other, "s3") as foreign:
         try:
             assert {process.pid for process in processes(folder)} == {s3.pid, mlflow.pid}
-            assert end_leftovers(folder, "s3") == [s3.pid]
-            assert end_leftovers(folder) == [mlflow.pid]
-            assert end_leftovers(folder) == []
+            assert end_orphans(folder, "s3") == [s3.pid]
+            assert end_orphans(folder) == [mlflow.pid]
+            assert end_orphans(folder) == []
             assert foreign.poll() is None
         finally:
             for process in (s3, mlflow, foreign):

@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from infra.stack.secrets import ensure_secrets
+from infra.stack.credentials import ensure_secrets
+from infra.stack.programs.table import PROGRAMS
 from infra.stack.supervision import running_supervisor
-from infra.stack.table import PROGRAMS
 from tests.support.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow]

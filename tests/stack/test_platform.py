@@ -24,8 +24,8 @@ from prefect.states import Cancelling
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
+from infra.stack.credentials import ensure_secrets
 from infra.stack.programs.postgres import SUPERUSER, binaries
-from infra.stack.secrets import ensure_secrets
 from sfgrpo.promotion.aliases import promote_version
 from sfgrpo.promotion.history import read_history
 from sfgrpo.registry.register import PNG_SIGNATURE

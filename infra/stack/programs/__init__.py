@@ -1,1 +1,1 @@
-"""The programs of the stack, one module each; the table is in `infra.stack.table`."""
+"""The programs of the stack, one module each; the table is in `infra.stack.programs.table`."""

@@ -6,11 +6,11 @@ import socket
 
 import psutil
 
+from infra.stack.credentials import write_private
+from infra.stack.health import post_json
 from infra.stack.program import BIN, Launch, Program, Stack
 from infra.stack.programs.postgres import database_url
 from infra.stack.programs.s3 import client_environment as s3_environment
-from infra.stack.requests import ask
-from infra.stack.secrets import write_private
 
 USER = "sfgrpo"
 NUM_WORKERS = 2
@@ -25,12 +25,12 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 
 
 def address(stack: Stack) -> str:
-    """Gives the address for this machine."""
+    """Return the address for clients on this machine."""
     return f"http://{stack.settings.local_host}:{stack.settings.mlflow_port}"
 
 
 def client_environment(stack: Stack) -> dict[str, str]:
-    """Gives the variables by which MLflow's clients find the server."""
+    """Return the environment of MLflow's clients."""
     login = {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": stack.secrets.mlflow_password}
     return {
         "MLFLOW_TRACKING_URI": address(stack),
@@ -40,7 +40,7 @@ def client_environment(stack: Stack) -> dict[str, str]:
 
 
 def allowed_hosts(stack: Stack) -> list[str]:
-    """Lists the hosts, with the port, by which browsers and clients may address the server."""
+    """Return the hosts, with the port, by which browsers and clients may address the server."""
     names = {"localhost", "127.0.0.1", stack.settings.local_host}
     if stack.settings.host.is_unspecified:
         names |= {socket.gethostname(), socket.getfqdn()}
@@ -63,7 +63,7 @@ def _launch(stack: Stack) -> Launch:
         "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
         "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
         "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": secrets.mlflow_webhook_key,
-        # Judges of generated text, which nobody asks for here, in four more processes.
+        # Four more processes for judges of generated text, which are not used here.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
@@ -81,9 +81,9 @@ def _launch(stack: Stack) -> Launch:
     return Launch(command=command, environment=environment, working_directory=folder)
 
 
-def _check(stack: Stack, started_at: float) -> None:
-    credentials = f"{USER}:{stack.secrets.mlflow_password}" if stack.settings.asks_for_credentials else None
-    ask(f"{address(stack)}/api/2.0/mlflow/experiments/search", {"max_results": 1}, credentials)
+def _check(stack: Stack) -> None:
+    credentials = (USER, stack.secrets.mlflow_password) if stack.settings.asks_for_credentials else None
+    post_json(f"{address(stack)}/api/2.0/mlflow/experiments/search", {"max_results": 1}, credentials)
 
 
 MLFLOW = Program(

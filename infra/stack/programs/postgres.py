@@ -1,4 +1,4 @@
-"""PostgreSQL from Debian's package: one database for Prefect and one for MLflow, each with a user of its own."""
+"""PostgreSQL from Debian's package: one database for Prefect and one for MLflow, each with its own user."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from infra.stack.credentials import write_private
 from infra.stack.errors import StackError, UnhealthyError
 from infra.stack.folder import Folder
 from infra.stack.program import Launch, Program, Stack
-from infra.stack.secrets import write_private
 from infra.stack.settings import LOOPBACK
 from sfgrpo.errors import ConfigError
 from sfgrpo.runtime.files import remove_directory
@@ -25,7 +25,7 @@ CONNECT_TIMEOUT_S = 5
 
 
 def binaries(cluster: Path, installed: Path = INSTALLED) -> Path:
-    """Finds the folder of PostgreSQL's programs: of the version that made the cluster, else the newest."""
+    """Return the folder of PostgreSQL's programs: of the version that made the cluster, or else the newest."""
     found = {path.parent.name: path for path in installed.glob("*/bin") if (path / "initdb").exists()}
     if not found:
         raise StackError(
@@ -43,12 +43,12 @@ def binaries(cluster: Path, installed: Path = INSTALLED) -> Path:
 
 
 def database_url(stack: Stack, driver: str, name: str, password: str) -> str:
-    """Gives the address of a database for SQLAlchemy, with the password in it; its user has its name."""
+    """Return the SQLAlchemy address of a database, password included; its user has the same name."""
     return f"postgresql+{driver}://{name}:{password}@{LOOPBACK}:{stack.settings.postgres_port}/{name}"
 
 
 def require_reachable(path: Path, user: str) -> None:
-    """Raises `ConfigError` if the user cannot enter one of the folders that lead to `path`; needs root."""
+    """Raise `ConfigError` if the user cannot enter one of the folders above `path`; needs root."""
     for parent in filter(Path.exists, reversed(path.parents)):
         if subprocess.run(["test", "-x", parent], user=user, group=_group(user), extra_groups=[], cwd="/").returncode:
             raise ConfigError(
@@ -57,8 +57,8 @@ def require_reachable(path: Path, user: str) -> None:
             )
 
 
-def _owner() -> str | None:
-    """Gives the user whom PostgreSQL has to run as, since it refuses root; None for whoever runs the stack."""
+def _system_user() -> str | None:
+    """Return the user to run PostgreSQL as, since it refuses root; None for the user who runs the stack."""
     return SUPERUSER if os.geteuid() == 0 else None
 
 
@@ -72,12 +72,12 @@ def _cluster(folder: Folder) -> Path:
 
 def _require(folder: Folder) -> None:
     binaries(_cluster(folder))
-    if (user := _owner()) is not None:
+    if (user := _system_user()) is not None:
         require_reachable(folder.root, user)
 
 
 def _launch(stack: Stack) -> Launch:
-    cluster, user = _cluster(stack.folder), _owner()
+    cluster, user = _cluster(stack.folder), _system_user()
     cluster.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if user is not None:
         os.chown(cluster.parent, pwd.getpwnam(user).pw_uid, _group(user))
@@ -86,7 +86,7 @@ def _launch(stack: Stack) -> Launch:
     settings = {
         "listen_addresses": LOOPBACK,
         "port": str(stack.settings.postgres_port),
-        # By TCP alone: a socket below a long path would not do.
+        # TCP only: the path of a socket might be too long.
         "unix_socket_directories": "",
     }
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
@@ -99,7 +99,7 @@ def _launch(stack: Stack) -> Launch:
 
 
 def _make_cluster(stack: Stack, user: str | None) -> None:
-    """Makes an empty cluster that appears whole or not at all."""
+    """Make an empty cluster; it appears complete or not at all."""
     cluster = _cluster(stack.folder)
     partial, password = cluster.with_suffix(".partial"), cluster.with_name("password")
     if partial.exists():
@@ -154,12 +154,12 @@ def _connected(stack: Stack, database: str, user: str, password: str) -> Iterato
         connection.close()
 
 
-def _check(stack: Stack, started_at: float) -> None:
+def _check(stack: Stack) -> None:
     with _connected(stack, "postgres", SUPERUSER, stack.secrets.postgres_password) as cursor:
         cursor.execute("SELECT 1")
 
 
-def _fill(stack: Stack) -> None:
+def _initialise(stack: Stack) -> None:
     passwords = {"prefect": stack.secrets.prefect_database_password, "mlflow": stack.secrets.mlflow_database_password}
     with _connected(stack, "postgres", SUPERUSER, stack.secrets.postgres_password) as cursor:
         for name, password in passwords.items():
@@ -172,7 +172,7 @@ def _fill(stack: Stack) -> None:
 
 
 def _hashed(cursor: Any, user: str, password: str) -> str:
-    """Hashes a password as the server stores it: what is sent might be seen in its log."""
+    """Hash a password as the server stores it, since statements may be logged."""
     from psycopg2.extensions import encrypt_password
 
     hashed: str = encrypt_password(password, user, cursor.connection, "scram-sha-256")
@@ -185,9 +185,9 @@ POSTGRES = Program(
     check=_check,
     address=lambda stack: f"{LOOPBACK}:{stack.settings.postgres_port}",
     require=_require,
-    fill=_fill,
+    initialise=_initialise,
     port="STACK_POSTGRES_PORT",
-    # Does not wait until everybody has disconnected, as it does on SIGTERM.
+    # On SIGTERM it would wait until all clients have disconnected.
     stop_signal=signal.SIGINT,
     stop_timeout_s=60,
 )

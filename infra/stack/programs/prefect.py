@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from infra.stack.health import post_json
 from infra.stack.program import BIN, Launch, Program, Stack
 from infra.stack.programs.postgres import database_url
-from infra.stack.requests import ask
 
 USER = "sfgrpo"
 
 
 def address(stack: Stack) -> str:
-    """Gives the address for this machine."""
+    """Return the address for clients on this machine."""
     return f"http://{stack.settings.local_host}:{stack.settings.prefect_port}"
 
 
 def client_environment(stack: Stack) -> dict[str, str]:
-    """Gives the variables by which Prefect's clients find the server."""
+    """Return the environment of Prefect's clients."""
     login = {"PREFECT_API_AUTH_STRING": _credentials(stack)} if stack.settings.asks_for_credentials else {}
     return {"PREFECT_API_URL": f"{address(stack)}/api", **login}
 
 
-def ask_prefect(stack: Stack, path: str, question: object) -> Any:
-    """Posts a question to the server; raises `UnhealthyError` for every outcome but an answer."""
-    credentials = _credentials(stack) if stack.settings.asks_for_credentials else None
-    return ask(f"{address(stack)}/api/{path}", question, credentials)
+def ask_prefect(stack: Stack, path: str, content: object) -> Any:
+    """Post a request to the server and return its answer; raise `UnhealthyError` for every other outcome."""
+    credentials = (USER, stack.secrets.prefect_password) if stack.settings.asks_for_credentials else None
+    return post_json(f"{address(stack)}/api/{path}", content, credentials)
 
 
 def _credentials(stack: Stack) -> str:
@@ -48,10 +48,10 @@ def _launch(stack: Stack) -> Launch:
                 stack, "asyncpg", "prefect", stack.secrets.prefect_database_password
             ),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            # In memory, the server would forget at its end who holds which slots, and never give them to anybody else.
+            # In memory, a restarted server would have lost the leases of slots, and never free those slots.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
-            # Relative to where the browser has found the page, whatever this machine is called there.
+            # Relative to the address of the page, since browsers may know this machine by another name.
             "PREFECT_SERVER_UI_API_URL": "/api",
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             **login,
@@ -60,7 +60,7 @@ def _launch(stack: Stack) -> Launch:
     )
 
 
-def _check(stack: Stack, started_at: float) -> None:
+def _check(stack: Stack) -> None:
     ask_prefect(stack, "flows/count", {})
 
 

@@ -15,11 +15,11 @@ PYTHON = ROOT / ".venv-s3" / "bin" / "python"
 SERVER = ROOT / "infra" / "s3_server" / "serve.py"
 ACCESS_KEY = "sfgrpo:stack"
 BUCKETS = {"runs": True, "dvc": True, "mlflow": False}
-"""Names of the buckets, and whether they keep what is overwritten or deleted."""
+"""The buckets, and whether they keep old versions."""
 
 
 def client_environment(stack: Stack) -> dict[str, str]:
-    """Gives the variables by which every S3 client finds this server."""
+    """Return the environment of S3 clients."""
     return {
         "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{stack.settings.s3_port}",
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -30,7 +30,7 @@ def client_environment(stack: Stack) -> dict[str, str]:
 
 def _require(folder: Folder) -> None:
     if not PYTHON.exists():
-        raise StackError(f"{PYTHON} is missing, the Python of the local S3 server; run `make s3-server`")
+        raise StackError(f"{PYTHON}, the Python of the local S3 server, is missing; run `make s3-server`")
 
 
 def _launch(stack: Stack) -> Launch:
@@ -62,7 +62,7 @@ def _client(stack: Stack) -> Any:
 
 
 @contextlib.contextmanager
-def _asking() -> Iterator[None]:
+def _s3_errors() -> Iterator[None]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -71,13 +71,13 @@ def _asking() -> Iterator[None]:
         raise UnhealthyError(f"it does not answer as it should ({type(error).__name__})") from error
 
 
-def _check(stack: Stack, started_at: float) -> None:
-    with _asking():
+def _check(stack: Stack) -> None:
+    with _s3_errors():
         _client(stack).list_buckets()
 
 
-def _fill(stack: Stack) -> None:
-    with _asking():
+def _initialise(stack: Stack) -> None:
+    with _s3_errors():
         client = _client(stack)
         existing = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
         for name, is_versioned in BUCKETS.items():
@@ -93,7 +93,7 @@ S3 = Program(
     check=_check,
     address=lambda stack: client_environment(stack)["AWS_ENDPOINT_URL"],
     require=_require,
-    fill=_fill,
+    initialise=_initialise,
     port="STACK_S3_PORT",
     stop_timeout_s=60,
 )

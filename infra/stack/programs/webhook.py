@@ -1,10 +1,10 @@
-"""The receiver of MLflow's webhooks, which starts the promotion of what is registered."""
+"""The webhook that MLflow calls when a version becomes challenger; it starts the promotion."""
 
 from __future__ import annotations
 
 from infra.stack.clients import client_environment
+from infra.stack.health import require_answer
 from infra.stack.program import BIN, ROOT, Launch, Program, Stack
-from infra.stack.requests import require_answer
 from infra.stack.settings import LOOPBACK
 
 
@@ -22,7 +22,7 @@ def _launch(stack: Stack) -> Launch:
     )
 
 
-def _check(stack: Stack, started_at: float) -> None:
+def _check(stack: Stack) -> None:
     require_answer(_address(stack))
 
 

@@ -6,7 +6,6 @@ import os
 from datetime import datetime
 
 from infra.stack.clients import client_environment
-from infra.stack.errors import UnhealthyError
 from infra.stack.program import BIN, ROOT, Launch, Program, Stack
 from infra.stack.programs.prefect import ask_prefect
 
@@ -27,7 +26,7 @@ def _launch(stack: Stack) -> Launch:
             # Flows call `dvc` and `prefect` by name.
             "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)]),
             "PREFECT_HOME": str(folder),
-            # Seconds; a flow run that has missed three is taken for dead.
+            # In seconds; a flow run that has missed three heartbeats counts as dead.
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "MLFLOW_DISABLE_TELEMETRY": "true",
         },
@@ -35,22 +34,23 @@ def _launch(stack: Stack) -> Launch:
     )
 
 
-def _check(stack: Stack, started_at: float) -> None:
-    for worker in ask_prefect(stack, f"work_pools/{POOL}/workers/filter", {}):
-        heartbeat = datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp()
-        # An older one is of the process before this one.
-        if worker["name"] == NAME and worker["status"] == "ONLINE" and heartbeat >= started_at:
-            return
-    raise UnhealthyError("it has not reported to Prefect")
+def _last_heartbeat(stack: Stack) -> float:
+    workers = ask_prefect(stack, f"work_pools/{POOL}/workers/filter", {})
+    times = [
+        datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp()
+        for worker in workers
+        if worker["name"] == NAME and worker["status"] == "ONLINE"
+    ]
+    return max(times, default=0.0)
 
 
 WORKER = Program(
     name="worker",
     launch=_launch,
-    check=_check,
+    last_heartbeat=_last_heartbeat,
     address=lambda stack: f"work pool {POOL}",
     needs=("prefect",),
-    children_outlive=True,
+    keeps_children=True,
     # Prefect itself gives flow runs 30 seconds.
     stop_timeout_s=40,
 )

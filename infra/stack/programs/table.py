@@ -1,4 +1,4 @@
-"""The table of all programs, in the order in which they are shown; they are stopped the other way round."""
+"""All programs, in the order in which they are shown; they are stopped in reverse."""
 
 from __future__ import annotations
 

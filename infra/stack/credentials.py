@@ -1,4 +1,4 @@
-"""The passwords and keys of a stack: generated once, kept in one file that only its owner can read."""
+"""The passwords and keys of a stack: generated once, and kept in a file that only its owner can read."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ class Secrets:
     """All secrets of a stack; `repr` shows none of them."""
 
     postgres_password: str = _generated(_password)
-    """Of PostgreSQL's superuser."""
+    """Password of PostgreSQL's superuser."""
     prefect_database_password: str = _generated(_password)
     mlflow_database_password: str = _generated(_password)
     s3_secret_key: str = _generated(_password)
     prefect_password: str = _generated(_password)
-    """What Prefect asks for, where it does."""
+    """Password for Prefect, where it asks for one."""
     mlflow_password: str = _generated(_password)
-    """What MLflow asks for, where it does."""
+    """Password for MLflow, where it asks for one."""
     mlflow_session_key: str = _generated(_password)
-    """Signs the forms of MLflow's login."""
+    """Key that signs the forms of MLflow's login."""
     mlflow_webhook_key: str = _generated(_fernet_key)
-    """Encrypts the secrets of webhooks in MLflow's database."""
+    """Key that encrypts the secrets of webhooks in MLflow's database."""
     webhook_secret: str = _generated(_password)
-    """Signs what MLflow tells the webhook."""
+    """Secret that signs MLflow's messages to the webhook."""
 
 
 def ensure_secrets(path: Path) -> Secrets:
-    """Reads the secrets from their file, and generates those that it does not hold yet."""
+    """Read the secrets from their file, and generate those that it does not hold yet."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     found = Secrets(**known)
     if known != (values := dataclasses.asdict(found)):
@@ -57,7 +57,7 @@ def ensure_secrets(path: Path) -> Secrets:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Writes a file that nobody but its owner can read, at no time."""
+    """Write a file that only its owner can read, at any time."""
     before = os.umask(0o077)
     try:
         atomic_write(path, text)
