@@ -19,7 +19,6 @@ from sfgrpo.checkpoint.state import update_of
 from sfgrpo.registry.register import PNG_SIGNATURE, draw
 from sfgrpo.tracking.mlflow_client import connect
 from tests.support.clone import MODEL, NUM_UPDATES, SMALL, TIMEOUT_S, Clone, build_clone, finished
-from tests.support.stub_pipeline import change_param
 from tests.support.tiny_run import write_params
 
 pytestmark = [
@@ -92,6 +91,8 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
 def test_flow_ends_with_a_registered_version(line):
     assert f"\nmodel version 1 registered: {MODEL}@challenger\n" in line.output
     assert "| trained policy |" in line.output
+    assert "reports/evaluate/samples.png" in line.output
+    assert (line.clone.folder / ".prefect/prefect.db").exists(), "without a server a flow starts its own"
 
 
 def test_killed_training_was_resumed_by_the_retry(line):
@@ -160,25 +161,18 @@ def test_version_is_found_by_name_and_alias_and_draws(line):
     assert image.startswith(PNG_SIGNATURE)
 
 
-def test_second_flow_trains_nothing_and_registers_no_duplicate(line):
-    output = line.clone.run("flows.train_policy")
+def test_second_flow_trains_nothing_and_registers_no_duplicate(line, prefect_server):
+    output = line.clone.run("flows.train_policy", PREFECT_API_URL=prefect_server)
     assert "Running stage" not in output
     assert f"\nmodel version 1 registered: {MODEL}@challenger\n" in output
     assert len(connect(line.clone.uri).search_model_versions(f"name = '{MODEL}'")) == 1
 
 
-def test_changed_update_parameter_repeats_training_and_evaluation_only(line, tmp_path):
-    shutil.copytree(line.clone.folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".prefect"))
-    clone = Clone(folder=tmp_path)
-    change_param(tmp_path, "update", "num_updates", 1)
-    assert ran_stages(clone.run("dvc", "repro")) == ["train", "evaluate"]
-
-
 class Started:
     """A flow that is told to stop when it is closed, unless it is done."""
 
-    def __init__(self, clone: Clone) -> None:
-        self.flow = clone.start("flows.train_policy")
+    def __init__(self, clone: Clone, prefect_server: str) -> None:
+        self.flow = clone.start("flows.train_policy", PREFECT_API_URL=prefect_server)
 
     def close(self) -> None:
         if self.flow.poll() is None:
@@ -187,7 +181,7 @@ class Started:
 
 
 @pytest.mark.distributed
-def test_cancelled_flow_leaves_no_rank_and_a_preempted_rank_costs_no_retry(line, tmp_path):
+def test_cancelled_flow_leaves_no_rank_and_a_preempted_rank_costs_no_retry(line, tmp_path, prefect_server):
     shutil.copytree(
         line.clone.folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".prefect", ".scratch")
     )
@@ -196,7 +190,7 @@ def test_cancelled_flow_leaves_no_rank_and_a_preempted_rank_costs_no_retry(line,
     params = json.loads((tmp_path / "params.yaml").read_text()) | {"launch": {"num_processes": 2, "max_restarts": 0}}
     (tmp_path / "params.yaml").write_text(json.dumps(params))
 
-    with contextlib.closing(Started(clone)) as cancelled:
+    with contextlib.closing(Started(clone, prefect_server)) as cancelled:
         wait_for_checkpoint(clone, cancelled.flow)
         processes = psutil.Process(cancelled.flow.pid).children(recursive=True)
         assert len(trainers_below(cancelled.flow)) == 3
@@ -208,7 +202,7 @@ def test_cancelled_flow_leaves_no_rank_and_a_preempted_rank_costs_no_retry(line,
     log = tmp_path / "logs/train.log"
     assert f"its state after update {saved} is saved" in log.read_text()
 
-    with contextlib.closing(Started(clone)) as resumed:
+    with contextlib.closing(Started(clone, prefect_server)) as resumed:
         wait_for_checkpoint(clone, resumed.flow, after=saved)
         rank = next(process for process in trainers_below(resumed.flow) if process.environ().get("RANK") == "1")
         rank.send_signal(signal.SIGUSR1)

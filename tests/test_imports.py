@@ -143,6 +143,16 @@ def test_allowed_imports_pass(importer, imported):
     assert not list(complaints(importer, imported))
 
 
+def test_tests_import_of_one_another_only_what_supports_them():
+    found = [
+        f"{name_of(path)} imports {imported}"
+        for path in modules("tests")
+        for imported in imports_of(path)
+        if imported.startswith("tests.") and not imported.startswith("tests.support.")
+    ]
+    assert not found, "\n".join(found)
+
+
 def test_folder_without_a_place_is_reported():
     with pytest.raises(AssertionError, match="sfgrpo/helpers has no place; add it to ORDER"):
         list(complaints("sfgrpo.helpers.text", "sfgrpo.types.Prompt"))

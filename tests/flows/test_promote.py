@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.flow_runs import resume_flow_run
-from prefect.testing.utilities import prefect_test_harness
 
 from flows import promote as module
 from flows.promote import promote
@@ -26,12 +24,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
 
 
 @pytest.fixture
@@ -69,7 +61,7 @@ def artifacts() -> dict[str | None, Any]:
         return {artifact.key: artifact.data for artifact in client.read_artifacts()}
 
 
-def test_candidate_that_passes_is_applied_by_the_run_of_its_decision(server, project):
+def test_candidate_that_passes_is_applied_by_the_run_of_its_decision(prefect_server, project):
     decision = promote(model="stub", version=7)
     assert (decision["run_id"], decision["promoted"]) == ("r7", True)
     assert calls(project) == ["prompts", "promote", "promote"]
@@ -78,26 +70,26 @@ def test_candidate_that_passes_is_applied_by_the_run_of_its_decision(server, pro
     assert artifacts()["promotion"] == "**Stub.** It was judged.\n"
 
 
-def test_link_leads_to_the_version_at_the_server(server, project, monkeypatch):
+def test_link_leads_to_the_version_at_the_server(prefect_server, project, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000/")
     promote()
     assert "(http://mlflow.example:5000/#/models/stub/versions/7)" in artifacts()["promotion-version"]
     assert (project / "judged").read_text() == "--judge-only"
 
 
-def test_candidate_that_is_refused_is_not_applied(server, project):
+def test_candidate_that_is_refused_is_not_applied(prefect_server, project):
     (project / "worse").touch()
     assert not promote()["promoted"]
     assert not (project / "applied").exists()
 
 
-def test_refused_candidate_needs_no_approval(server, project):
+def test_refused_candidate_needs_no_approval(prefect_server, project):
     (project / "worse").touch()
     assert not promote(approval=True)["promoted"]
 
 
 @pytest.mark.parametrize("approve", [True, False])
-def test_person_has_the_last_word(server, project, approve):
+def test_person_has_the_last_word(prefect_server, project, approve):
     waited: list[str] = []
     thread = answering({"approve": approve, "reason": "seen the samples"}, waited)
     promote(approval=True)
@@ -106,14 +98,14 @@ def test_person_has_the_last_word(server, project, approve):
     assert (project / "applied").exists() == approve
 
 
-def test_failure_of_the_command_is_the_failure_of_the_flow(server, project):
+def test_failure_of_the_command_is_the_failure_of_the_flow(prefect_server, project):
     (project / "fail_promote").write_text("1")
     with pytest.raises(StageError, match="PolicyError: the stub was told to fail"):
         promote()
     assert calls(project) == ["prompts", *["promote"] * 3]
 
 
-def test_other_flows_promote_what_they_registered(server, project):
+def test_other_flows_promote_what_they_registered(prefect_server, project):
     from prefect import flow
 
     assert flow(promote_version)(version=7)["promoted"]

@@ -72,36 +72,36 @@ def project(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def started(project: Path) -> Iterator[subprocess.Popen[str]]:
-    flow = start(project)
-    with flow:
+def started(project: Path, prefect_server: str) -> Iterator[subprocess.Popen[str]]:
+    with start(project, prefect_server) as flow:
         yield flow
         flow.kill()
 
 
-def start(project: Path) -> subprocess.Popen[str]:
+def start(project: Path, prefect_server: str) -> subprocess.Popen[str]:
     environment = {key: value for key, value in stub_environment().items() if not key.startswith("PREFECT_")}
+    environment["PREFECT_API_URL"] = prefect_server
     command = [sys.executable, "-m", "flows.study", "tiny"]
     return subprocess.Popen(
         command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def test_study_runs_every_run_with_one_thread_and_then_reports(project):
-    flow = start(project)
+def test_study_runs_every_run_with_one_thread_and_then_reports(project, prefect_server):
+    flow = start(project, prefect_server)
     output, _ = flow.communicate(timeout=240)
     assert flow.returncode == 0, output
     *runs, last = calls(project)
     assert sorted(runs) == [f"study/tiny/{row}/{seed}:1" for row in ("flow_grpo", "stepwise") for seed in (0, 1)]
     assert last == "reports/study/tiny:1"
-    again = start(project)
+    again = start(project, prefect_server)
     assert again.communicate(timeout=240) and again.returncode == 0
     assert calls(project) == []
 
 
-def test_failed_run_fails_the_study_after_the_others_are_done(project):
+def test_failed_run_fails_the_study_after_the_others_are_done(project, prefect_server):
     (project / "fail").touch()
-    flow = start(project)
+    flow = start(project, prefect_server)
     output, _ = flow.communicate(timeout=240)
     assert flow.returncode == 1
     assert "short" not in output and "failed with exit status 2" in output

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.train_policy import main, train_policy
 from tasks import stages
 from tasks.stages import StageError, refuse_inside_stage
-from tests.support.stub_pipeline import build_stub_pipeline, calls, stub_environment
+from tests.support.stub_pipeline import build_stub_pipeline, calls
 
 # Not ours to mend: Prefect's own deprecations and unclosed sockets.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
 
 
 @pytest.fixture
@@ -36,7 +26,7 @@ def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_second_flow_runs_registration_only(server, pipeline):
+def test_second_flow_runs_registration_only(prefect_server, pipeline):
     train_policy(promote=False)
     assert calls(pipeline) == ["prompts", "train", "evaluate", "register"]
     assert train_policy(promote=False) == {"name": "stub", "version": 7, "alias": "challenger"}
@@ -44,7 +34,7 @@ def test_second_flow_runs_registration_only(server, pipeline):
 
 
 @pytest.mark.slow
-def test_failing_stage_fails_the_flow_with_its_own_error(server, pipeline, capsys):
+def test_failing_stage_fails_the_flow_with_its_own_error(prefect_server, pipeline, capsys):
     (pipeline / "fail_train").write_text("1")
     assert main() == 1
     assert calls(pipeline) == ["prompts", "train", "train", "train"]
@@ -53,7 +43,7 @@ def test_failing_stage_fails_the_flow_with_its_own_error(server, pipeline, capsy
 
 
 @pytest.mark.slow
-def test_wrong_parameters_are_not_retried(server, pipeline):
+def test_wrong_parameters_are_not_retried(prefect_server, pipeline):
     (pipeline / "fail_prompts").write_text("2")
     with pytest.raises(StageError, match="PolicyError: the stub was told to fail"):
         train_policy(promote=False)
@@ -61,7 +51,7 @@ def test_wrong_parameters_are_not_retried(server, pipeline):
 
 
 @pytest.mark.slow
-def test_preempted_training_goes_on_without_using_up_its_retries(server, pipeline, monkeypatch):
+def test_preempted_training_goes_on_without_using_up_its_retries(prefect_server, pipeline, monkeypatch):
     monkeypatch.setattr(stages, "RETRY_DELAY_S", 0)
     (pipeline / "preempt_train").write_text("4")
     train_policy(promote=False)
@@ -69,7 +59,7 @@ def test_preempted_training_goes_on_without_using_up_its_retries(server, pipelin
 
 
 @pytest.mark.slow
-def test_crashed_training_resumes_on_retry(server, pipeline):
+def test_crashed_training_resumes_on_retry(prefect_server, pipeline):
     (pipeline / "crash_once").touch()
     train_policy(promote=False)
     assert calls(pipeline) == ["prompts", "train", "train", "evaluate", "register"]
@@ -78,18 +68,6 @@ def test_crashed_training_resumes_on_retry(server, pipeline):
         "update 2 starting from 2",
         "update 3 starting from 2",
     ]
-
-
-@pytest.mark.slow
-def test_module_runs_without_a_server_and_ends_with_the_outcome(tmp_path):
-    build_stub_pipeline(tmp_path)
-    environment = {key: value for key, value in stub_environment().items() if not key.startswith("PREFECT_")}
-    command = [sys.executable, "-m", "flows.train_policy"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert "| overall | 0.10 | 0.50 |" in run.stdout
-    assert "reports/evaluate/samples.png" in run.stdout
-    assert run.stdout.strip().endswith("model version 7 registered: stub@challenger")
-    assert (tmp_path / ".prefect/prefect.db").exists()
 
 
 def test_flow_refuses_to_run_inside_a_stage(monkeypatch):

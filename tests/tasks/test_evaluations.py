@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from prefect.client.schemas.filters import (
     TaskRunFilter,
     TaskRunFilterFlowRunId,
 )
-from prefect.testing.utilities import prefect_test_harness
 
 from sfgrpo.evaluation.store import EVALUATIONS
 from sfgrpo.paths import TRAINING
@@ -42,12 +40,6 @@ run = pathlib.Path(".scratch/train-1").resolve()
 pathlib.Path("reports").mkdir(exist_ok=True)
 pathlib.Path("reports/training.json").write_text(json.dumps({{"folder": str(run)}}))
 """
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
 
 
 @pytest.fixture
@@ -89,7 +81,7 @@ def shown(flow_run_name: str) -> tuple[dict[str, str], list[str]]:
 
 
 @pytest.mark.slow
-def test_snapshots_are_awaited_and_shown_in_order_while_the_block_runs(server, here, monkeypatch):
+def test_snapshots_are_awaited_and_shown_in_order_while_the_block_runs(prefect_server, here, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:5000")
 
     @flow(flow_run_name="awaited")
@@ -111,7 +103,7 @@ def test_snapshots_are_awaited_and_shown_in_order_while_the_block_runs(server, h
 
 
 @pytest.mark.slow
-def test_what_an_earlier_flow_saw_evaluated_is_not_shown_again(server, here):
+def test_what_an_earlier_flow_saw_evaluated_is_not_shown_again(prefect_server, here):
     run = started(here)
     publish(run, 0)
     keep(run, 0)
@@ -162,7 +154,7 @@ def test_with_a_device_the_command_evaluates_there_and_a_failure_is_retried_and_
 
 
 @pytest.mark.slow
-def test_failing_training_is_neither_hidden_nor_delayed(server, here):
+def test_failing_training_is_neither_hidden_nor_delayed(prefect_server, here):
     @flow(flow_run_name="failing")
     def body() -> None:
         with background_evaluations():
@@ -178,7 +170,7 @@ def test_failing_training_is_neither_hidden_nor_delayed(server, here):
 
 
 @pytest.mark.slow
-def test_unreadable_record_stops_the_showing_and_not_the_flow(server, here, caplog):
+def test_unreadable_record_stops_the_showing_and_not_the_flow(prefect_server, here, caplog):
     @flow(flow_run_name="unreadable")
     def body() -> int:
         with background_evaluations():
@@ -191,7 +183,7 @@ def test_unreadable_record_stops_the_showing_and_not_the_flow(server, here, capl
 
 
 @pytest.mark.slow
-def test_pipeline_shows_the_evaluations_of_its_training(server, here):
+def test_pipeline_shows_the_evaluations_of_its_training(prefect_server, here):
     build_stub_pipeline(here)
     (here / "extra_train.py").write_text(
         "import time\n" + KEEPING.format(root=str(ROOT)) + "publish(run, 0)\nkeep(run, 0)\n"
