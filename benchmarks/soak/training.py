@@ -221,7 +221,7 @@ class Training:
             self.touched = now
         elif match := re.search(r"resuming after update (\d+)", line):
             self.resumed.append((now, int(match[1])))
-        elif "starting all ranks again" in line:
+        elif "restarting all ranks" in line:
             self.rank_restarts.append(now)
 
     def _with_tail(self, complaint: str) -> str:

@@ -1,4 +1,4 @@
-"""The batch arithmetic of a training run: every number that follows from the parameters, in one place."""
+"""Batch arithmetic of a training: every number that follows from the parameters."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sfgrpo.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BatchArithmetic:
-    """What one update costs, for each of `num_processes` processes; a group may span processes."""
+    """Batch sizes and passes of one update on each of `num_processes` processes; a group may span processes."""
 
     config: TrainStage
     num_processes: int = 1
 
     def __post_init__(self) -> None:
-        """Refuses processes, or micro-batches, that do not divide the work."""
+        """Refuse numbers of processes and micro-batch sizes that do not divide the work."""
         rollout, steps = self.config.rollout, self.config.update.steps_per_update
         product = f"{rollout.prompts_per_update} * {rollout.group_size}"
         if rollout.num_images % (self.num_processes * steps):
@@ -49,7 +49,7 @@ class BatchArithmetic:
 
     @property
     def rollout_micro_batch(self) -> int:
-        """Images that are denoised together: as many as allowed, but never of two optimiser steps."""
+        """Images that are denoised together: as many as allowed, but never those of two optimiser steps."""
         return min(self.config.rollout.micro_batch_size, self.images_per_optimiser_step)
 
     @property
@@ -69,10 +69,10 @@ class BatchArithmetic:
 
     @property
     def estimate_passes(self) -> float:
-        """Transformer passes per image for the clean estimates, beyond those of the rollout.
+        """Transformer passes per image for the clean estimates, in addition to those of the rollout.
 
-        The first velocity of a state is known from the rollout, and the substeps are capped by the steps that
-        remain. The start state is shared, so its passes count once per group.
+        The first velocity of a state is known from the rollout, and substeps are capped by the remaining steps. The
+        start state is shared, so its passes count once per group.
         """
         num_steps, substeps = self.config.sampling.num_steps, self.config.estimates.num_substeps
         extra = {
@@ -81,7 +81,7 @@ class BatchArithmetic:
         return sum(extra.values()) - extra.get(0, 0) * (1 - 1 / self.config.rollout.group_size)
 
     def explain(self) -> str:
-        """Words the arithmetic, one line for each phase, and names the parameters that have no effect."""
+        """Format the batch sizes, one line a phase, and list parameters without effect."""
         config, rollout, update = self.config, self.config.rollout, self.config.update
         steps = config.trained_steps
         return "\n".join(
@@ -92,28 +92,28 @@ class BatchArithmetic:
                 f"per process {self.images_per_process} = {self.rollout_micro_batches} x {self.rollout_micro_batch}, "
                 f"{config.sampling.num_steps} steps each",
                 f"update      {update.steps_per_update} optimiser steps x {self.images_per_optimiser_step} images per "
-                f"process = {self.accumulation_steps} x {self.update_micro_batch}; trains steps {_spelled(steps)}",
+                f"process = {self.accumulation_steps} x {self.update_micro_batch}; trains steps {_format_steps(steps)}",
                 f"passes      per image {config.sampling.num_steps} rollout + {self.estimate_passes:.3g} estimates "
-                f"+ {len(steps)} forward and backward" + self._doubled(),
+                f"+ {len(steps)} forward and backward" + self._guidance_note(),
                 f"checkpoint  every {config.checkpoint.every_num_updates} updates, "
                 f"evaluation every {config.evaluation.every_num_updates}",
                 *(f"no effect   {path}" for path in self._without_effect()),
             )
         )
 
-    def _doubled(self) -> str:
+    def _guidance_note(self) -> str:
         return ", twice each for guidance" if self.config.sampling.guidance_scale > 1 else ""
 
     def _without_effect(self) -> list[str]:
-        silent = []
+        unused = []
         if self.config.advantage.credit == "terminal":
-            silent.append("estimates: terminal credit scores final images only")
-            silent.append("advantage.gae_lambda: terminal credit has no gains")
+            unused.append("estimates: terminal credit scores final images only")
+            unused.append("advantage.gae_lambda: terminal credit has no gains")
         if self.config.update.kl_coef == 0:
-            silent.append("update.kl_form: update.kl_coef is 0")
-        return silent
+            unused.append("update.kl_form: update.kl_coef is 0")
+        return unused
 
 
-def _spelled(steps: tuple[int, ...]) -> str:
+def _format_steps(steps: tuple[int, ...]) -> str:
     contiguous = len(steps) > 2 and steps == tuple(range(steps[0], steps[-1] + 1))
     return f"{steps[0]}..{steps[-1]}" if contiguous else ", ".join(map(str, steps))

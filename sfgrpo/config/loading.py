@@ -1,4 +1,4 @@
-"""Checking of outside values against a pydantic schema, worded for the person who has to correct them."""
+"""Parameter files: reading, merging, and validation against a pydantic schema with messages for their author."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Schema = TypeVar("Schema")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Reads a YAML 1.2 file, as DVC does, into a dict; raises `ConfigError` when it holds anything else."""
+    """Read a YAML 1.2 file, as DVC does, into a dict; raise `ConfigError` if it holds anything else."""
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -35,10 +35,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """Reads a parameter file; one that `extends` another is that other with the values changed that it holds itself.
+    """Read a parameter file, merged into the one that it `extends`, if any.
 
-    `extends: ../params.yaml` names a file from where the extending one lies, and that file may extend a third. Sections
-    merge, every other value replaces. Raises `ConfigError`, also where files extend one another in a circle.
+    `extends: ../params.yaml` is relative to the extending file, and the extended one may extend a third. Sections
+    merge; any other value replaces that of the extended file.
+
+    Raises:
+        ConfigError: A file cannot be read, or files extend one another in a circle.
     """
     files, layers = [path.resolve()], [read_mapping(path)]
     while "extends" in layers[-1]:
@@ -66,17 +69,19 @@ def _mappings(*values: object) -> bool:
 
 
 def unknown_key(key: str, allowed: Collection[str]) -> str:
-    """Words the complaint about a key that no schema knows, with the nearest known one."""
+    """Return the error message for a key that no schema has, with the most similar allowed one."""
     nearest = difflib.get_close_matches(key, allowed, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     return f"unknown key; allowed are {', '.join(allowed)}{hint}"
 
 
 def validated(schema: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
-    """Builds the dataclass `schema` from plain YAML values; raises `ConfigError` with one line for each problem.
+    """Build the dataclass `schema` from plain YAML values; nothing is coerced: "10" and true are no integers.
 
-    Nothing is coerced: "10" and true are no integers. A `ValueError` from a check of several fields may hold
-    several lines, each opening with the dotted path that it blames. `source` opens every line.
+    A `ValueError` of a check across fields may have several lines, each starting with the dotted path at fault.
+
+    Raises:
+        ConfigError: One line for each problem, starting with `source` and the dotted path.
     """
     # JSON is the one input for which pydantic's strict mode takes mappings for dataclasses and lists for tuples.
     document = json.dumps(values, default=str)
@@ -118,7 +123,7 @@ def _keys_at(schema: type, location: list[int | str]) -> list[str]:
 
 @contextlib.contextmanager
 def as_config_error(parameter: str) -> Iterator[None]:
-    """Words a `ValueError` of the block as the wrong value of a parameter that it is."""
+    """Re-raise a `ValueError` of the block as a `ConfigError` that names the parameter."""
     try:
         yield
     except ValueError as error:

@@ -15,7 +15,7 @@ class AutoencoderConfig:
     """Training of the base model's autoencoder."""
 
     num_images: PositiveInt
-    """Rendered pictures, a set of their own."""
+    """Rendered pictures; a set of their own."""
     latent_channels: PositiveInt
     """Channels of a latent."""
     num_steps: PositiveInt
@@ -43,7 +43,7 @@ class TransformerConfig:
     batch_size: PositiveInt
     """Images per step."""
     learning_rate: PositiveFloat
-    """Peak learning rate of AdamW, for everything but the weight matrices of the blocks."""
+    """Peak learning rate of AdamW, for all parameters except the weight matrices of the blocks."""
     muon_learning_rate: PositiveFloat
     """Peak learning rate of Muon, for the matrices of attention and feed-forward; RMS-matched to AdamW."""
     ema_decay: Fraction
@@ -55,7 +55,7 @@ class TransformerConfig:
     warmup_steps: PositiveInt
     """Steps over which the learning rates rise."""
     padded_every_num_steps: PositiveInt
-    """Every so many steps the text carries the zero tokens that the pipeline appends by default in place of T5's."""
+    """Interval of steps whose text has the zero tokens that the pipeline appends by default in place of T5's."""
     shift: PositiveFloat
     """Shift of the scheduler's noise levels towards noise."""
     bfloat16: bool
@@ -66,10 +66,10 @@ class TransformerConfig:
 
 @section
 class PretrainEvaluationConfig:
-    """How the base model is judged once it is trained."""
+    """How the base model is evaluated after its training."""
 
     prompts_per_task: PositiveInt
-    """Prompts of each task, or all that the task has."""
+    """Prompts of each task, or all of them where there are fewer."""
     images_per_prompt: PositiveInt
     """Images of each prompt."""
     num_steps: PositiveInt
@@ -91,7 +91,7 @@ class PretrainConfig:
     transformer: TransformerConfig
     """The second half of the training."""
     evaluation: PretrainEvaluationConfig
-    """What the training ends with."""
+    """Evaluation after the training."""
 
 
 @section
@@ -113,7 +113,7 @@ class PretrainRewardConfig:
     batch_size: PositiveInt
     """Captioned pictures per step; pictures of other tasks come on top."""
     learning_rate: PositiveFloat
-    """Peak learning rate of AdamW, for everything but the weight matrices of the layers."""
+    """Peak learning rate of AdamW, for all parameters except the weight matrices of the layers."""
     muon_learning_rate: PositiveFloat
     """Peak learning rate of Muon, for the matrices of attention and feed-forward; RMS-matched to AdamW."""
     simple_fraction: UnitInterval

@@ -1,4 +1,4 @@
-"""The sections of `params.yaml`: every parameter with its type, unit and range."""
+"""Sections of `params.yaml`: every parameter with its type, unit and range."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Name = Annotated[str, MinLen(1)]
 
 
 def _every_task(numbers: dict[Tag, Any]) -> dict[Tag, Any]:
-    """Refuses numbers per task that leave a task out, or that are all zero."""
+    """Refuse numbers per task that leave a task out, or that are all zero."""
     if absent := [tag for tag in TAGS if tag not in numbers]:
         raise ValueError(f"{', '.join(absent)} missing; give every task a number, 0 to leave it out")
     if not sum(numbers.values()):
@@ -33,7 +33,7 @@ TaskCounts = Annotated[dict[Tag, NonNegativeInt], AfterValidator(_every_task)]
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 def section(cls: type[Section]) -> type[Section]:
-    """Turns a class into a frozen, slotted, keyword-only dataclass that checks its values and coerces nothing."""
+    """Make a class a frozen, slotted, keyword-only dataclass that checks its values and coerces nothing."""
     rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     decorate = pydantic.dataclasses.dataclass(frozen=True, slots=True, kw_only=True, config=rules)
     return cast("type[Section]", decorate(cls))
@@ -52,7 +52,7 @@ class PromptsConfig:
     num_evaluation: TaskCounts
     """Evaluation prompts of each task; none of them is trained on."""
     edition: NonNegativeInt = 0
-    """Which drawing of the training prompts; evaluation prompts are the same in every edition."""
+    """Number of the random draw of training prompts; evaluation prompts are the same in every edition."""
 
 
 @section
@@ -77,7 +77,7 @@ class PolicyConfig:
     lora_alpha: PositiveInt
     """Scale of the adapter: its output is multiplied by lora_alpha / lora_rank."""
     lora_targets: Annotated[tuple[Name, ...], MinLen(1)]
-    """Endings of the names of the layers that are adapted."""
+    """Suffixes of the names of the layers that are adapted."""
 
 
 @section
@@ -101,7 +101,7 @@ class RolloutConfig:
     prompts_per_update: PositiveInt
     """Prompts P of one rollout."""
     group_size: Annotated[int, Ge(2)]
-    """Images G of each prompt, which share their start noise and are compared with one another."""
+    """Images G of each prompt, which share their start noise and are compared with each other."""
     micro_batch_size: PositiveInt
     """Images that are denoised together."""
 
@@ -113,17 +113,17 @@ class RolloutConfig:
 
 @section
 class EstimatesConfig:
-    """How the clean image is estimated from an intermediate state; of no effect with terminal credit."""
+    """How the clean image is estimated from an intermediate state; without effect under terminal credit."""
 
     num_substeps: PositiveInt
-    """Euler substeps T' from a state to its clean estimate, capped by the steps that remain; 1 is Tweedie's formula."""
+    """Euler substeps T' from a state to its clean estimate, capped by the remaining steps; 1 is Tweedie's formula."""
     states: Annotated[tuple[NonNegativeInt, ...], MinLen(2)] | None = None
     """States that are scored, ascending from 0 to K; steps between two of them share a gain; null is every state."""
 
 
 @section
 class RewardConfig:
-    """What makes an image good."""
+    """The reward that training maximises."""
 
     name: Name
     """Name in the table of rewards."""
@@ -138,13 +138,13 @@ class AdvantageConfig:
     """How rewards become advantages of steps."""
 
     credit: Credit
-    """`joint`, `per_step`, `step_mean`: gains, by what normalises them; `terminal`: the final reward (Flow-GRPO)."""
+    """`joint`, `per_step`, `step_mean`: gains, by their normalisation; `terminal`: the final reward (Flow-GRPO)."""
     std: StdScope
     """Whether the standard deviation is that of the group or of the whole rollout."""
     clip: PositiveFloat
     """Largest absolute advantage."""
     gae_lambda: UnitInterval = 0.0
-    """Share of the later gains in a step's own; 0 is the paper's method, 1 the final reward less the state's own."""
+    """Weight of later gains in that of a step; 0 is the paper's method, 1 the final reward minus the state's."""
 
 
 @section
@@ -156,17 +156,17 @@ class UpdateConfig:
     steps_per_update: PositiveInt
     """Optimiser steps per rollout; each takes its own share of the prompts."""
     learning_rate: PositiveFloat
-    """Of AdamW; constant."""
+    """Learning rate of AdamW; constant."""
     betas: tuple[Fraction, Fraction]
     """Decay of AdamW's first and second moment."""
     weight_decay: NonNegativeFloat
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat
     """L2 norm to which the gradient is clipped."""
     clip_range: Annotated[float, Gt(0), Lt(1)]
-    """Largest |ratio - 1| that is still rewarded; the log-prob is a mean over latent elements, so it is small."""
+    """Largest |ratio - 1| that is not clipped; small, since the log-prob is a mean over latent elements."""
     kl_coef: NonNegativeFloat = 0.0
-    """Weight of the KL divergence from the start policy; 0 saves the reference pass."""
+    """Weight of the KL divergence from the initial policy; 0 saves the reference pass."""
     kl_form: KlForm
     """Variance in the KL: that of the step, or Flow-GRPO's, which leaves out dt."""
     trained_steps: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None = None
@@ -181,10 +181,10 @@ class UpdateConfig:
 
 @section
 class EmaConfig:
-    """The moving average of the adapter, which is what gets evaluated and published."""
+    """Moving average of the adapter, which is what is evaluated and published."""
 
     decay: Fraction
-    """Weight of the old average per update, once warm; 0 follows the adapter."""
+    """Weight of the old average per update, after warm-up; 0 follows the adapter."""
 
 
 @section
@@ -194,12 +194,12 @@ class CheckpointConfig:
     every_num_updates: PositiveInt
     """Updates between two checkpoints."""
     keep: PositiveInt
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints that are kept."""
 
 
 @section
 class EvaluationConfig:
-    """How a policy is judged: fixed prompts and noise, deterministic sampler."""
+    """How a policy is evaluated: fixed prompts and noise, deterministic sampler."""
 
     num_steps: PositiveInt
     """Denoising steps of the ODE."""
@@ -208,13 +208,13 @@ class EvaluationConfig:
     images_per_prompt: PositiveInt
     """Images of each evaluation prompt."""
     seed: NonNegativeInt
-    """Of the start noise; the same for every policy that is compared."""
+    """Seed of the start noise; the same for every policy that is compared."""
     micro_batch_size: PositiveInt
     """Images that are denoised together."""
     every_num_updates: PositiveInt
     """Updates between two evaluations of a training run."""
     training_sampler: bool = False
-    """Whether a training run also measures the mean rewards of the noisy sampler that it trains with."""
+    """Whether a training also measures the mean rewards of the stochastic sampler that it trains with."""
 
 
 @section
@@ -229,32 +229,32 @@ class RegistryConfig:
 
 @section
 class PromotionConfig:
-    """When a candidate replaces the champion, both drawn by the section `evaluation` but from another noise."""
+    """When a candidate replaces the champion; both are sampled as in `evaluation`, but from other noise."""
 
     held_out: RewardConfig
     """Reward that training does not see, and that must not fall."""
     seed: NonNegativeInt
-    """Of the noise, and of the bootstrap; the noise of `evaluation.seed` is what the candidate was selected on."""
+    """Seed of noise and bootstrap; not `evaluation.seed`, on whose noise the candidate was selected."""
     min_gain: UnitInterval
-    """What the overall score must gain, beyond its error; 0 asks for any gain."""
+    """Gain in the overall score that is required beyond its standard error; 0 requires any gain."""
     min_diversity_ratio: UnitInterval
-    """Share of the champion's diversity that must be left, beyond its error."""
+    """Required share of the champion's diversity, beyond its standard error."""
     error_rate: Annotated[float, Gt(0), Lt(0.5)]
-    """Chance that a candidate no better than the champion passes for better."""
+    """Probability that a candidate no better than the champion passes."""
     num_resamples: PositiveInt
     """Resamples of the bootstrap."""
 
 
 @section
 class LaunchConfig:
-    """How many processes a training is spread over; but for rounding, no result depends on it."""
+    """How many processes share a training; apart from rounding, no result depends on it."""
 
     num_processes: PositiveInt = 1
-    """Processes of each node, one for each of its GPUs; the default is one process that starts no other."""
+    """Processes of each node, one per GPU; the default is one process that starts no others."""
     num_nodes: PositiveInt = 1
     """Nodes, on each of which `python -m sfgrpo train` is started."""
     max_restarts: NonNegativeInt = 0
-    """Times that all processes start again, from the last checkpoint, after one of them failed."""
+    """Restarts of all processes, from the last checkpoint, after one of them failed."""
     sharding: Literal["none", "full"] = "none"
     """Whether every process holds all frozen weights, or each a part (FSDP2)."""
 

@@ -1,7 +1,6 @@
-"""The stages of the pipeline: which sections shape the result of each, how they fit together, how they are read.
+"""Configuration of each stage of the pipeline: its sections, checks across them, and loading.
 
-A stage is a dataclass whose field names are the top-level keys of `params.yaml` that the stage reads, and also the
-`params` of the stage in `dvc.yaml`.
+The fields of a stage are the top-level keys of `params.yaml` that it reads, and its `params` in `dvc.yaml`.
 """
 
 from __future__ import annotations
@@ -130,14 +129,14 @@ class PromoteStage:
 
 @section
 class RegistryStage:
-    """Parameters of `rollback` and `recheck`, which concern the champion alone."""
+    """Parameters of `rollback` and `recheck`, which concern only the champion."""
 
     registry: RegistryConfig
 
 
 @section
 class LaunchStage:
-    """Parameters of the launch of `train`: no stage of its own, and none of `train`, whose result it does not shape."""
+    """How `train` is launched; kept apart from `TrainStage`, since it does not shape the result."""
 
     launch: LaunchConfig = LaunchConfig()
 
@@ -196,12 +195,12 @@ def config_digest(config: Stage) -> str:
 
 
 def _sampling_conflicts(config: TrainStage) -> Iterator[str]:
-    """Names what would leave a trained step without a density, or without a sense."""
+    """Yield what would leave a trained step without a density, or make no sense."""
     sampling, last = config.sampling, config.sampling.num_steps - 1
     if sampling.sampler == "ode":
         yield "sampling.sampler: 'ode' is deterministic: no step has a density to train; use flow_sde, ddim_sde or cps"
     if sampling.noise_level == 0:
-        yield "sampling.noise_level: 0 is deterministic: no step has a density to train; use 0.7, say"
+        yield "sampling.noise_level: 0 is deterministic: no step has a density to train; use 0.7, for example"
     if sampling.sampler in ("ddim_sde", "cps") and sampling.noise_level > 1:
         yield (
             f"sampling.noise_level: {sampling.noise_level} asks sampler {sampling.sampler} for more noise than a state "
@@ -229,7 +228,7 @@ def _sampling_conflicts(config: TrainStage) -> Iterator[str]:
 
 
 def _batch_conflicts(config: TrainStage) -> Iterator[str]:
-    """Names every batch that does not divide, with its equation and the nearest values that do."""
+    """Yield every batch size that does not divide, with its equation and the nearest values that do."""
     rollout, update = config.rollout, config.update
     if rollout.prompts_per_update % update.steps_per_update:
         total = rollout.prompts_per_update
@@ -246,7 +245,7 @@ def _batch_conflicts(config: TrainStage) -> Iterator[str]:
 
 
 def _schedule_conflicts(config: TrainStage) -> Iterator[str]:
-    """Names an evaluation that would judge an adapter of which there is no checkpoint."""
+    """Yield an evaluation interval that would evaluate an adapter without a checkpoint."""
     evaluate, save = config.evaluation.every_num_updates, config.checkpoint.every_num_updates
     if evaluate % save:
         yield (
@@ -256,12 +255,12 @@ def _schedule_conflicts(config: TrainStage) -> Iterator[str]:
 
 
 def _promotion_conflicts(config: PromoteStage) -> Iterator[str]:
-    """Names what would make the comparison of candidate and champion unfair, or impossible."""
+    """Yield what would make the comparison of candidate and champion unfair or impossible."""
     promotion, evaluation = config.promotion, config.evaluation
     if promotion.seed == evaluation.seed:
         yield (
             f"promotion.seed: {promotion.seed} is evaluation.seed, on whose noise the candidate was selected and looks "
-            f"better than it is; use another, {promotion.seed + 1}, say"
+            f"better than it is; use another, for example {promotion.seed + 1}"
         )
     if promotion.held_out.name == config.reward.name:
         yield (

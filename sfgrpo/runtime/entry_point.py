@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from sfgrpo.errors import ConfigError, ExitStatus, Preempted, SfgrpoError
-from sfgrpo.runtime.rank import is_first_rank, noting_errors
+from sfgrpo.runtime.rank import is_first_rank, recording_errors
 from sfgrpo.runtime.redaction import SecretFreeFormatter, print_error, without_secrets
 
 
@@ -29,7 +29,7 @@ def set_up_logging() -> None:
 def run_guarded(command: Callable[[], None]) -> int:
     """Run a command, print an error that the user can correct as one line, and return the exit status."""
     try:
-        with noting_errors():
+        with recording_errors():
             command()
     except Preempted as error:
         # Every rank was told to stop; one line is enough.

@@ -1,4 +1,4 @@
-"""Where a run happens, from environment variables: nothing here changes a result."""
+"""Settings of the machine, from environment variables; none of them changes a result."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ class Environment(BaseSettings):
     tracking_uri: str = Field(default="sqlite:///mlflow.db", validation_alias="MLFLOW_TRACKING_URI")
     """MLflow server or database; the default is a file in the working directory."""
     run_id: str | None = Field(default=None, validation_alias="MLFLOW_RUN_ID")
-    """MLflow run to write to, given by whoever started this process; None starts or finds one."""
+    """MLflow run to write to, set by the parent process; None starts or finds one."""
     scratch_dir: Path = Field(default=Path(".scratch"), validation_alias="SFGRPO_SCRATCH")
     """Folder of the resumable state of runs."""
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)(:[0-9]+)?$", validation_alias="SFGRPO_DEVICE")
-    """torch device of the policy; `auto` takes a GPU when there is one."""
+    """torch device of the policy; `auto` takes a GPU if there is one."""
     evaluation_device: str | None = Field(
         default=None, pattern="^(cpu|cuda|mps)(:[0-9]+)?$", validation_alias="SFGRPO_EVALUATION_DEVICE"
     )
-    """torch device on which a flow evaluates a training while that goes on; None lets the training do it itself."""
+    """torch device on which a flow evaluates a running training; None lets the training do it itself."""
     num_threads: PositiveInt | None = Field(default=None, validation_alias="SFGRPO_NUM_THREADS")
     """CPU threads of torch; None leaves the choice to it."""
     timeout_s: PositiveFloat = Field(default=600, validation_alias="SFGRPO_TIMEOUT_S")
-    """Seconds after which a process of a training gives up waiting for the others."""
+    """Seconds that a process of a training waits for the others."""
     grace_s: PositiveFloat = Field(default=20, validation_alias="SFGRPO_GRACE_S")
-    """Seconds that a training has to save its state and leave once it is told to stop; Prefect gives 30 in all."""
+    """Seconds that a training has to save its state when it is told to stop; Prefect gives 30 in all."""
     mirror: str | None = Field(default=None, pattern="^s3://[^/]+", validation_alias="SFGRPO_MIRROR")
     """Bucket and prefix, s3://BUCKET/PREFIX, that keep a copy of the resumable state of trainings."""
     s3_encryption: str | None = Field(
         default=None, pattern="^(AES256|aws:kms(:[^:].*)?)$", validation_alias="SFGRPO_S3_ENCRYPTION"
     )
-    """How S3 encrypts mirror and DVC remote: AES256, aws:kms or aws:kms:KEY; None leaves that to the bucket."""
+    """How S3 encrypts mirror and DVC remote: AES256, aws:kms or aws:kms:KEY; None uses the bucket's default."""
     dvc_remote: str | None = Field(default=None, pattern="^(s3://[^/]+|/)", validation_alias="SFGRPO_DVC_REMOTE")
-    """Bucket and prefix, s3://BUCKET/PREFIX, or folder, that scheduled runs push what DVC keeps to."""
+    """Bucket and prefix, s3://BUCKET/PREFIX, or folder to which scheduled runs push the outputs of DVC."""
     flow_run_id: str | None = Field(default=None, validation_alias="SFGRPO_FLOW_RUN_ID")
-    """Prefect's id of the flow run that started this process."""
+    """Prefect id of the flow run that started this process."""
     flow_run_url: str | None = Field(default=None, validation_alias="SFGRPO_FLOW_RUN_URL")
-    """Prefect's page of that flow run."""
+    """Prefect page of that flow run."""
     branch: str | None = Field(default=None, validation_alias="SFGRPO_BRANCH")
-    """Git branch that keeps parameters and `dvc.lock` of that flow run."""
+    """Git branch with the parameters and the `dvc.lock` of that flow run."""
 
 
 def read_environment() -> Environment:
-    """Reads the settings; raises `ConfigError` for a bad value or a `SFGRPO_` variable that does not exist."""
+    """Read the settings; raise `ConfigError` for a wrong value or an unknown `SFGRPO_` variable."""
     variables = [str(field.validation_alias) for field in Environment.model_fields.values()]
     ours = [name for name in variables if name.startswith(PREFIX)]
     if unknown := sorted(name for name in os.environ if name.startswith(PREFIX) and name not in ours):
@@ -64,8 +64,8 @@ def read_environment() -> Environment:
     try:
         return Environment()
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_worded(problem) for problem in error.errors())) from error
+        raise ConfigError("\n".join(_message(problem) for problem in error.errors())) from error
 
 
-def _worded(problem: pydantic_core.ErrorDetails) -> str:
+def _message(problem: pydantic_core.ErrorDetails) -> str:
     return f"environment: {problem['loc'][0]}: {problem['input']!r}: {problem['msg']}; correct or unset the variable"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and manifests that tell whether they are still what was written."""
+"""Files and directories that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PARTIAL_SUFFIX = ".partial"
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Gives an empty directory to fill, which becomes `path` when the block ends and vanishes when it raises.
+    """Yield an empty directory that becomes `path` when the block ends, and is removed when it raises.
 
-    All content is on the disk before the name appears. A directory already at `path` is replaced: a crash exactly
-    between the two renames leaves none. What dead writers left beside `path` is removed first.
+    All content is on the disk before the name appears. An existing directory at `path` is replaced; a crash exactly
+    between the two renames leaves none. What killed writers left beside `path` is removed first.
     """
     with _partial_beside(path, Path.mkdir) as partial:
         yield partial
@@ -33,7 +33,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Writes a file, text as UTF-8, that is seen either as it was before or complete."""
+    """Write a file, text as UTF-8; a reader sees the old content or all of the new one."""
     with _partial_beside(path, Path.touch) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         _synchronise(partial)
@@ -43,7 +43,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def temporary_directory(parent: Path, name: str) -> Iterator[Path]:
-    """Gives an empty directory below `parent` which vanishes with the block; those of dead processes vanish first."""
+    """Yield an empty directory in `parent`, removed with the block; those of killed processes are removed first."""
     with _partial_beside(parent / name, Path.mkdir) as partial:
         try:
             yield partial
@@ -52,19 +52,19 @@ def temporary_directory(parent: Path, name: str) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Removes a directory, whose name is gone before its content: it is never seen half removed."""
+    """Remove a directory; it is renamed first, so that nobody sees it half removed."""
     partial = _partial_name(path)
     path.rename(partial)
     _remove(partial)
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Removes what writers in `parent` left behind when they were killed; those at work are left alone.
+def remove_partials(parent: Path) -> None:
+    """Remove the partial files and directories of killed writers in `parent`, not those of living ones.
 
-    Where the file system has no such locks, nothing is removed.
+    Where the file system has no locks, nothing is removed.
     """
-    with lock_existing(parent) as no_writer_is_starting:
-        for partial in parent.glob(f".*{PARTIAL_SUFFIX}") if no_writer_is_starting else ():
+    with lock_existing(parent) as no_writer_starts:
+        for partial in parent.glob(f".*{PARTIAL_SUFFIX}") if no_writer_starts else ():
             with contextlib.suppress(FileNotFoundError), lock_existing(partial) as writer_is_dead:
                 if writer_is_dead:
                     _remove(partial)
@@ -76,12 +76,12 @@ def _partial_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _partial_beside(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
-    """Creates and locks a partial file or directory, which is removed when the block raises."""
+    """Create and lock a partial file or directory, which is removed when the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
+    remove_partials(path.parent)
     partial = _partial_name(path)
     with contextlib.ExitStack() as lock:
-        # Until it is locked it looks like a leftover, so nobody may clean up in between.
+        # Until it is locked it looks like that of a killed writer, so nobody may clean up in between.
         with lock_existing(path.parent, shared=True, timeout_s=math.inf):
             create(partial)
             lock.enter_context(lock_existing(partial))
@@ -100,7 +100,7 @@ def _remove(partial: Path) -> None:
 
 
 def _synchronise(path: Path) -> None:
-    """Waits until a file's content, or a directory's list of names, is on the disk."""
+    """Wait until the content of a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

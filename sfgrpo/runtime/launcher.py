@@ -1,8 +1,8 @@
-"""Starts a training as several processes, its ranks, on one node or more, by torch's elastic launcher.
+"""Launch of a training as several ranks, on one node or more, with torch's elastic agent.
 
-The launcher is the `python -m sfgrpo train` of each node. It starts the ranks, which are the same command again, starts
-all of them again when one fails, and passes the request to stop on to them. Nodes find one another as under torchrun,
-by the environment variables PET_RDZV_ENDPOINT, PET_RDZV_ID and the like; torchrun itself may start the ranks as well.
+The launcher is the `python -m sfgrpo train` of each node. It starts the ranks, which run the same command, restarts all
+of them when one fails, and forwards requests to stop. Nodes find each other as under torchrun, by PET_RDZV_ENDPOINT,
+PET_RDZV_ID and so on; torchrun itself may start the ranks as well.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from sfgrpo.runtime.shutdown import KILL_MARGIN_S, GracefulShutdown
 logger = logging.getLogger(__name__)
 
 SOON_S = 5
-"""Failures of so many seconds have one cause."""
+"""Failures this close together are treated as one."""
 
 
 def launch_ranks(
     launch: LaunchConfig, environment: Environment, arguments: Sequence[str], shutdown: GracefulShutdown
 ) -> None:
-    """Runs this Python with `arguments` as every rank of this node, and returns once all are done.
+    """Run this Python with `arguments` as every rank of this node, and return when all are done.
 
-    The shutdown is not deferred: told to stop, this tells the ranks to and waits for them.
+    `shutdown` must not be deferred: its exception makes the agent stop the ranks and wait for them.
 
     Raises:
-        Preempted: this process or a rank was told to stop, or the other nodes are out of reach.
-        ConfigError: the launch does not fit the machine, or a rank refused its configuration.
-        SfgrpoError: ranks failed more often than `launch.max_restarts`, or the run has ended on another node.
+        Preempted: This process or a rank was told to stop, or the other nodes are out of reach.
+        ConfigError: The launch does not fit the machine, or a rank refused its configuration.
+        SfgrpoError: Ranks failed more often than `launch.max_restarts`, or the run has ended on another node.
     """
     _check_devices(launch, environment)
     rendezvous = _rendezvous_options(launch, os.environ)
-    _quieten_torch()
+    _silence_torch()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // launch.num_processes)))
     os.environ[LAUNCHER] = str(os.getpid())
-    # Torch would keep one store over all restarts: ranks find addresses of dead ones there, and a node that comes back
-    # never learns where it is, https://github.com/pytorch/pytorch/issues/135712.
+    # Torch would keep one store over all restarts: ranks find addresses of dead ones there, and a node that returns
+    # never learns the store's address, https://github.com/pytorch/pytorch/issues/135712.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with temporary_directory(environment.scratch_dir, "ranks") as folder:
         options = {
@@ -65,23 +65,23 @@ def launch_ranks(
             "nnodes": launch.num_nodes,
             "nproc-per-node": launch.num_processes,
             "max-restarts": launch.max_restarts,
-            # Ours handle the others.
+            # `shutdown` handles the other signals.
             "signals-to-handle": "SIGQUIT",
             "shutdown-timeout": math.ceil(environment.grace_s) + KILL_MARGIN_S,
         }
         if "PET_LOG_DIR" not in os.environ:
             options["log-dir"] = folder.resolve()
-        words = [f"--{name}={value}" for name, value in options.items()]
-        config, command, rest = config_from_args(get_args_parser().parse_args([*words, *arguments]))
+        flags = [f"--{name}={value}" for name, value in options.items()]
+        config, command, rest = config_from_args(get_args_parser().parse_args([*flags, *arguments]))
         try:
             _run(config, str(command), rest, shutdown)
         except SignalException as error:
-            raise Preempted("the ranks were ended at once; starting the run again goes on") from error
+            raise Preempted("the ranks were killed; starting the run again resumes it") from error
         except RendezvousClosedError as error:
-            raise SfgrpoError("the run has ended on another node; the output there says how") from error
+            raise SfgrpoError("the run has ended on another node; see the output there") from error
         except (RendezvousError, DistError) as error:
             cause = f"{type(error).__name__} {error}".strip()
-            raise Preempted(f"the other nodes are out of reach ({cause}); starting the run again goes on") from error
+            raise Preempted(f"the other nodes are out of reach ({cause}); starting the run again resumes it") from error
 
 
 def _run(config: ElasticConfig, command: str, arguments: Sequence[str], shutdown: GracefulShutdown) -> None:
@@ -110,18 +110,22 @@ def _run(config: ElasticConfig, command: str, arguments: Sequence[str], shutdown
         numa_options=config.numa_options,
     )
     result = _Agent(spec, config, shutdown).run()
-    # The other nodes see by this that the run is over. One that is preempted leaves it open, for its return.
+    # This tells the other nodes that the run is over. A preempted node leaves the rendezvous open, for its return.
     rendezvous.shutdown()
     if result.is_failed():
         rank, failure = _first_failure(result.failures)
         raise SfgrpoError(
-            f"{_worded(rank, failure)}; all ranks had been started again {config.max_restarts} times "
-            "(launch.max_restarts), and their output above says more"
+            f"{_describe(rank, failure)}; all ranks were restarted {config.max_restarts} times "
+            "(launch.max_restarts); see their output above"
         )
 
 
 class _Agent(LocalElasticAgent):
-    """Torch's agent, which watches the ranks of a node; it tells failures from ranks that left as they should."""
+    """Torch's agent, which monitors the ranks of a node, with exit statuses that mean more than failure.
+
+    Torch has no public hook for that: `_monitor_workers` and `_remaining_restarts` are private, so a new version of
+    torch may need changes here. `tests/runtime/test_launcher.py` would fail.
+    """
 
     def __init__(self, spec: WorkerSpec, config: ElasticConfig, shutdown: GracefulShutdown) -> None:
         assert config.logs_specs is not None and config.shutdown_timeout is not None
@@ -136,51 +140,51 @@ class _Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if self._graceful_shutdown.stop_requested:
-            # Code that catches every error may have caught the one that the shutdown raised.
-            raise Preempted("the run was told to stop; starting it again goes on from its last checkpoint")
+            # Code that catches every error may have swallowed the exception of the signal handler.
+            raise Preempted("the run was told to stop; starting it again resumes it from its last checkpoint")
         result: RunResult = super()._monitor_workers(worker_group)
         if not result.is_failed():
             return result
-        # Torch lists first who left by itself, then who did when torch told the others to.
+        # Torch lists first the rank that left by itself, then those that it told to leave.
         if next(iter(result.failures.values())).exitcode == ExitStatus.RESUMABLE:
-            raise Preempted("a rank was told to stop and all have left; starting the run again goes on")
+            raise Preempted("a rank was told to stop and all have left; starting the run again resumes it")
         rank, failure = _first_failure(result.failures)
         if failure.exitcode == ExitStatus.WRONG_CONFIGURATION:
-            raise ConfigError(_worded(rank, failure))
+            raise ConfigError(_describe(rank, failure))
         if self._remaining_restarts > 0:
-            logger.warning("%s; starting all ranks again", _worded(rank, failure))
+            logger.warning("%s; restarting all ranks", _describe(rank, failure))
         return result
 
 
 def _first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """Picks the failure that caused the others.
+    """Return the failure that caused the others, with its rank.
 
-    Ranks that miss the failed one fail by themselves, perhaps in the same second. Torch tells the rest to stop, and
-    kills those that do not within half a minute.
+    Ranks that lose contact with the failed one fail as well, perhaps in the same second. Torch tells the rest to stop,
+    and kills those that do not within half a minute.
     """
     earliest = min(failure.timestamp for failure in failures.values())
 
     def order(rank: int) -> tuple[bool, bool, bool, int]:
         failure = failures[rank]
-        told = failure.exitcode in (-signal.SIGTERM, ExitStatus.RESUMABLE)
-        return told, failure.timestamp > earliest + SOON_S, failure.exitcode > 0, failure.timestamp
+        was_stopped = failure.exitcode in (-signal.SIGTERM, ExitStatus.RESUMABLE)
+        return was_stopped, failure.timestamp > earliest + SOON_S, failure.exitcode > 0, failure.timestamp
 
     rank = min(failures, key=order)
     return rank, failures[rank]
 
 
-def _worded(rank: int, failure: ProcessFailure) -> str:
-    """Words a failure, with the error that the rank has noted."""
+def _describe(rank: int, failure: ProcessFailure) -> str:
+    """Return the message for a failure, with the error that the rank has recorded."""
     if failure.exitcode < 0:
         hint = " (as by Linux when memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
         return f"rank {rank} was killed by {failure.signal_name()}{hint}"
-    told = failure.error_file_data["message"]
-    error = f": {told['message']}" if isinstance(told, Mapping) else ""
+    recorded = failure.error_file_data["message"]
+    error = f": {recorded['message']}" if isinstance(recorded, Mapping) else ""
     return f"rank {rank} failed with exit status {failure.exitcode}{error}"
 
 
 def _rendezvous_options(launch: LaunchConfig, environ: Mapping[str, str]) -> dict[str, object]:
-    """Says where the nodes meet: where the environment says so or, for a single node, on a free port of its own."""
+    """Return the options of the rendezvous: those of the environment or, for a single node, a free local port."""
     for name, key, value in (
         ("PET_NNODES", "num_nodes", launch.num_nodes),
         ("PET_NPROC_PER_NODE", "num_processes", launch.num_processes),
@@ -191,7 +195,7 @@ def _rendezvous_options(launch: LaunchConfig, environ: Mapping[str, str]) -> dic
             )
     if launch.num_nodes > 1 and not {"PET_RDZV_ENDPOINT", "PET_RDZV_ID"} <= environ.keys():
         raise ConfigError(
-            f"launch.num_nodes: {launch.num_nodes} nodes need a place to meet; set PET_RDZV_ENDPOINT to host:port of "
+            f"launch.num_nodes: {launch.num_nodes} nodes need a rendezvous; set PET_RDZV_ENDPOINT to host:port of "
             "one of them and PET_RDZV_ID to a name of the run, the same on all"
         )
     if "PET_RDZV_ENDPOINT" in environ:
@@ -206,7 +210,7 @@ def _rendezvous_options(launch: LaunchConfig, environ: Mapping[str, str]) -> dic
 
 
 def _check_devices(launch: LaunchConfig, environment: Environment) -> None:
-    """Refuses more processes than GPUs, where these are used."""
+    """Refuse more processes than GPUs, where GPUs are used."""
     devices = torch.cuda.device_count()
     if environment.device in ("auto", "cuda") and 0 < devices < launch.num_processes:
         raise ConfigError(
@@ -215,12 +219,12 @@ def _check_devices(launch: LaunchConfig, environment: Environment) -> None:
         )
 
 
-def _quieten_torch() -> None:
-    """Leaves it to this module to word what happens, unless LOGLEVEL, torch's own variable, asks for more."""
+def _silence_torch() -> None:
+    """Leave messages to this module, unless LOGLEVEL, torch's own variable, is set."""
     if "LOGLEVEL" not in os.environ:
         for name in _loggers_below("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        # For the ranks, whose stack traces of a lost connection would bury what this module says of it.
+        # In the ranks, stack traces of a lost connection would bury the message of this module.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 

@@ -1,4 +1,4 @@
-"""SHA-256 manifests that prove a directory is what was written."""
+"""SHA-256 manifests, by which a directory is verified."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ MANIFEST = "manifest.json"
 
 
 def sha256_of_file(path: Path) -> str:
-    """Gives the SHA-256 of a file's content, as 64 hex digits."""
+    """Return the SHA-256 of a file as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(directory: Path) -> Path:
-    """Writes `manifest.json` with the SHA-256 and the size in bytes of every other file below `directory`."""
+    """Write `manifest.json` with the SHA-256 and the size in bytes of every other file below `directory`."""
     files = {
         name: {"sha256": sha256_of_file(path), "size": path.stat().st_size}
         for name, path in sorted(_files_of(directory).items())
@@ -29,10 +29,10 @@ def write_manifest(directory: Path) -> Path:
 
 
 def verify_manifest(directory: Path) -> None:
-    """Compares every file below `directory` with its manifest.
+    """Compare every file below `directory` with the manifest.
 
-    Raises `IntegrityError` for the first file that is changed, missing, unreadable or not listed, and for a manifest
-    that is itself missing or unreadable.
+    Raises:
+        IntegrityError: A file is changed, missing, unreadable or not listed, or the manifest itself is.
     """
     listed = _read_manifest(directory / MANIFEST)
     present = _files_of(directory)
@@ -45,7 +45,7 @@ def verify_manifest(directory: Path) -> None:
 
 
 def manifest_digests(directory: Path) -> dict[str, str]:
-    """Gives the SHA-256 of every file below `directory` as its manifest has it, by relative names."""
+    """Return the SHA-256 of every file below `directory`, by relative name, as its manifest has it."""
     files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
     return {name: entry["sha256"] for name, entry in files.items()}
 
@@ -53,7 +53,7 @@ def manifest_digests(directory: Path) -> dict[str, str]:
 def _read_manifest(manifest: Path) -> dict[str, str]:
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        return {name: _worded(entry["sha256"], entry["size"]) for name, entry in files.items()}
+        return {name: _describe(entry["sha256"], entry["size"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         found = "no file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
         raise IntegrityError(manifest, "a manifest of the files beside it", found) from error
@@ -67,10 +67,10 @@ def _files_of(directory: Path) -> dict[str, Path]:
 
 def _content_of(path: Path) -> str:
     try:
-        return _worded(sha256_of_file(path), path.stat().st_size)
+        return _describe(sha256_of_file(path), path.stat().st_size)
     except OSError as error:
         return f"an unreadable file ({error.strerror})"
 
 
-def _worded(sha256: str, size: int) -> str:
+def _describe(sha256: str, size: int) -> str:
     return f"sha256 {sha256} of {size} bytes"

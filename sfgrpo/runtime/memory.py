@@ -1,4 +1,4 @@
-"""How much memory the process needed, on the device that it computes on, and whether that was too much."""
+"""Peak memory of the process on its device, and failed allocations."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ import torch
 
 _PROCESS = Path("/proc/self")
 _CPU_MESSAGES = ("can't allocate memory", "std::bad_alloc")
-"""What torch says on a CPU, where it has no error of its own for it."""
+"""Messages of torch on a CPU, for which it has no error class of its own."""
 
 
 def forget_peak(device: torch.device) -> None:
-    """Starts a new high-water mark.
-
-    On a CPU this takes Linux. Where it cannot be done, the mark stays that of the whole process, and never falls.
-    """
+    """Reset the peak; on a CPU only Linux can, elsewhere the peak stays that of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -27,7 +24,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_megabytes(device: torch.device) -> float:
-    """Gives the high-water mark in units of 2^20 bytes: what torch had allocated on a GPU, else the resident set."""
+    """Return the peak in units of 2^20 bytes: of torch's allocations on a GPU, else of the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError), (_PROCESS / "status").open() as status:
@@ -39,7 +36,11 @@ def peak_megabytes(device: torch.device) -> float:
 
 
 def is_exhaustion(error: BaseException) -> bool:
-    """Tells whether an error, or one that it was raised from, says that an allocation failed."""
+    """Return whether an error, or one of its causes, means that an allocation failed.
+
+    `should_reduce_batch_size` of accelerate looks at no causes and knows neither `MemoryError` nor `std::bad_alloc`,
+    and it takes an unsupported cuDNN call for a lack of memory.
+    """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES):

@@ -1,4 +1,4 @@
-"""What a process owes its launcher when it is a rank: to die with it, and to leave a note of what went wrong."""
+"""Ranks of a distributed training: detection, death with the launcher, and error files for it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LAUNCHER = "STAGE_LAUNCHER"
 
 
 def is_rank() -> bool:
-    """Tells whether torch's elastic launcher, ours or torchrun, started this process."""
+    """Return whether torch's elastic launcher, ours or torchrun, started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_first_rank() -> bool:
-    """Tells whether this process is rank 0, or the only one."""
+    """Return whether this process is rank 0 or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -33,13 +33,13 @@ def die_with_launcher() -> None:
     """Make Linux kill this rank when its launcher dies: it is in a session of its own, so nothing else would."""
     die_with_parent(signal.SIGKILL)
     if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
-        # It died before the call above.
+        # The launcher died before the call above.
         os._exit(ExitStatus.RESUMABLE)
 
 
 @contextlib.contextmanager
-def noting_errors() -> Iterator[None]:
-    """Leaves the error that ends the block where the launcher looks for it, in torch's format."""
+def recording_errors() -> Iterator[None]:
+    """Write the error that ends the block to the file where the launcher looks for it, in torch's format."""
     try:
         yield
     except Preempted:

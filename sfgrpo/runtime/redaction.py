@@ -1,4 +1,4 @@
-"""Text without credentials, whatever put them there: for messages, logs and tracebacks."""
+"""Redaction of credentials in messages, logs and tracebacks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ VARIABLES = (
     "PREFECT_API_KEY",
     "WEBHOOK_SECRET",
 )
-"""Variables of the environment that hold a secret."""
+"""Environment variables that hold a secret."""
 
 
 def without_secrets(text: str) -> str:
-    """Blots out passwords in addresses and the secrets of the environment."""
+    """Replace passwords in addresses and the secrets of the environment by asterisks."""
     text = re.sub(r"://[^/\s]*@", "://***@", text)
     for name in VARIABLES:
         if secret := os.environ.get(name, "").strip():
@@ -32,13 +32,13 @@ def without_secrets(text: str) -> str:
 
 
 class SecretFreeFormatter(logging.Formatter):
-    """Blots out secrets in all that is logged, tracebacks included."""
+    """Formatter that redacts all that is logged, tracebacks included."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Gives the line, or the lines with a traceback."""
+        """Return the redacted text of a record."""
         return without_secrets(super().format(record))
 
 
 def print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints an error that nobody caught as Python does, without secrets: for `sys.excepthook`."""
+    """Print an uncaught error as Python does, but redacted; a `sys.excepthook`."""
     print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Being told to stop: a run that is preempted, cancelled or interrupted saves its state and leaves in time."""
+"""Graceful shutdown: a run that is preempted, cancelled or interrupted saves its state and leaves in time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sfgrpo.errors import ExitStatus, Preempted
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-"""Supervisors and schedulers send the first two, a closed terminal the third, Ctrl-C the last."""
+"""Supervisors and schedulers send the first two, a closed terminal sends the third, Ctrl-C the last."""
 KILL_MARGIN_S = 2
-"""Between the end of the ranks' grace and the SIGKILL by which their launcher ends those that are left."""
+"""From the end of the ranks' grace to the SIGKILL that their launcher sends to those that are left."""
 LAUNCHER_MARGIN_S = 4
-"""Between the end of the ranks' grace and that of their launcher."""
+"""From the end of the ranks' grace to that of their launcher."""
 
 END = b"\0"
 """No signal has this number."""
@@ -39,7 +39,7 @@ class GracefulShutdown:
 
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
-        self._deferred = self._heard = False
+        self._deferred = self._signalled = False
         self._deadline: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -55,7 +55,7 @@ class GracefulShutdown:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Leaves it to the block to look at `stop_requested`, and to raise `Preempted` once its state is saved."""
+        """Leave it to the block to check `stop_requested`, and to raise `Preempted` once its state is saved."""
         self._deferred = True
         try:
             yield
@@ -65,16 +65,16 @@ class GracefulShutdown:
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             return self
-        # Handlers wait until the main thread is back in Python, and a collective whose partner is gone does not come
-        # back. The numbers of the signals reach another thread all the same, which sees to the deadline.
+        # A handler runs only when the main thread is back in Python, and a collective whose partner is gone never comes
+        # back. The wakeup descriptor still gets the signal's number, and another thread enforces the deadline.
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._watcher = threading.Thread(target=self._watch, name="graceful-shutdown", daemon=True)
         self._watcher.start()
         self._previous_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-        # What is ignored stays so: nohup ignores SIGHUP.
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._handle) for number in heard}
+        # What is ignored stays ignored: nohup ignores SIGHUP.
+        handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(
@@ -82,8 +82,8 @@ class GracefulShutdown:
     ) -> None:
         if not self._previous:
             return
-        # Who leaves because it was told to must not die of being told again; neither must a rank that leaves because
-        # another one was told.
+        # A process that is leaving must not die of a second signal; neither must a rank that leaves because another
+        # one was told to.
         leaving = self.stop_requested or isinstance(error, Preempted)
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if leaving else handler)
@@ -95,19 +95,19 @@ class GracefulShutdown:
         self._receiver.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._heard:
+        if self._signalled:
             return
-        self._heard = True
+        self._signalled = True
         self._start_grace()
         if not self._deferred:
-            raise Preempted("the run was told to stop; starting it again goes on from its last checkpoint")
+            raise Preempted("the run was told to stop; starting it again resumes it from its last checkpoint")
 
     def _start_grace(self) -> None:
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace_s
 
     def _watch(self) -> None:
-        """Starts the grace at the first signal and ends the process after it, or at the second Ctrl-C."""
+        """Start the grace at the first signal; end the process after it, or at the second Ctrl-C."""
         numbers: list[int] = []
         try:
             while (received := self._receiver.recv(1)) != END:
@@ -120,16 +120,16 @@ class GracefulShutdown:
                 if len(numbers) == 1:
                     name = signal.Signals(numbers[0]).name
                     logger.warning("told to stop by %s; %g s are left to save the state", name, self._grace_s)
-                # Not 0, which would mean not to wait at all.
+                # 0 would make the socket non-blocking.
                 self._receiver.settimeout(max(0.001, self.remaining_s))
         except TimeoutError:
-            logger.error("the process is ended: it was still at work %g s after it was told to stop", self._grace_s)
+            logger.error("the process is ended: it was still running %g s after it was told to stop", self._grace_s)
             os._exit(ExitStatus.RESUMABLE)
 
 
 @contextlib.contextmanager
 def sigterm_as_exit() -> Iterator[None]:
-    """Makes SIGTERM raise `SystemExit` within the block, so that cleaning up runs; only the main thread can do so."""
+    """Make SIGTERM raise `SystemExit` within the block, so that cleanup runs; does nothing in other threads."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Seconds and memory by phase, on the clock that the user waits by."""
+"""Wall-clock seconds and peak memory of phases."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ CPU = torch.device("cpu")
 
 
 class PhaseClock:
-    """Adds up the wall-clock seconds of named phases, and keeps the most memory that each of them needed.
+    """Sums the wall-clock seconds of named phases, and keeps the peak memory of each.
 
-    A GPU works behind the back of the process, so the clock waits for it at both ends of a phase.
+    A GPU works asynchronously, so the clock waits for it at both ends of a phase.
     """
 
     def __init__(self, device: torch.device = CPU, settings: Mapping[str, tuple[str, int]] | None = None) -> None:
-        """Takes the device that works, and for each phase the parameter, with its value, that its memory hangs on."""
+        """Take the device, and for each phase the parameter (name, value) that determines its memory."""
         self._device = device
         self._settings = settings or {}
         self.seconds: dict[str, float] = {}
@@ -29,10 +29,10 @@ class PhaseClock:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Counts the block towards `phase`; phases must not be nested.
+        """Measure the block as part of `phase`; phases must not be nested.
 
         Raises:
-            MemoryExhaustedError: an allocation in the block failed (chained).
+            MemoryExhaustedError: An allocation in the block failed (chained).
         """
         self._synchronise()
         forget_peak(self._device)
@@ -41,7 +41,7 @@ class PhaseClock:
             yield
         except Exception as error:
             if is_exhaustion(error):
-                raise MemoryExhaustedError(self._exhausted(phase)) from error
+                raise MemoryExhaustedError(self._message(phase)) from error
             raise
         finally:
             self._synchronise()
@@ -49,7 +49,7 @@ class PhaseClock:
             self.megabytes[phase] = max(self.megabytes.get(phase, 0.0), peak_megabytes(self._device))
 
     def metrics(self) -> dict[str, float]:
-        """Gives the seconds as metrics named "time/<phase>_s", the memory as "memory/<phase>_mb"."""
+        """Return the seconds as metrics "time/<phase>_s" and the memory as "memory/<phase>_mb"."""
         seconds = {f"time/{phase}_s": value for phase, value in self.seconds.items()}
         return seconds | {f"memory/{phase}_mb": value for phase, value in self.megabytes.items()}
 
@@ -57,7 +57,7 @@ class PhaseClock:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _exhausted(self, phase: str) -> str:
+    def _message(self, phase: str) -> str:
         used = f"the phase {phase} ran out of memory on {self._device} with {peak_megabytes(self._device):,.0f} MB used"
         if phase not in self._settings:
             return f"{used}; use a larger device or smaller batches"

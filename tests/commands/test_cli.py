@@ -169,7 +169,7 @@ def test_full_scale_parameters_load(stage):
         ({"launch.num_processes": 0}, {}, "launch.num_processes: 0 is not greater than 0"),
         ({"launch.num_processes": 5}, {}, r"processes \* update.steps_per_update = 5 \* 2 = 10 does not divide"),
         ({"launch.num_process": 2}, {}, "launch.num_process: unknown key; .*did you mean num_processes"),
-        ({"launch.num_nodes": 3}, {}, "launch.num_nodes: 3 nodes need a place to meet; set PET_RDZV_ENDPOINT to host"),
+        ({"launch.num_nodes": 3}, {}, "launch.num_nodes: 3 nodes need a rendezvous; set PET_RDZV_ENDPOINT to host"),
         ({"launch.num_nodes": 3}, {"PET_NNODES": "2"}, "launch.num_nodes: 3 is not PET_NNODES = '2'; make them agree"),
         ({"launch.num_processes": 3}, {"SFGRPO_GRACE_S": "soon"}, "SFGRPO_GRACE_S: 'soon'"),
     ],

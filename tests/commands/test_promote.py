@@ -543,7 +543,7 @@ def test_missing_prompts_are_told(shop, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"promotion.seed": 1234}, "promotion.seed: 1234 is evaluation.seed, .* use another, 1235, say"),
+        ({"promotion.seed": 1234}, "promotion.seed: 1234 is evaluation.seed, .* use another, for example 1235"),
         ({"promotion.held_out.name": "geneval"}, "promotion.held_out: geneval is the reward that is trained on"),
         ({"promotion.held_out.name": "beauty"}, "promotion.held_out: reward 'beauty' is unknown; allowed are"),
         ({"evaluation.images_per_prompt": 1}, "evaluation.images_per_prompt: 1 image of a prompt shows no diversity"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sfgrpo.errors import IntegrityError
-from sfgrpo.runtime.files import atomic_directory, atomic_write, remove_directory, remove_leftovers, temporary_directory
+from sfgrpo.runtime.files import atomic_directory, atomic_write, remove_directory, remove_partials, temporary_directory
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.manifest import sha256_of_file, verify_manifest, write_manifest
 
@@ -111,9 +111,9 @@ def test_leftovers_of_a_killed_writer_are_removed_at_the_next_start(tmp_path):
 def test_work_of_a_living_writer_is_left_alone(tmp_path):
     with atomic_directory(tmp_path / "out") as partial:
         (partial / "half").touch()
-        code = "import sys; from pathlib import Path; from sfgrpo.runtime.files import remove_leftovers;"
-        subprocess.run([sys.executable, "-c", code + "remove_leftovers(Path(sys.argv[1]))", str(tmp_path)], check=True)
-        remove_leftovers(tmp_path)
+        code = "import sys; from pathlib import Path; from sfgrpo.runtime.files import remove_partials;"
+        subprocess.run([sys.executable, "-c", code + "remove_partials(Path(sys.argv[1]))", str(tmp_path)], check=True)
+        remove_partials(tmp_path)
         assert names(partial) == ["half"]
     assert names(tmp_path / "out") == ["half"]
 
@@ -123,7 +123,7 @@ def test_file_is_no_leftover_before_its_writer_could_lock_it(tmp_path, monkeypat
 
     def touch_and_clean(path):
         touch(path)
-        remove_leftovers(path.parent)
+        remove_partials(path.parent)
         assert path.exists()
 
     monkeypatch.setattr(Path, "touch", touch_and_clean)

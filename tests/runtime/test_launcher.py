@@ -157,7 +157,7 @@ def test_all_ranks_save_their_state_when_any_process_is_told_to_stop(launch, tol
     status, output = run.end()
     assert (status, run.saved()) == (75, ["saved_0", "saved_1"]), output
     assert "stopped: its state after update 3 is saved" in output
-    assert "Traceback" not in output and "starting all ranks again" not in output
+    assert "Traceback" not in output and "restarting all ranks" not in output
     assert all(is_gone(pid) for pid in pids)
 
 
@@ -192,7 +192,7 @@ def test_rank_that_fails_because_another_one_left_is_no_failure(launch):
     os.kill(pids[1], signal.SIGKILL)
     status, output = run.end()
     assert status == 75, output
-    assert "starting all ranks again" not in output
+    assert "restarting all ranks" not in output
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_killed_rank_makes_all_ranks_start_again(launch):
     (run.folder / "finish").touch()
     status, output = run.end()
     assert status == 0
-    assert "rank 0 was killed by SIGKILL (as by Linux when memory runs out); starting all ranks again" in output
+    assert "rank 0 was killed by SIGKILL (as by Linux when memory runs out); restarting all ranks" in output
 
 
 def test_ranks_that_start_again_find_one_another(launch):
@@ -263,8 +263,8 @@ def test_rank_that_fails_too_often_is_named(launch):
     assert status == 1
     told = [line for line in output.splitlines() if line.startswith("error:")]
     assert told == [
-        "error: rank 1 was killed by SIGKILL (as by Linux when memory runs out); all ranks had been started again 0 "
-        "times (launch.max_restarts), and their output above says more"
+        "error: rank 1 was killed by SIGKILL (as by Linux when memory runs out); all ranks were restarted 0 "
+        "times (launch.max_restarts); see their output above"
     ]
     assert "Traceback" not in output
 
@@ -330,7 +330,7 @@ def _listens(endpoint: str) -> bool:
 def test_several_nodes_need_a_place_to_meet_and_a_name_of_their_own(missing):
     environ = {"PET_RDZV_ENDPOINT": "node-a:29400", "PET_RDZV_ID": "run-1"}
     del environ[missing]
-    with pytest.raises(ConfigError, match=r"launch\.num_nodes: 2 nodes need a place to meet; set PET_RDZV_ENDPOINT"):
+    with pytest.raises(ConfigError, match=r"launch\.num_nodes: 2 nodes need a rendezvous; set PET_RDZV_ENDPOINT"):
         _rendezvous_options(LaunchConfig(num_nodes=2), environ)
 
 

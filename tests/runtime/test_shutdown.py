@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from sfgrpo.errors import RewardError
-from sfgrpo.runtime.rank import noting_errors
+from sfgrpo.runtime.rank import recording_errors
 from sfgrpo.runtime.shutdown import SIGNALS, GracefulShutdown
 from tests.support.paths import ROOT
 from tests.support.rank_stubs import hear_signals
@@ -122,7 +122,7 @@ def test_process_that_has_nothing_to_save_leaves_at_once(start, number):
     process.send_signal(number)
     _, errors = process.communicate(timeout=5)
     assert process.returncode == 75
-    assert "stopped: the run was told to stop; starting it again goes on from its last checkpoint" in errors
+    assert "stopped: the run was told to stop; starting it again resumes it from its last checkpoint" in errors
 
 
 def test_repeated_signals_are_ignored_also_while_the_process_leaves(start):
@@ -146,7 +146,7 @@ def test_process_that_does_not_leave_in_time_is_ended(start, body):
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 75
     assert 0.9 < time.monotonic() - begin < 3
-    assert "the process is ended: it was still at work 1 s after it was told to stop" in errors
+    assert "the process is ended: it was still running 1 s after it was told to stop" in errors
 
 
 @pytest.mark.parametrize("body", [BUSY, STUCK])
@@ -221,7 +221,7 @@ def test_rank_whose_launcher_is_gone_already_leaves():
 def test_error_of_a_rank_is_noted_for_its_launcher(tmp_path, monkeypatch):
     note = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(note))
-    with pytest.raises(RewardError, match="the detector is missing"), noting_errors():
+    with pytest.raises(RewardError, match="the detector is missing"), recording_errors():
         raise RewardError("the detector is missing")
     message = json.loads(note.read_text())["message"]
     assert message["message"] == "RewardError: the detector is missing"
