@@ -14,15 +14,12 @@ from sfgrpo.paths import RECHECK
 from sfgrpo.promotion.aliases import champion_of, sync_aliases
 from sfgrpo.promotion.decision import PROMPTS, EvaluationRecord, read_file, read_record
 from sfgrpo.promotion.drift import drift
-from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, make_rewards
-from sfgrpo.promotion.history import experiment_of
+from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, make_rewards, tracked_run
 from sfgrpo.prompts import prompts_digest, read_prompts
 from sfgrpo.registry.register import connect_globally
 from sfgrpo.registry.versions import Version, download_version, find_version, require_model
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_write, temporary_directory
-from sfgrpo.runtime.shutdown import sigterm_as_exit
-from sfgrpo.tracking.base import ending
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,17 +54,10 @@ def recheck(environment: Environment, model: str) -> None:
 def _evaluate_again(client: MlflowClient, environment: Environment, champion: Version) -> dict[str, Any]:
     """Evaluate as the version's record says, and log an MLflow run with the outcome."""
     from sfgrpo.evaluation.evaluate import SamplingProtocol
-    from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 
     record = read_record(champion.address, champion.tags)
     use_threads(environment)
-    tracker = MlflowTracker(
-        uri=environment.tracking_uri,
-        experiment=experiment_of(champion.model),
-        run_name=f"recheck of version {champion.number}",
-    )
-    with sigterm_as_exit(), ending(tracker):
-        tracker.open()
+    with tracked_run(environment, champion.model, f"recheck of version {champion.number}") as tracker:
         with temporary_directory(environment.scratch_dir, "recheck") as folder:
             setup = EvaluationSetup(
                 prompts=_recorded_prompts(client, record, folder),

@@ -12,16 +12,15 @@ from sfgrpo.factory import use_threads
 from sfgrpo.paths import EVALUATION_PROMPTS, PROMOTION_DECISION, PROMOTION_REPORT, PROMOTION_TEXT
 from sfgrpo.promotion.decision import PROMPTS, Baseline, EvaluationRecord, PromotionDecision, tag_version
 from sfgrpo.promotion.diversity import diversity
-from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, make_rewards
+from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, make_rewards, tracked_run
 from sfgrpo.promotion.gates import Comparison, ModelScores, compare_scores
-from sfgrpo.promotion.history import PromotionHistory, experiment_of
+from sfgrpo.promotion.history import PromotionHistory
 from sfgrpo.promotion.report import SAMPLES, decision_sentence, promotion_report
 from sfgrpo.prompts import prompts_digest, read_prompts
 from sfgrpo.registry.versions import Version, download_version
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, temporary_directory
-from sfgrpo.runtime.shutdown import sigterm_as_exit
-from sfgrpo.tracking.base import Tracker, ending
+from sfgrpo.tracking.base import Tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,19 +51,12 @@ def compare_versions(
         SfgrpoError: There are no evaluation prompts.
     """
     from sfgrpo.runtime.timing import PhaseClock
-    from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 
     setup = _read_setup(config)
     use_threads(environment)
     baseline = "base model" if champion is None else f"version {champion.number}"
-    tracker = MlflowTracker(
-        uri=environment.tracking_uri,
-        experiment=experiment_of(candidate.model),
-        run_name=f"version {candidate.number} against {baseline}",
-    )
     clock = PhaseClock()
-    with sigterm_as_exit(), ending(tracker):
-        tracker.open()
+    with tracked_run(environment, candidate.model, f"version {candidate.number} against {baseline}") as tracker:
         run_id = str(tracker.run_id)
         evaluations = _evaluate_both(candidate, champion, environment, setup, clock)
         with clock("promotion_decide"):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.schema import PolicyConfig, RewardConfig
 from sfgrpo.factory import make_policy, make_reward
+from sfgrpo.promotion.history import experiment_of
 from sfgrpo.registry.versions import Package
 from sfgrpo.runtime.environment import Environment
+from sfgrpo.runtime.shutdown import sigterm_as_exit
+from sfgrpo.tracking.base import Tracker, ending
 from sfgrpo.types import Prompt
 
 if TYPE_CHECKING:
@@ -30,6 +34,17 @@ class EvaluationSetup:
     """The training reward and the held-out one."""
     shown: Sequence[int] = ()
     """Positions of the prompts whose images are kept."""
+
+
+@contextlib.contextmanager
+def tracked_run(environment: Environment, model: str, name: str) -> Iterator[Tracker]:
+    """Open an MLflow run among the decisions on a model, and end it with the block."""
+    from sfgrpo.tracking.mlflow_tracker import MlflowTracker
+
+    tracker = MlflowTracker(uri=environment.tracking_uri, experiment=experiment_of(model), run_name=name)
+    with sigterm_as_exit(), ending(tracker):
+        tracker.open()
+        yield tracker
 
 
 def make_rewards(training: RewardConfig, held_out: RewardConfig) -> tuple[Reward, Reward]:

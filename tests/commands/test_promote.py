@@ -36,7 +36,6 @@ from sfgrpo.promotion.history import Promotion, append, experiment_of, read_hist
 from sfgrpo.registry.register import (
     MANIFEST_TAG,
     PNG_SIGNATURE,
-    ServingDefaults,
     TrainedAdapter,
     draw,
     register_version,
@@ -46,10 +45,10 @@ from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.types import TAGS
 from tests.support.metrics_page import documented
 from tests.support.stores import free_port, wait_for_answer
-from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline
+from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline, tiny_serving
 from tests.support.tiny_run import TINY, write_params
 
-# Not ours to mend: SQLAlchemy's, MLflow's and diffusers' own deprecations and advice.
+# From libraries, not from us: SQLAlchemy's, MLflow's and diffusers' own deprecations and advice.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*Any type hint is inferred:UserWarning"
 )
@@ -58,8 +57,8 @@ PER_TASK = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Shop:
-    """A project with a registry, which the module's tests share; each has a model of its own."""
+class Registry:
+    """A project with a registry, shared by the tests; each test has a model of its own."""
 
     folder: Path
 
@@ -82,15 +81,7 @@ class Shop:
                 provenance={"git_commit": "c0ffee"},
                 run_id=None,
             ),
-            serving=ServingDefaults(
-                pretrained=str(self.folder / "pipeline"),
-                revision=None,
-                dtype="float32",
-                resolution=32,
-                max_sequence_length=0,
-                num_inference_steps=2,
-                guidance_scale=1.0,
-            ),
+            serving=tiny_serving(self.folder / "pipeline"),
         )
         return version.version
 
@@ -110,12 +101,12 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def project(tmp_path_factory: pytest.TempPathFactory) -> Registry:
     folder = tmp_path_factory.mktemp("promoting")
     pipeline = build_tiny_pipeline(folder / "pipeline", blobs=True)
     for seed in (0, 1, 2):
         build_tiny_adapter(pipeline, folder / f"{seed}/adapter", seed)
-    shop = Shop(folder=folder)
+    registry = Registry(folder=folder)
     write_params(
         folder,
         {
@@ -128,11 +119,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["prompts"]) == 0
-    return shop
+    return registry
 
 
 @pytest.fixture
-def shop(project: Shop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+def registry(project: Registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     monkeypatch.chdir(project.folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", project.uri)
     monkeypatch.setenv("SFGRPO_DEVICE", "cpu")
@@ -178,11 +169,11 @@ def promote(verdicts: list[dict[str, Any]], model: str, *options: str, baseline=
     return main(["promote", "--model", model, *options])
 
 
-def test_candidate_draws_against_its_base_model_and_the_decision_is_kept_everywhere(shop, capsys):
-    number = shop.register("drawn")
+def test_candidate_draws_against_its_base_model_and_the_decision_is_kept_everywhere(registry, capsys):
+    number = registry.register("drawn")
     assert main(["promote", "--model", "drawn"]) == 0
-    decision, tags = shop.decision(), shop.tags("drawn", number)
-    run = shop.client.get_run(decision["run_id"])
+    decision, tags = registry.decision(), registry.tags("drawn", number)
+    run = registry.client.get_run(decision["run_id"])
     assert (decision["baseline"], decision["baseline_version"], decision["version"]) == ("base model", None, number)
     assert decision["promoted"] == (tags["promotion/decision"] == "promoted") == (not decision["failed"])
     assert {key: float(tags[key]) for key in decision["metrics"] if key.startswith("promotion/")} == {
@@ -192,24 +183,24 @@ def test_candidate_draws_against_its_base_model_and_the_decision_is_kept_everywh
     assert run.data.metrics == pytest.approx(decision["metrics"])
     assert run.data.params["promotion.seed"] == "4321"
     assert tags["promotion/run_id"] == run.info.run_id
-    names = {file.path for file in shop.client.list_artifacts(run.info.run_id)}
+    names = {file.path for file in registry.client.list_artifacts(run.info.run_id)}
     assert names >= {"decision.json", "report.md", "evaluation_prompts.jsonl", "images"}
-    report = (shop.folder / "reports/promotion/report.md").read_text()
+    report = (registry.folder / "reports/promotion/report.md").read_text()
     assert "with other noise (seed 1234; here it is 4321)" in report
-    with Image.open(shop.folder / "reports/promotion/samples.png") as grid:
+    with Image.open(registry.folder / "reports/promotion/samples.png") as grid:
         assert grid.size[0] > 300
     assert capsys.readouterr().out.startswith(decision["sentence"])
 
 
-def test_better_candidate_becomes_champion_and_the_former_one_previous(shop, verdicts, capsys):
-    first, second = shop.register("better"), shop.register("better", 1)
+def test_better_candidate_becomes_champion_and_the_former_one_previous(registry, verdicts, capsys):
+    first, second = registry.register("better"), registry.register("better", 1)
     assert promote(verdicts, "better", "--version", "1") == 0
-    assert shop.aliases("better") == (first, None)
-    assert "It is the first champion" in shop.decision()["sentence"]
+    assert registry.aliases("better") == (first, None)
+    assert "It is the first champion" in registry.decision()["sentence"]
     assert promote(verdicts, "better") == 0
-    assert shop.aliases("better") == (second, first)
-    assert shop.decision()["baseline_version"] == first
-    assert shop.tags("better", second)["promotion/smoke_test"] == "passed"
+    assert registry.aliases("better") == (second, first)
+    assert registry.decision()["baseline_version"] == first
+    assert registry.tags("better", second)["promotion/smoke_test"] == "passed"
     assert capsys.readouterr().out.endswith(f"version {second} of better is champion\n")
 
 
@@ -222,59 +213,59 @@ def test_better_candidate_becomes_champion_and_the_former_one_previous(shop, ver
         ("diversity", WORSE, {**BETTER, "varied": False}),
     ],
 )
-def test_candidate_that_fails_a_gate_moves_nothing(shop, verdicts, gate, baseline, candidate):
+def test_candidate_that_fails_a_gate_moves_nothing(registry, verdicts, gate, baseline, candidate):
     model = f"refused_{gate}"
-    shop.register(model)
+    registry.register(model)
     assert promote(verdicts, model, baseline=baseline, candidate=candidate) == 0
-    decision = shop.decision()
+    decision = registry.decision()
     assert (decision["promoted"], decision["failed"]) == (False, [gate])
-    assert shop.tags(model, 1)["promotion/failed"] == gate
-    assert shop.aliases(model) == (None, None)
+    assert registry.tags(model, 1)["promotion/failed"] == gate
+    assert registry.aliases(model) == (None, None)
 
 
-def test_champion_is_not_compared_with_itself(shop, verdicts, capsys):
-    shop.register("itself")
+def test_champion_is_not_compared_with_itself(registry, verdicts, capsys):
+    registry.register("itself")
     promote(verdicts, "itself")
     assert main(["promote", "--model", "itself"]) == 0
-    assert (shop.decision()["promoted"], shop.decision()["run_id"]) == (False, None)
+    assert (registry.decision()["promoted"], registry.decision()["run_id"]) == (False, None)
     assert "Version 1 of itself is champion already." in capsys.readouterr().out
 
 
-def test_decision_moves_nothing_until_it_is_applied(shop, verdicts, capsys):
-    shop.register("approved")
+def test_decision_moves_nothing_until_it_is_applied(registry, verdicts, capsys):
+    registry.register("approved")
     assert promote(verdicts, "approved", "--judge-only") == 0
-    run_id = shop.decision()["run_id"]
-    assert shop.aliases("approved") == (None, None)
+    run_id = registry.decision()["run_id"]
+    assert registry.aliases("approved") == (None, None)
     assert f"promote --apply {run_id}` makes it champion" in capsys.readouterr().out
     assert main(["promote", "--apply", run_id]) == 0
-    assert shop.aliases("approved") == (1, None)
+    assert registry.aliases("approved") == (1, None)
     assert main(["promote", "--apply", run_id]) == 0
-    assert len(read_history(shop.client, shop.uri, "approved").entries) == 1
+    assert len(read_history(registry.client, registry.uri, "approved").entries) == 1
     assert "is champion already, by this decision" in capsys.readouterr().out
 
 
-def test_decision_against_another_champion_is_not_applied(shop, verdicts, capsys):
-    shop.register("outdated")
-    shop.register("outdated", 1)
+def test_decision_against_another_champion_is_not_applied(registry, verdicts, capsys):
+    registry.register("outdated")
+    registry.register("outdated", 1)
     promote(verdicts, "outdated", "--judge-only")
-    late = shop.decision()["run_id"]
+    late = registry.decision()["run_id"]
     promote(verdicts, "outdated", "--version", "1")
     assert main(["promote", "--apply", late]) == 1
     assert (
         f"the champion of outdated has changed since MLflow run {late} was decided; compare again by"
         in capsys.readouterr().err
     )
-    assert shop.aliases("outdated") == (1, None)
+    assert registry.aliases("outdated") == (1, None)
 
 
-def test_refusal_is_not_applied(shop, verdicts, capsys):
-    shop.register("unwanted")
+def test_refusal_is_not_applied(registry, verdicts, capsys):
+    registry.register("unwanted")
     promote(verdicts, "unwanted", candidate=WORSE)
-    assert main(["promote", "--apply", shop.decision()["run_id"]]) == 1
+    assert main(["promote", "--apply", registry.decision()["run_id"]]) == 1
     assert "decided not to promote version 1" in capsys.readouterr().err
 
 
-def test_run_without_a_decision_is_not_applied(shop, capsys):
+def test_run_without_a_decision_is_not_applied(registry, capsys):
     assert main(["promote", "--apply", "f" * 32]) == 1
     assert f"MLflow run {'f' * 32} holds no decision.json of a promotion" in capsys.readouterr().err
 
@@ -284,75 +275,75 @@ def test_decision_is_about_one_version(capsys):
     assert "--apply RUN is about the version that was judged; leave --model and --version" in capsys.readouterr().err
 
 
-def test_every_metric_of_a_promotion_has_a_line_on_the_page_of_metrics(shop, verdicts):
-    shop.register("documented")
+def test_every_metric_of_a_promotion_has_a_line_on_the_page_of_metrics(registry, verdicts):
+    registry.register("documented")
     promote(verdicts, "documented", candidate=WORSE)
     keys = documented()
-    lines = {key: key.removesuffix("_lower").removesuffix("_upper") for key in shop.decision()["metrics"]}
+    lines = {key: key.removesuffix("_lower").removesuffix("_upper") for key in registry.decision()["metrics"]}
     placed = {key: re.sub(r"/gate/\w+$", "/gate/<gate>", line) for key, line in lines.items()}
     placed = {key: re.sub(rf"promotion/({'|'.join(TAGS)})$", "promotion/<task>", line) for key, line in placed.items()}
     placed = {key: re.sub(r"time/promotion_\w+_s", "time/promotion_<part>_s", line) for key, line in placed.items()}
     assert {key: line for key, line in placed.items() if line not in keys} == {}
 
 
-def test_promotion_that_another_overtakes_says_so(shop, verdicts, monkeypatch, capsys):
-    shop.register("overtaken")
-    shop.register("overtaken", 1)
+def test_promotion_that_another_overtakes_is_refused(registry, verdicts, monkeypatch, capsys):
+    registry.register("overtaken")
+    registry.register("overtaken", 1)
 
     def overtaken(*arguments: Any) -> Any:
-        history = read_history(shop.client, shop.uri, "overtaken")
-        append(shop.client, history, Promotion(action="promotion", version=1, over=None, run_id=None))
+        history = read_history(registry.client, registry.uri, "overtaken")
+        append(registry.client, history, Promotion(action="promotion", version=1, over=None, run_id=None))
         return compare_versions(*arguments)
 
     compare_versions = command.compare_versions
     monkeypatch.setattr(command, "compare_versions", overtaken)
     assert promote(verdicts, "overtaken") == 1
     assert "another promotion or rollback of overtaken was decided meanwhile; run it again" in capsys.readouterr().err
-    assert [entry.version for entry in read_history(shop.client, shop.uri, "overtaken").entries] == [1]
+    assert [entry.version for entry in read_history(registry.client, registry.uri, "overtaken").entries] == [1]
 
 
-def test_new_champion_that_cannot_draw_is_taken_back(shop, verdicts, monkeypatch, capsys):
-    shop.register("broken")
-    shop.register("broken", 1)
+def test_promotion_of_a_version_that_cannot_draw_is_undone(registry, verdicts, monkeypatch, capsys):
+    registry.register("broken")
+    registry.register("broken", 1)
     promote(verdicts, "broken", "--version", "1")
     smoke_test = aliases.smoke_test
 
-    def after_a_disaster(*arguments: str) -> None:
-        shutil.rmtree(shop.files("broken", 2) / "artifacts")
+    def after_losing_files(*arguments: str) -> None:
+        shutil.rmtree(registry.files("broken", 2) / "artifacts")
         smoke_test(*arguments)
 
-    monkeypatch.setattr(aliases, "smoke_test", after_a_disaster)
+    monkeypatch.setattr(aliases, "smoke_test", after_losing_files)
     assert promote(verdicts, "broken") == 1
     assert "models:/broken@champion is registered but cannot draw" in (error := capsys.readouterr().err)
     assert error.rstrip().endswith("version 1 is champion again")
-    assert shop.aliases("broken") == (1, None)
-    assert shop.tags("broken", 2)["promotion/smoke_test"] == "failed"
+    assert registry.aliases("broken") == (1, None)
+    assert registry.tags("broken", 2)["promotion/smoke_test"] == "failed"
 
 
-def test_first_champion_that_cannot_draw_leaves_none(shop, verdicts, monkeypatch, capsys):
-    shop.register("stillborn")
+def test_first_champion_that_cannot_draw_leaves_none(registry, verdicts, monkeypatch, capsys):
+    registry.register("first_broken")
     smoke_test = aliases.smoke_test
 
-    def after_a_disaster(*arguments: str) -> None:
-        shutil.rmtree(shop.files("stillborn", 1) / "artifacts")
+    def after_losing_files(*arguments: str) -> None:
+        shutil.rmtree(registry.files("first_broken", 1) / "artifacts")
         smoke_test(*arguments)
 
-    monkeypatch.setattr(aliases, "smoke_test", after_a_disaster)
-    assert promote(verdicts, "stillborn") == 1
+    monkeypatch.setattr(aliases, "smoke_test", after_losing_files)
+    assert promote(verdicts, "first_broken") == 1
     assert "there is no champion again" in capsys.readouterr().err
-    assert shop.aliases("stillborn") == (None, None)
+    assert registry.aliases("first_broken") == (None, None)
 
 
-def test_promoter_that_died_before_the_aliases_moved_is_finished_by_the_next_call(shop, verdicts, monkeypatch):
-    shop.register("crashed")
+def test_promotion_that_died_before_the_aliases_moved_is_finished_by_the_next_call(registry, verdicts, monkeypatch):
+    registry.register("crashed")
     with monkeypatch.context() as patch:
         patch.setattr(aliases, "sync_aliases", lambda *arguments: (_ for _ in ()).throw(SystemExit(137)))
         with pytest.raises(SystemExit):
             promote(verdicts, "crashed")
-    assert shop.aliases("crashed") == (None, None)
-    assert main(["promote", "--apply", shop.decision()["run_id"]]) == 0
-    assert shop.aliases("crashed") == (1, None)
-    assert shop.tags("crashed", 1)["promotion/smoke_test"] == "passed"
+    assert registry.aliases("crashed") == (None, None)
+    assert main(["promote", "--apply", registry.decision()["run_id"]]) == 0
+    assert registry.aliases("crashed") == (1, None)
+    assert registry.tags("crashed", 1)["promotion/smoke_test"] == "passed"
 
 
 def damage(path: Path) -> None:
@@ -401,80 +392,80 @@ TAMPERING = {
 
 
 @pytest.mark.parametrize("case", TAMPERING)
-def test_version_that_is_not_what_was_registered_is_refused(shop, capsys, case):
+def test_version_that_is_not_what_was_registered_is_refused(registry, capsys, case):
     model = f"tampered_{case.replace(' ', '_')}"
-    shop.register(model)
+    registry.register(model)
     tamper, complaint = TAMPERING[case]
-    tamper(shop.files(model, 1))
+    tamper(registry.files(model, 1))
     assert main(["promote", "--model", model]) == 1
     assert re.search(complaint, capsys.readouterr().err)
-    assert shop.aliases(model) == (None, None)
-    experiment = shop.client.get_experiment_by_name(experiment_of(model))
-    assert [run.info.status for run in shop.client.search_runs([experiment.experiment_id])] == ["FAILED"]
+    assert registry.aliases(model) == (None, None)
+    experiment = registry.client.get_experiment_by_name(experiment_of(model))
+    assert [run.info.status for run in registry.client.search_runs([experiment.experiment_id])] == ["FAILED"]
 
 
-def test_version_without_the_digest_of_its_manifest_is_refused(shop, capsys):
-    shop.register("old")
-    shop.client.delete_model_version_tag("old", "1", MANIFEST_TAG)
+def test_version_without_the_digest_of_its_manifest_is_refused(registry, capsys):
+    registry.register("old")
+    registry.client.delete_model_version_tag("old", "1", MANIFEST_TAG)
     assert main(["promote", "--model", "old"]) == 1
     assert "models:/old/1 was registered without a manifest" in capsys.readouterr().err
 
 
-def test_rollback_makes_the_former_champion_champion_again(shop, verdicts, capsys):
+def test_rollback_makes_the_former_champion_champion_again(registry, verdicts, capsys):
     for adapter in (0, 1):
-        shop.register("back", adapter)
+        registry.register("back", adapter)
         promote(verdicts, "back")
     assert main(["rollback", "--model", "back"]) == 0
-    assert shop.aliases("back") == (1, None)
+    assert registry.aliases("back") == (1, None)
     assert capsys.readouterr().out.endswith("version 2 of back is rolled back; version 1 is champion again\n")
     assert main(["rollback", "--model", "back"]) == 1
     assert "version 1 of back is its first champion; there is none before it" in capsys.readouterr().err
 
 
-def test_rollback_passes_over_versions_that_were_deleted(shop, verdicts):
+def test_rollback_skips_versions_that_were_deleted(registry, verdicts):
     for adapter in (0, 1, 2):
-        shop.register("gaps", adapter)
+        registry.register("gaps", adapter)
         promote(verdicts, "gaps")
-    shop.client.delete_model_version("gaps", "2")
+    registry.client.delete_model_version("gaps", "2")
     assert main(["rollback", "--model", "gaps"]) == 0
-    assert shop.aliases("gaps") == (1, None)
+    assert registry.aliases("gaps") == (1, None)
 
 
-def test_rollback_without_a_champion_says_so(shop, capsys):
-    shop.register("none")
+def test_rollback_without_a_champion_is_refused(registry, capsys):
+    registry.register("none")
     assert main(["rollback", "--model", "none"]) == 1
     assert "none has no champion by promotion, so there is nothing to roll back" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["rollback"], ["recheck"]])
-def test_unknown_model_is_told_with_the_known_ones(shop, capsys, command):
-    shop.register("known")
+def test_unknown_model_is_refused_with_the_known_ones(registry, capsys, command):
+    registry.register("known")
     assert main([*command, "--model", "unknown"]) == 1
     assert re.search("no model 'unknown' is registered; registered models are .*known", capsys.readouterr().err)
 
 
-def recheck(shop: Shop, model: str) -> dict[str, Any]:
+def recheck(registry: Registry, model: str) -> dict[str, Any]:
     assert main(["recheck", "--model", model]) == 0
-    return json.loads((shop.folder / "reports/recheck.json").read_text())
+    return json.loads((registry.folder / "reports/recheck.json").read_text())
 
 
-def test_champion_that_draws_as_before_has_not_drifted(shop):
-    shop.register("steady")
+def test_champion_that_draws_as_before_has_not_drifted(registry):
+    registry.register("steady")
     assert main(["promote", "--model", "steady", "--judge-only"]) == 0
-    history = read_history(shop.client, shop.uri, "steady")
-    append(shop.client, history, Promotion(action="promotion", version=1, over=None, run_id=None))
-    found = recheck(shop, "steady")
-    recorded = json.loads(shop.tags("steady", 1)[RECORD_TAG])
+    history = read_history(registry.client, registry.uri, "steady")
+    append(registry.client, history, Promotion(action="promotion", version=1, over=None, run_id=None))
+    found = recheck(registry, "steady")
+    recorded = json.loads(registry.tags("steady", 1)[RECORD_TAG])
     assert (found["drifted"], found["reasons"]) == (False, [])
     assert found["metrics"] == recorded["metrics"]
     assert found["table"].startswith("| Metric | Recorded | Today |")
 
 
-def test_champion_that_draws_otherwise_has_drifted(shop, verdicts, capsys):
-    shop.register("drifting")
+def test_champion_that_draws_differently_has_drifted(registry, verdicts, capsys):
+    registry.register("drifting")
     promote(verdicts, "drifting")
     verdicts[:] = [{**BETTER, "failing": "colors", "likeness": 0.4}]
-    found = recheck(shop, "drifting")
+    found = recheck(registry, "drifting")
     assert found["drifted"]
     assert [reason.split(" was ")[0] for reason in found["reasons"]] == [
         "Overall",
@@ -483,41 +474,41 @@ def test_champion_that_draws_otherwise_has_drifted(shop, verdicts, capsys):
         "Reward likeness",
     ]
     assert "version 1 of drifting has drifted: Overall was 1.000 and is 0.833" in capsys.readouterr().out
-    experiment = shop.client.get_experiment_by_name(experiment_of("drifting"))
-    runs = shop.client.search_runs([experiment.experiment_id], "metrics.`recheck/drifted` = 1")
+    experiment = registry.client.get_experiment_by_name(experiment_of("drifting"))
+    runs = registry.client.search_runs([experiment.experiment_id], "metrics.`recheck/drifted` = 1")
     assert [run.data.params["version"] for run in runs] == ["1"]
 
 
-def test_recheck_is_on_the_prompts_of_the_promotion_whatever_the_folder_holds(shop, verdicts, monkeypatch):
-    shop.register("prompts")
+def test_recheck_is_on_the_prompts_of_the_promotion_whatever_the_folder_holds(registry, verdicts, monkeypatch):
+    registry.register("prompts")
     promote(verdicts, "prompts")
     seen = []
     monkeypatch.setattr(
         recheck_command, "evaluate", lambda policy, setup: seen.append(setup.prompts) or evaluation(setup, **BETTER)
     )
-    kept = shop.folder / "data/prompts/evaluation.jsonl"
+    kept = registry.folder / "data/prompts/evaluation.jsonl"
     text = kept.read_text()
     kept.unlink()
     try:
-        assert not recheck(shop, "prompts")["drifted"]
+        assert not recheck(registry, "prompts")["drifted"]
     finally:
         kept.write_text(text)
     assert len(seen[0]) == PER_TASK * len(TAGS)
 
 
-def test_prompts_that_are_not_the_recorded_ones_are_told(shop, verdicts, capsys):
-    shop.register("swapped")
+def test_prompts_that_are_not_the_recorded_ones_are_refused(registry, verdicts, capsys):
+    registry.register("swapped")
     promote(verdicts, "swapped")
-    run = shop.client.get_run(shop.decision()["run_id"])
+    run = registry.client.get_run(registry.decision()["run_id"])
     path = Path(run.info.artifact_uri.removeprefix("file://"), "evaluation_prompts.jsonl")
     path.write_text(path.read_text().splitlines()[0] + "\n")
     assert main(["recheck", "--model", "swapped"]) == 1
     assert "evaluation_prompts.jsonl is damaged: expected sha256" in capsys.readouterr().err
 
 
-def test_model_without_a_champion_has_not_drifted(shop, capsys):
-    shop.register("vacant")
-    assert recheck(shop, "vacant") == {
+def test_model_without_a_champion_has_not_drifted(registry, capsys):
+    registry.register("vacant")
+    assert recheck(registry, "vacant") == {
         "drifted": False,
         "reasons": ["vacant has no champion, so there is nothing to check"],
         "table": "",
@@ -525,16 +516,16 @@ def test_model_without_a_champion_has_not_drifted(shop, capsys):
     }
 
 
-def test_champion_that_was_never_evaluated_cannot_be_checked(shop, capsys):
-    shop.register("by_hand")
-    shop.client.set_registered_model_alias("by_hand", CHAMPION, "1")
+def test_champion_that_was_never_evaluated_cannot_be_checked(registry, capsys):
+    registry.register("by_hand")
+    registry.client.set_registered_model_alias("by_hand", CHAMPION, "1")
     assert main(["recheck", "--model", "by_hand"]) == 1
     assert "models:/by_hand/1 was never evaluated by `python -m sfgrpo promote`" in capsys.readouterr().err
 
 
-def test_missing_prompts_are_told(shop, tmp_path, monkeypatch, capsys):
-    shop.register("promptless")
-    shutil.copy(shop.folder / "params.yaml", tmp_path)
+def test_missing_prompts_are_reported(registry, tmp_path, monkeypatch, capsys):
+    registry.register("promptless")
+    shutil.copy(registry.folder / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["promote", "--model", "promptless"]) == 1
     assert "data/prompts/evaluation.jsonl does not exist; write it by" in capsys.readouterr().err
@@ -552,17 +543,17 @@ def test_missing_prompts_are_told(shop, tmp_path, monkeypatch, capsys):
         ({"promotion.min_again": 0.1}, "promotion.min_again: unknown key; .*did you mean min_gain"),
     ],
 )
-def test_wrong_parameters_are_told(shop, tmp_path, monkeypatch, capsys, changes, complaint):
-    shop.register("wrong")
+def test_wrong_parameters_are_refused(registry, tmp_path, monkeypatch, capsys, changes, complaint):
+    registry.register("wrong")
     write_params(tmp_path, {**TINY, "reward.name": "geneval", **changes})
-    shutil.copytree(shop.folder / "data", tmp_path / "data")
+    shutil.copytree(registry.folder / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     assert main(["promote", "--model", "wrong"]) == 2
     assert re.search(complaint, capsys.readouterr().err)
 
 
-def test_sample_is_a_picture_by_the_version_that_the_alias_means(shop, capsys):
-    shop.register("painter")
+def test_sample_is_drawn_by_the_version_that_the_alias_points_to(registry, capsys):
+    registry.register("painter")
     command = [
         "sample",
         "--model",
@@ -575,11 +566,11 @@ def test_sample_is_a_picture_by_the_version_that_the_alias_means(shop, capsys):
     ]
     assert main(command) == 0
     assert capsys.readouterr().out == "a/b.png by version 1 of painter\n"
-    content = (shop.folder / "a/b.png").read_bytes()
+    content = (registry.folder / "a/b.png").read_bytes()
     assert content.startswith(PNG_SIGNATURE)
-    assert content == draw(shop.uri, "models:/painter/1", ["a photo of a ring"], seed=3)[0]
+    assert content == draw(registry.uri, "models:/painter/1", ["a photo of a ring"], seed=3)[0]
     assert main([*command, "--steps", "1", "--guidance", "3"]) == 0
-    assert (shop.folder / "a/b.png").read_bytes() != content
+    assert (registry.folder / "a/b.png").read_bytes() != content
 
 
 @pytest.mark.parametrize(
@@ -598,35 +589,35 @@ def test_sample_is_a_picture_by_the_version_that_the_alias_means(shop, capsys):
         (["--model", "models:/sketcher/1", "a ring", "--out", "a.jpg"], 2, "--out a.jpg is no PNG file"),
     ],
 )
-def test_sample_that_cannot_be_drawn_is_told(shop, capsys, arguments, status, complaint):
-    if not shop.client.search_registered_models("name = 'sketcher'"):
-        shop.register("sketcher")
+def test_sample_that_cannot_be_drawn_is_refused(registry, capsys, arguments, status, complaint):
+    if not registry.client.search_registered_models("name = 'sketcher'"):
+        registry.register("sketcher")
     assert main(["sample", *arguments]) == status
     assert re.search(complaint, capsys.readouterr().err)
-    assert not (shop.folder / "sample.png").exists()
+    assert not (registry.folder / "sample.png").exists()
 
 
-def test_version_draws_the_same_in_plain_diffusers(shop):
+def test_version_draws_the_same_in_plain_diffusers(registry):
     import mlflow
     import torch
     from diffusers import DiffusionPipeline
 
-    shop.register("plain", 1)
-    mlflow.artifacts.download_artifacts("models:/plain/1", dst_path="downloaded", tracking_uri=shop.uri)
+    registry.register("plain", 1)
+    mlflow.artifacts.download_artifacts("models:/plain/1", dst_path="downloaded", tracking_uri=registry.uri)
     pipeline = DiffusionPipeline.from_pretrained("downloaded/artifacts/pipeline", text_encoder_3=None, tokenizer_3=None)
     pipeline.load_lora_weights("downloaded/artifacts/adapter")
     options = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32, "max_sequence_length": 0}
     image = pipeline("a photo of a ring", generator=torch.Generator().manual_seed(5), **options).images[0]
-    (served,) = draw(shop.uri, "models:/plain/1", ["a photo of a ring"], seed=5)
+    (served,) = draw(registry.uri, "models:/plain/1", ["a photo of a ring"], seed=5)
     np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(served))))
 
 
 @pytest.mark.slow
-def test_served_version_answers_with_png_bytes(shop):
-    shop.register("served")
+def test_served_version_answers_with_png_bytes(registry):
+    registry.register("served")
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/served@challenger", "-p", str(port)]
-    with (shop.folder / "serve.log").open("wb") as log:
+    with (registry.folder / "serve.log").open("wb") as log:
         server = subprocess.Popen(
             [*command, "--env-manager", "local"],
             # It starts uvicorn by name.
@@ -643,14 +634,14 @@ def test_served_version_answers_with_png_bytes(shop):
         )
         with urllib.request.urlopen(request, timeout=120) as answer:
             (row,) = json.load(answer)["predictions"]
-        assert base64.b64decode(row["png"]) == draw(shop.uri, "models:/served/1", ["a photo of a ring"], seed=4)[0]
+        assert base64.b64decode(row["png"]) == draw(registry.uri, "models:/served/1", ["a photo of a ring"], seed=4)[0]
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
 
 
-def test_shape_of_the_adapter_is_the_versions_and_not_that_of_the_parameters(shop, tmp_path):
-    shop.register("shape")
+def test_shape_of_the_adapter_comes_from_the_version_and_not_from_the_parameters(registry, tmp_path):
+    registry.register("shape")
     write_params(tmp_path, {**TINY, "reward.name": "geneval", "policy.lora_rank": 7})
     assert main(["promote", "--model", "shape", "--judge-only", "--params", str(tmp_path / "params.yaml")]) == 0
-    assert shop.decision()["version"] == 1
+    assert registry.decision()["version"] == 1

@@ -28,7 +28,7 @@ from sfgrpo.tracking.mlflow_client import connect
 from tests.support.paths import ROOT
 from tests.support.stores import copy_database, make_versions, mlflow_server
 
-# Not ours to mend: SQLAlchemy's and MLflow's own deprecations.
+# From libraries, not from us: SQLAlchemy's and MLflow's own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 NUM_WRITERS = 8
@@ -124,7 +124,7 @@ def test_models_have_histories_of_their_own(store):
     assert read_history(client, uri, "other").entries == ()
 
 
-def test_params_that_are_no_entries_are_passed_over(store):
+def test_params_that_are_no_entries_are_skipped(store):
     client, uri = store
     history = append(client, read_history(client, uri, "model"), promotion(1))
     client.log_param(history.run_id, "note", "by hand")
@@ -162,7 +162,7 @@ def test_aliases_follow_the_history(store):
     assert seen == [(1, None), (2, 1), (1, None), (None, None)]
 
 
-def test_promoter_that_died_before_it_moved_the_aliases_is_mended(store):
+def test_promotion_that_died_before_it_moved_the_aliases_is_repaired(store):
     client, uri = store
     append(client, read_history(client, uri, "model"), promotion(1))
     sync_aliases(client, uri, "model")
@@ -208,7 +208,7 @@ def test_late_promoter_does_not_leave_its_own_alias(store, monkeypatch):
     assert aliases(client) == (2, 1)
 
 
-def test_deleted_champion_is_told_and_deleted_predecessor_is_left_out(store):
+def test_deleted_champion_is_reported_and_deleted_predecessor_is_skipped(store):
     client, uri = store
     for entry in (promotion(1), promotion(2, over=1), promotion(3, over=2)):
         append(client, read_history(client, uri, "model"), entry)

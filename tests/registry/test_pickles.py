@@ -1,4 +1,4 @@
-"""No file that this package reads can run code: a pickle is refused, or left lying, wherever weights are expected."""
+"""No file that this package reads can run code: a pickle is refused or ignored wherever weights are expected."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ from sfgrpo.checkpoint.state import TrainingState, load_checkpoint, save_checkpo
 from sfgrpo.config.schema import RegistryConfig
 from sfgrpo.policies.sd3 import SD3Policy
 from sfgrpo.pretraining.flow import FlowRecipe, FlowTraining
-from sfgrpo.registry.register import ServingDefaults, TrainedAdapter, draw, register_version
+from sfgrpo.registry.register import TrainedAdapter, draw, register_version
 from sfgrpo.rewards import build_reward
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.study.results import _read_samples
-from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline, make_tiny_pipeline, make_tiny_policy
+from tests.support.tiny import (
+    build_tiny_adapter,
+    build_tiny_pipeline,
+    make_tiny_pipeline,
+    make_tiny_policy,
+    tiny_serving,
+)
 from tests.support.tiny_run import ROOT
 
 # Not ours to mend: deprecations and advice of diffusers, SQLAlchemy and MLflow.
@@ -35,7 +41,7 @@ PICKLED_NAMES = ("{stem}.bin", "{stem}.pt", "{stem}.ckpt", "pytorch_model.bin", 
 
 
 class Payload:
-    """Whoever unpickles it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -72,7 +78,7 @@ def load_reward(folder: Path) -> None:
 
 
 def load_saved(folder: Path) -> None:
-    # Whoever can plant a pickle can write the manifest as well.
+    # An attacker who can plant a pickle can write the manifest as well.
     write_manifest(folder)
     load_checkpoint(folder)
 
@@ -166,7 +172,7 @@ def test_pickle_that_is_called_safetensors_is_refused(tmp_path, canary, kind, pi
 
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("pickled", PICKLES)
-def test_pickle_is_not_taken_for_weights_that_are_absent(tmp_path, canary, kind, pickled):
+def test_pickle_does_not_replace_absent_weights(tmp_path, canary, kind, pickled):
     make, load = LOADERS[kind]
     make(tmp_path / "folder")
     for path in weights_of(tmp_path / "folder"):
@@ -186,7 +192,7 @@ def test_pickle_is_not_taken_for_weights_that_are_absent(tmp_path, canary, kind,
 
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("pickled", PICKLES)
-def test_pickle_beside_the_weights_is_left_lying(tmp_path, canary, kind, pickled):
+def test_pickle_beside_the_weights_is_ignored(tmp_path, canary, kind, pickled):
     make, load = LOADERS[kind]
     make(tmp_path / "folder")
     for path in weights_of(tmp_path / "folder"):
@@ -218,15 +224,7 @@ def test_registered_version_holds_no_pickle_and_runs_none(tmp_path, canary, pick
         adapter=TrainedAdapter(
             folder=tmp_path / "adapter", metrics={}, provenance={"git_commit": "c0ffee"}, run_id=None
         ),
-        serving=ServingDefaults(
-            pretrained=str(tmp_path / "pipeline"),
-            revision=None,
-            dtype="float32",
-            resolution=32,
-            max_sequence_length=0,
-            num_inference_steps=1,
-            guidance_scale=1.0,
-        ),
+        serving=tiny_serving(tmp_path / "pipeline", num_inference_steps=1),
     )
     (model,) = (path.parent for path in (tmp_path / "mlartifacts").rglob("MLmodel"))
     files = [path for path in model.rglob("*") if path.is_file()]
@@ -245,7 +243,7 @@ def test_registered_version_holds_no_pickle_and_runs_none(tmp_path, canary, pick
 
 
 def is_pickle(content: bytes) -> bool:
-    """Tells a pickle, of protocol 2 or later, and a file of torch.save, which is a zip with one in it."""
+    """Return whether this is a pickle of protocol 2 or later, or a zip file, such as those of torch.save."""
     return content[:1] == b"\x80" or content[:4] == b"PK\x03\x04"
 
 
@@ -269,7 +267,7 @@ WITHOUT_WEIGHTS = ("Tokenizer", "ImageProcessorPil", "SD3Policy", "ClipReward")
 
 
 def dangers(source: str) -> Iterator[str]:
-    """Lists the lines of a module that could unpickle what they read."""
+    """Yield the lines of a module that could unpickle what they read."""
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
         if isinstance(node, ast.Import):

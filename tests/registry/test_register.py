@@ -1,4 +1,4 @@
-"""Model versions in a real MLflow registry: loadable by alias, drawn from, registered once."""
+"""Model versions in a real MLflow registry: loaded by alias, drawn with, registered once."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from sfgrpo.registry import register
 from sfgrpo.registry.register import (
     RegisteredVersion,
     RegistryError,
-    ServingDefaults,
     TrainedAdapter,
     draw,
     register_version,
 )
 from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.tracking.mlflow_tracker import MlflowTracker
-from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline
+from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline, tiny_serving
 
-# Not ours to mend: SQLAlchemy's, MLflow's and diffusers' own deprecations and advice.
+# From libraries, not from us: SQLAlchemy's, MLflow's and diffusers' own deprecations and advice.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*Any type hint is inferred:UserWarning"
 )
@@ -35,7 +34,7 @@ SCORES = {"geneval/overall": 0.5, "geneval/position": 0.25}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Shop:
+class Registry:
     """A store, a base pipeline and two adapters, which the module's tests share."""
 
     folder: Path
@@ -52,17 +51,9 @@ class Shop:
             provenance={"git_commit": "c0ffee", "prompts_sha256": "d1ce"},
             run_id=None,
         )
-        serving = ServingDefaults(
-            pretrained=str(self.folder / "pipeline"),
-            revision=None,
-            dtype="float32",
-            resolution=32,
-            max_sequence_length=0,
-            num_inference_steps=3,
-            guidance_scale=1.0,
-        )
-        registry = RegistryConfig(model_name=name, alias="challenger")
-        return register_version(self.uri, "tests", registry, dataclasses.replace(trained, **changes), serving)
+        serving = tiny_serving(self.folder / "pipeline", num_inference_steps=3)
+        target = RegistryConfig(model_name=name, alias="challenger")
+        return register_version(self.uri, "tests", target, dataclasses.replace(trained, **changes), serving)
 
     def draw_directly(self, prompt: str, seed: int) -> np.ndarray:
         image = self.pipeline(
@@ -84,14 +75,14 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
     folder = tmp_path_factory.mktemp("registry")
     pipeline = build_tiny_pipeline(folder / "pipeline")
     # What a max_sequence_length of 0 means.
     pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
     for seed in (0, 1):
         build_tiny_adapter(pipeline, folder / f"adapter_{seed}", seed)
-    return Shop(folder=folder, pipeline=pipeline)
+    return Registry(folder=folder, pipeline=pipeline)
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -99,120 +90,122 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 def largest_difference(first: np.ndarray, second: np.ndarray) -> int:
-    """Compares in steps of 1/255; kernels of other batch sizes or memory layouts round differently by one."""
+    """Compare in steps of 1/255; kernels of other batch sizes or memory layouts round differently by one."""
     return int(np.abs(first.astype(int) - second.astype(int)).max())
 
 
-def test_version_draws_by_name_and_alias(shop):
-    shop.register("drawing")
-    first, second = draw(shop.uri, "models:/drawing@challenger", ["a photo of a ring", "a photo of a heart"], seed=3)
+def test_version_draws_by_name_and_alias(registry):
+    registry.register("drawing")
+    first, second = draw(
+        registry.uri, "models:/drawing@challenger", ["a photo of a ring", "a photo of a heart"], seed=3
+    )
     assert pixels(first).shape == pixels(second).shape == (32, 32, 3)
     assert not np.array_equal(pixels(first), pixels(second))
 
 
-def test_served_image_is_that_of_base_pipeline_with_adapter(shop):
-    shop.register("faithful", adapter="adapter_1")
-    (served,) = draw(shop.uri, "models:/faithful@challenger", ["a photo of a ring"], seed=7)
-    without = shop.draw_directly("a photo of a ring", seed=7)
-    shop.pipeline.load_lora_weights(shop.folder / "adapter_1")
-    with_adapter = shop.draw_directly("a photo of a ring", seed=7)
-    shop.pipeline.unload_lora_weights()
+def test_served_image_is_that_of_base_pipeline_with_adapter(registry):
+    registry.register("faithful", adapter="adapter_1")
+    (served,) = draw(registry.uri, "models:/faithful@challenger", ["a photo of a ring"], seed=7)
+    without = registry.draw_directly("a photo of a ring", seed=7)
+    registry.pipeline.load_lora_weights(registry.folder / "adapter_1")
+    with_adapter = registry.draw_directly("a photo of a ring", seed=7)
+    registry.pipeline.unload_lora_weights()
     assert largest_difference(pixels(served), with_adapter) <= 1
     assert largest_difference(pixels(served), without) > 5
 
 
-def test_callers_parameters_win_over_the_registered_ones(shop):
-    shop.register("parameters")
+def test_callers_parameters_win_over_the_registered_ones(registry):
+    registry.register("parameters")
     images = [
-        draw(shop.uri, "models:/parameters@challenger", ["a photo of a ring"], **params)[0]
+        draw(registry.uri, "models:/parameters@challenger", ["a photo of a ring"], **params)[0]
         for params in ({}, {"num_inference_steps": 3}, {"num_inference_steps": 1}, {"guidance_scale": 4.5}, {"seed": 1})
     ]
     assert images[0] == images[1]
     assert len(set(images[1:])) == 4
 
 
-def test_image_does_not_depend_on_the_prompts_that_come_with_it(shop):
-    shop.register("alone")
-    (alone,) = draw(shop.uri, "models:/alone@challenger", ["a photo of a ring"])
-    together = draw(shop.uri, "models:/alone@challenger", ["a photo of a ring", "a photo of a heart"])
+def test_image_does_not_depend_on_the_prompts_that_come_with_it(registry):
+    registry.register("alone")
+    (alone,) = draw(registry.uri, "models:/alone@challenger", ["a photo of a ring"])
+    together = draw(registry.uri, "models:/alone@challenger", ["a photo of a ring", "a photo of a heart"])
     assert largest_difference(pixels(alone), pixels(together[0])) <= 1
 
 
-def test_tags_tell_scores_parent_data_and_adapter(shop):
-    parent = MlflowTracker(uri=shop.uri, experiment="tests")
+def test_tags_hold_scores_parent_data_and_adapter(registry):
+    parent = MlflowTracker(uri=registry.uri, experiment="tests")
     parent.open()
-    version = shop.register("tagged", run_id=parent.run_id)
-    tags = shop.version("tagged", version.version).tags
+    version = registry.register("tagged", run_id=parent.run_id)
+    tags = registry.version("tagged", version.version).tags
     assert tags["geneval/overall"] == "0.5000"
     assert tags["parent_run_id"] == parent.run_id == version.run_id
     assert (tags["git_commit"], tags["prompts_sha256"], tags["smoke_test"]) == ("c0ffee", "d1ce", "passed")
     assert len(tags["adapter_sha256"]) == 64
-    assert connect(shop.uri).get_run(parent.run_id).data.metrics["final/geneval/overall"] == 0.5
+    assert connect(registry.uri).get_run(parent.run_id).data.metrics["final/geneval/overall"] == 0.5
 
 
-def test_same_adapter_at_same_commit_is_registered_once(shop):
-    first, again = shop.register("once"), shop.register("once")
+def test_same_adapter_at_same_commit_is_registered_once(registry):
+    first, again = registry.register("once"), registry.register("once")
     assert (first.version, first.created, again.version, again.created) == (1, True, 1, False)
 
 
-def test_other_adapter_or_other_commit_is_another_version(shop):
+def test_other_adapter_or_other_commit_is_another_version(registry):
     versions = [
-        shop.register("several").version,
-        shop.register("several", adapter="adapter_1").version,
-        shop.register("several", provenance={"git_commit": "other"}).version,
+        registry.register("several").version,
+        registry.register("several", adapter="adapter_1").version,
+        registry.register("several", provenance={"git_commit": "other"}).version,
     ]
     assert versions == [1, 2, 3]
-    assert shop.challenger("several") == 3
+    assert registry.challenger("several") == 3
 
 
-def test_registering_an_older_adapter_again_gives_it_the_alias_back(shop):
-    shop.register("back")
-    shop.register("back", adapter="adapter_1")
-    shop.register("back")
-    assert shop.challenger("back") == 1
+def test_registering_an_older_adapter_again_gives_it_the_alias_back(registry):
+    registry.register("back")
+    registry.register("back", adapter="adapter_1")
+    registry.register("back")
+    assert registry.challenger("back") == 1
 
 
-def test_parent_run_that_the_store_never_had_gets_one_stand_in(shop):
-    first = shop.register("imported", run_id="f" * 32)
-    second = shop.register("imported", adapter="adapter_1", run_id="f" * 32)
+def test_parent_run_that_the_store_never_had_gets_one_stand_in(registry):
+    first = registry.register("imported", run_id="f" * 32)
+    second = registry.register("imported", adapter="adapter_1", run_id="f" * 32)
     assert first.run_id == second.run_id != "f" * 32
-    run = connect(shop.uri).get_run(first.run_id)
+    run = connect(registry.uri).get_run(first.run_id)
     assert (run.info.status, run.data.tags["sfgrpo.imported_run_id"]) == ("FINISHED", "f" * 32)
-    assert shop.version("imported", 1).tags["parent_run_id"] == "f" * 32
+    assert registry.version("imported", 1).tags["parent_run_id"] == "f" * 32
 
 
-def test_version_that_cannot_draw_is_refused_and_the_alias_stays(shop, monkeypatch):
-    shop.register("refused")
+def test_version_that_cannot_draw_is_refused_and_the_alias_stays(registry, monkeypatch):
+    registry.register("refused")
 
     def fail(*arguments: Any, **options: Any) -> list[bytes]:
         raise OSError("no such file")
 
     monkeypatch.setattr(register, "draw", fail)
     with pytest.raises(RegistryError, match=r"models:/refused/2 is registered but cannot draw \(no such file\)"):
-        shop.register("refused", adapter="adapter_1")
-    assert shop.challenger("refused") == 1
-    assert "smoke_test" not in shop.version("refused", 2).tags
+        registry.register("refused", adapter="adapter_1")
+    assert registry.challenger("refused") == 1
+    assert "smoke_test" not in registry.version("refused", 2).tags
 
 
-def test_version_that_draws_no_png_is_refused(shop, monkeypatch):
+def test_version_that_draws_no_png_is_refused(registry, monkeypatch):
     monkeypatch.setattr(register, "draw", lambda *arguments, **options: [b"GIF89a.."])
     with pytest.raises(RegistryError, match=r"returned b'GIF89a\.\.' instead of a PNG file"):
-        shop.register("gif")
+        registry.register("gif")
 
 
-def test_damaged_adapter_is_not_served(shop):
-    version = shop.register("damaged")
-    model_id = shop.version("damaged", version.version).source.removeprefix("models:/")
-    stored = shop.folder / "mlartifacts" / "models" / model_id
+def test_damaged_adapter_is_not_served(registry):
+    version = registry.register("damaged")
+    model_id = registry.version("damaged", version.version).source.removeprefix("models:/")
+    stored = registry.folder / "mlartifacts" / "models" / model_id
     (weights,) = stored.rglob("pytorch_lora_weights.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(RegistryError, match=r"cannot draw \(.*is damaged: expected sha256"):
-        shop.register("damaged")
+        registry.register("damaged")
 
 
-def test_nothing_pickled_is_stored(shop):
-    shop.register("plain")
-    suffixes = {file.suffix for file in (shop.folder / "mlartifacts" / "models").rglob("*") if file.is_file()}
+def test_nothing_pickled_is_stored(registry):
+    registry.register("plain")
+    suffixes = {file.suffix for file in (registry.folder / "mlartifacts" / "models").rglob("*") if file.is_file()}
     assert not suffixes & {".pkl", ".bin", ".pt", ".pth"}
 
 
@@ -223,9 +216,9 @@ def test_record_is_saved_as_json(tmp_path):
     assert '"version": 3' in (tmp_path / "a" / "b.json").read_text()
 
 
-def test_branch_of_a_scheduled_run_is_a_tag_of_version_and_run(shop):
+def test_branch_of_a_scheduled_run_is_a_tag_of_version_and_run(registry):
     named = {"git_commit": "c0ffee", "prompts_sha256": "d1ce", "run_branch": "runs/calm-owl", "run_commit": "beef"}
-    version = shop.register("branched", provenance=named)
-    run = connect(shop.uri).get_run(version.run_id)
-    for tags in (shop.version("branched", version.version).tags, run.data.tags):
+    version = registry.register("branched", provenance=named)
+    run = connect(registry.uri).get_run(version.run_id)
+    for tags in (registry.version("branched", version.version).tags, run.data.tags):
         assert (tags["run_branch"], tags["run_commit"]) == ("runs/calm-owl", "beef")

@@ -19,6 +19,7 @@ from torch import Tensor
 from sfgrpo.policies.base import Policy
 from sfgrpo.policies.sd3 import SD3Policy
 from sfgrpo.pretraining.pipeline import build_pipeline
+from sfgrpo.registry.register import ServingDefaults
 from sfgrpo.rewards.base import Reward
 from sfgrpo.shapes.prompt_sets import all_prompts
 from sfgrpo.types import Prompt
@@ -81,6 +82,19 @@ def build_tiny_adapter(pipeline: StableDiffusion3Pipeline, path: Path, seed: int
     )
     pipeline.transformer.delete_adapters("tiny")
     return path
+
+
+def tiny_serving(pipeline: Path, num_inference_steps: int = 2) -> ServingDefaults:
+    """Return how a registered version with a tiny pipeline draws."""
+    return ServingDefaults(
+        pretrained=str(pipeline),
+        revision=None,
+        dtype="float32",
+        resolution=32,
+        max_sequence_length=0,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=1.0,
+    )
 
 
 def make_tiny_policy(pipeline: StableDiffusion3Pipeline | None = None, **changes: Any) -> SD3Policy:
