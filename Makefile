@@ -4,8 +4,8 @@ INSTALLED := .venv/.installed
 S3_INSTALLED := .venv-s3/.installed
 INFRA_INSTALLED := .venv-infra/.installed
 
-# Processes that share the tests, a whole module at a time; most tests keep one core busy or wait.
-JOBS ?= 2
+# Processes that share the tests, a module at a time: one more than two cores, since some always wait for a server.
+JOBS ?= 3
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
