@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,8 @@ COUNTS = (2, 3, 4)
 COLORLESS_CLASS = "person"
 """The one class that is never asked for in a colour."""
 
-_T = TypeVar("_T")
+PromptSpace = tuple[Callable[[Any], Prompt], Sequence[Any]]
+"""A function that makes a prompt, and all arguments that it can take."""
 
 
 def twin_key(prompt: Prompt) -> Hashable:
@@ -43,12 +44,27 @@ def training_prompts(
     Differs: Flow-GRPO fills a task that is too small by drawing with replacement; here each of its prompts is drawn
     once before any is drawn again.
     """
+    spaces = _prompt_spaces(class_names)
+    return sample_prompts(spaces, set(map(twin_key, held_out)), num_prompts=num_prompts, weights=weights, seed=seed)
+
+
+def sample_prompts(
+    spaces: Mapping[Tag, PromptSpace],
+    held_out_keys: Container[Hashable],
+    *,
+    num_prompts: int,
+    weights: Mapping[Tag, float],
+    seed: int | tuple[int, int],
+) -> list[Prompt]:
+    """Draw a shuffled list of prompts with the tasks in the ratio of `weights`, rounded by largest remainder.
+
+    Raises:
+        ValueError: all prompts of a task that has a weight are held out.
+    """
     generator = np.random.default_rng(seed)
-    held_out_keys = set(map(twin_key, held_out))
-    shares = largest_remainder(weights, num_prompts)
     drawn: list[Prompt] = []
-    for tag, (make, candidates) in _prompt_spaces(class_names).items():
-        drawn += itertools.islice(endless_draws(make, candidates, held_out_keys, generator), shares[tag])
+    for tag, share in largest_remainder(weights, num_prompts).items():
+        drawn += itertools.islice(_endless_draws(tag, spaces[tag], held_out_keys, generator), share)
     return [drawn[index] for index in generator.permutation(len(drawn))]
 
 
@@ -61,17 +77,11 @@ def largest_remainder(weights: Mapping[Tag, float], total: int) -> dict[Tag, int
     return shares
 
 
-def endless_draws(
-    make: Callable[[_T], Prompt],
-    candidates: Sequence[_T],
-    held_out_keys: Container[Hashable],
-    generator: np.random.Generator,
+def _endless_draws(
+    tag: Tag, space: PromptSpace, held_out_keys: Container[Hashable], generator: np.random.Generator
 ) -> Iterator[Prompt]:
-    """Yield prompts without replacement in random order, then in another order, and so on; skip held-out twins.
-
-    Raises:
-        ValueError: every candidate is held out.
-    """
+    """Yield prompts without replacement in random order, then in another order, and so on; skip held-out twins."""
+    make, candidates = space
     while True:
         left = False
         for index in generator.permutation(len(candidates)):
@@ -81,12 +91,12 @@ def endless_draws(
                 yield prompt
         if not left:
             raise ValueError(
-                f"all {len(candidates)} prompts of a task are held out for evaluation; set its training weight to 0 "
-                "or evaluate on fewer"
+                f"all prompts of task {tag} are held out for evaluation; set its training weight to 0 or evaluate on "
+                "fewer"
             )
 
 
-def _prompt_spaces(class_names: Sequence[str]) -> dict[Tag, tuple[Callable[[Any], Prompt], list[Any]]]:
+def _prompt_spaces(class_names: Sequence[str]) -> dict[Tag, PromptSpace]:
     """Return every task's grammar function with all arguments it can take."""
     colorable = [name for name in class_names if name != COLORLESS_CLASS]
     pairs = list(itertools.permutations(class_names, 2))

@@ -68,7 +68,7 @@ class Policy(ABC):
     @property
     @abstractmethod
     def module(self) -> nn.Module:
-        """The module whose trainable parameters are the adapter."""
+        """Module whose trainable parameters are the adapter."""
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that training changes, by name."""

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfgrpo.config.pretrain_schema import AutoencoderConfig
 from sfgrpo.shapes.detector import detect
 from sfgrpo.shapes.world import IMAGE_SIZE
 from sfgrpo.types import Detection
@@ -19,7 +20,7 @@ OBJECT_WEIGHT = 4.0
 
 
 def build_autoencoder(latent_channels: int) -> AutoencoderKL:
-    """Make the untrained autoencoder: 32x32 pixels to 8x8 latents."""
+    """Return the untrained autoencoder of 32x32 pixels and 8x8 latents."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -39,18 +40,18 @@ def build_autoencoder(latent_channels: int) -> AutoencoderKL:
 
 
 def to_pixels(images: NDArray[np.uint8]) -> Tensor:
-    """Turn uint8 images [N, H, W, 3] into the pipeline's pixels [N, 3, H, W] in -1..1."""
+    """Convert uint8 images [N, H, W, 3] to the pipeline's pixels [N, 3, H, W] in -1..1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
 def to_images(pixels: Tensor) -> NDArray[np.uint8]:
-    """Turn pixels [N, 3, H, W] in -1..1 into uint8 images [N, H, W, 3], rounding as the pipeline does."""
+    """Convert pixels [N, 3, H, W] in -1..1 to uint8 images [N, H, W, 3], rounding as the pipeline does."""
     scaled = pixels.float().add(1.0).mul(127.5).clamp(0, 255).round()
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def reconstruction_loss(autoencoder: AutoencoderKL, pixels: Tensor, kl_weight: float) -> Tensor:
-    """L1 error, weighted towards the objects, plus `kl_weight` times the KL of a latent element to N(0, 1)."""
+    """Return the L1 error, weighted towards objects, plus `kl_weight` times the KL of a latent element to N(0, 1)."""
     posterior = autoencoder.encode(pixels).latent_dist
     decoded = autoencoder.decode(posterior.sample()).sample
     ground = pixels[:, :, :1, :1]
@@ -62,23 +63,20 @@ def reconstruction_loss(autoencoder: AutoencoderKL, pixels: Tensor, kl_weight: f
 def train_autoencoder(
     autoencoder: AutoencoderKL,
     images: NDArray[np.uint8],
-    *,
-    num_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    kl_weight: float,
+    config: AutoencoderConfig,
     seed: int,
 ) -> Iterator[tuple[int, float]]:
-    """Train in place with AdamW and a cosine schedule; yields (step, loss) after every step."""
+    """Train in place with AdamW and a cosine schedule; yield (step, loss) after every step."""
     generator = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    rate, num_steps = config.learning_rate, config.num_steps
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=num_steps, pct_start=0.03, cycle_momentum=False
+        optimizer, rate, total_steps=num_steps, pct_start=0.03, cycle_momentum=False
     )
     for step in range(num_steps):
-        pixels = to_pixels(images[generator.integers(len(images), size=batch_size)])
-        loss = reconstruction_loss(autoencoder, pixels.contiguous(memory_format=torch.channels_last), kl_weight)
+        pixels = to_pixels(images[generator.integers(len(images), size=config.batch_size)])
+        loss = reconstruction_loss(autoencoder, pixels.contiguous(memory_format=torch.channels_last), config.kl_weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
@@ -112,7 +110,7 @@ def _same(first: Detection, second: Detection) -> bool:
 
 @torch.no_grad()
 def detection_survival(autoencoder: AutoencoderKL, images: NDArray[np.uint8], threshold: float = 0.3) -> float:
-    """Share of the detections on `images` that are found again (class, colour, place) after encode and decode."""
+    """Return the share of detections that are found again (class, colour, place) after encode and decode."""
     decoded = to_images(autoencoder.decode(autoencoder.encode(to_pixels(images)).latent_dist.mean).sample)
     survived = total = 0
     for image, copy in zip(images, decoded, strict=True):

@@ -1,4 +1,4 @@
-"""Make the shapes base model: renders pictures, trains autoencoder and flow model, judges them, writes the card."""
+"""The shapes base model: pictures, training of autoencoder and flow model, evaluation, model card."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from sfgrpo.pretraining.autoencoder import (
     train_autoencoder,
 )
 from sfgrpo.pretraining.dataset import Pictures, render_pictures
-from sfgrpo.pretraining.flow import PADDING_TOKENS, FlowRecipe, FlowTraining, tokenize
+from sfgrpo.pretraining.flow import PADDING_TOKENS, FlowTraining, tokenize
+from sfgrpo.pretraining.optimization import run_and_log
 from sfgrpo.pretraining.pipeline import build_pipeline
 from sfgrpo.rewards import build_reward
 from sfgrpo.runtime.files import atomic_directory
@@ -45,16 +46,16 @@ LOG_EVERY_NUM_STEPS = 100
 
 
 def pretrain_base_model(config: PretrainConfig, seed: int, folder: Path) -> None:
-    """Train the base model into `BASE_MODEL`; `folder` keeps what is done, and a second call goes on from there."""
+    """Train the base model into `BASE_MODEL`; a second call resumes from what is in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Three sets of their own: seeds that follow one another.
+    # Three different sets of pictures: seeds seed, seed + 1 and seed + 2.
     fresh = render_pictures(NUM_SURVIVAL_IMAGES, config.task_weights, seed + 1).images
     pictures = render_pictures(config.num_images, config.task_weights, seed + 2)
     autoencoder = _trained_autoencoder(config, pictures, seed, folder)
     pipeline = _trained_pipeline(config.transformer, autoencoder, pictures, seed, folder)
     with atomic_directory(folder / "pipeline") as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
-    tables = _judged(folder / "pipeline", config)
+    tables = _tables(folder / "pipeline", config)
     with atomic_directory(BASE_MODEL) as partial:
         shutil.copytree(folder / "pipeline", partial, dirs_exist_ok=True)
         survival = detection_survival(autoencoder, fresh)
@@ -66,21 +67,13 @@ def pretrain_base_model(config: PretrainConfig, seed: int, folder: Path) -> None
 def _trained_autoencoder(config: PretrainConfig, pictures: Pictures, seed: int, folder: Path) -> AutoencoderKL:
     finished = folder / "autoencoder"
     if not finished.exists():
-        recipe = config.autoencoder
-        images = render_pictures(recipe.num_images, config.task_weights, seed).images
+        section = config.autoencoder
+        images = render_pictures(section.num_images, config.task_weights, seed).images
         torch.manual_seed(seed)
-        autoencoder = build_autoencoder(recipe.latent_channels)
-        steps = train_autoencoder(
-            autoencoder,
-            images,
-            num_steps=recipe.num_steps,
-            batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate,
-            kl_weight=recipe.kl_weight,
-            seed=seed,
-        )
+        autoencoder = build_autoencoder(section.latent_channels)
+        steps = train_autoencoder(autoencoder, images, section, seed)
         with _clocked(folder, "autoencoder"):
-            _follow("autoencoder", steps, recipe.num_steps)
+            run_and_log("autoencoder", steps, section.num_steps, LOG_EVERY_NUM_STEPS)
         standardise_latents(autoencoder, pictures.images[:2000])
         with atomic_directory(finished) as partial:
             autoencoder.save_pretrained(partial)
@@ -99,51 +92,28 @@ def _trained_pipeline(
         attention_head_dim=config.attention_head_dim,
         shift=config.shift,
     )
-    recipe = FlowRecipe(
-        num_steps=config.num_steps,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        muon_learning_rate=config.muon_learning_rate,
-        decay_fraction=config.decay_fraction,
-        warmup_steps=config.warmup_steps,
-        ema_decay=config.ema_decay,
-        caption_dropout=config.caption_dropout,
-        padded_every_num_steps=config.padded_every_num_steps,
-        bfloat16=config.bfloat16,
-        compile=config.compile,
-    )
-    training = FlowTraining(pipeline, recipe)
+    training = FlowTraining(pipeline, config)
     state = folder / "flow.safetensors"
     if state.exists():
         training.load(state)
     latents = encode_images(autoencoder, pictures.images)
     steps = training.run(latents, pictures.prompt_index, tokenize(pipeline, pictures.prompts), seed)
     with _clocked(folder, "flow"):
-        _follow("flow", _saving(training, steps, state), config.num_steps)
+        run_and_log("flow", _saving(training, steps, state), config.num_steps, LOG_EVERY_NUM_STEPS)
     training.use_averaged_weights()
     return pipeline
 
 
 def _saving(training: FlowTraining, steps: Iterable[tuple[int, float]], state: Path) -> Iterator[tuple[int, float]]:
     for step, loss in steps:
-        if step % SAVE_EVERY_NUM_STEPS == 0 or step == training.recipe.num_steps:
+        if step % SAVE_EVERY_NUM_STEPS == 0 or step == training.config.num_steps:
             training.save(state)
         yield step, loss
 
 
-def _follow(name: str, steps: Iterable[tuple[int, float]], num_steps: int) -> None:
-    """Run a training to its end and logs the mean loss now and then."""
-    losses: list[float] = []
-    for step, loss in steps:
-        losses.append(loss)
-        if step % LOG_EVERY_NUM_STEPS == 0 and step:
-            logger.info("%s step %d/%d loss %.4f", name, step, num_steps, sum(losses) / len(losses))
-            losses.clear()
-
-
 @contextlib.contextmanager
 def _clocked(folder: Path, name: str) -> Iterator[None]:
-    """Add the seconds that the block takes to those of earlier calls, for the model card."""
+    """Add the seconds of the block to those of earlier calls, for the model card."""
     path = folder / "seconds.json"
     started = time.monotonic()
     try:
@@ -154,8 +124,8 @@ def _clocked(folder: Path, name: str) -> Iterator[None]:
         path.write_text(json.dumps(seconds))
 
 
-def _judged(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]:
-    """Return the GenEval-shapes table, one row per guidance scale, on the first prompts of every task."""
+def _tables(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]:
+    """Return the GenEval-shapes table of every guidance scale, on prompts spread over every task."""
     evaluation = config.evaluation
     prompts = [prompt for prompts in all_prompts().values() for prompt in _spread(prompts, evaluation.prompts_per_task)]
     policy = SD3Policy.from_pretrained(
@@ -166,7 +136,7 @@ def _judged(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]
         lora_alpha=1,
         lora_targets=("to_q",),
     )
-    tables = {
+    return {
         f"guidance {scale:g}": evaluate_policy(
             policy,
             prompts,
@@ -182,7 +152,6 @@ def _judged(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]
         ).table
         for scale in evaluation.guidance_scales
     }
-    return tables
 
 
 def _spread(prompts: list[Prompt], count: int) -> list[Prompt]:

@@ -1,8 +1,7 @@
-"""A small CLIP of the shapes world: captions and pictures in one space, trained by contrast and by nothing else."""
+"""A small CLIP of the shapes world: captions and pictures in one space, trained by contrast alone."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
@@ -11,12 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
+from sfgrpo.config.pretrain_schema import PretrainRewardConfig
 from sfgrpo.geneval.prompt_sets import twin_key
 from sfgrpo.pretraining.autoencoder import to_pixels
 from sfgrpo.pretraining.dataset import Pictures
-from sfgrpo.pretraining.pipeline import MAX_TEXT_TOKENS, TEXT_WIDTH
+from sfgrpo.pretraining.optimization import Optimizers, make_optimizers, take_step
+from sfgrpo.pretraining.pipeline import MAX_TEXT_TOKENS, TEXT_WIDTH, text_config
 from sfgrpo.shapes.world import CLASSES, COLORS, IMAGE_SIZE
 from sfgrpo.types import TAGS, Prompt, Relation, Tag
 
@@ -45,39 +46,11 @@ MIRRORED: dict[Relation, Relation] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ClipRecipe:
-    """How the CLIP is trained; every number shapes the result."""
-
-    num_steps: int
-    batch_size: int
-    learning_rate: float
-    """AdamW: embeddings, norms, biases, projections."""
-    muon_learning_rate: float
-    """Muon: the matrices of the layers; RMS-matched to AdamW."""
-    task_weights: dict[Tag, float]
-    """Relative frequency of each task's batches."""
-    simple_fraction: float
-    """Share of the steps, at the start, that show one object only: classes and colours come before arrangements."""
-
-
 def build_clip(tokenizer: CLIPTokenizer, *, width: int, num_layers: int, patch_size: int) -> CLIPModel:
-    """Make the untrained CLIP: a vision transformer of `num_layers`, a text transformer of two.
+    """Return the untrained CLIP: a vision transformer of `num_layers` and a text transformer of two layers.
 
-    Weights follow torch's global generator: seed it first.
+    Weights are drawn from torch's global generator: seed it first.
     """
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TEXT_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        hidden_act="gelu",
-    )
     vision = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -89,7 +62,7 @@ def build_clip(tokenizer: CLIPTokenizer, *, width: int, num_layers: int, patch_s
     )
     model = CLIPModel(
         CLIPConfig(
-            text_config=text.to_dict(),
+            text_config=text_config(tokenizer, hidden_act="gelu").to_dict(),
             vision_config=vision.to_dict(),
             projection_dim=TEXT_WIDTH,
             logit_scale_init_value=math.log(LOGIT_SCALE),
@@ -102,7 +75,7 @@ def build_clip(tokenizer: CLIPTokenizer, *, width: int, num_layers: int, patch_s
 
 @torch.no_grad()
 def _place_patches(model: CLIPModel) -> None:
-    """Start the position embeddings as waves: one half tells a patch's row, the other its column."""
+    """Initialise the position embeddings as waves: one half encodes a patch's row, the other its column."""
     table = model.vision_model.embeddings.position_embedding.weight
     side = math.isqrt(len(table) - 1)
     frequencies = math.pi * torch.linspace(1 / side, 1.0, table.shape[1] // 4)
@@ -143,7 +116,7 @@ def meaning(prompt: Prompt) -> Hashable:
 
 
 def contents(prompt: Prompt) -> Hashable:
-    """Return the objects that a prompt asks for, whatever their colours and places."""
+    """Return a key of the objects that a prompt asks for, whatever their colours and places."""
     counts: Counter[str] = Counter()
     for clause in prompt.include:
         counts[clause.class_name] += clause.count
@@ -153,9 +126,8 @@ def contents(prompt: Prompt) -> Hashable:
 def contrastive_loss(texts: Tensor, images: Tensor, excused: Tensor) -> Tensor:
     """Symmetric InfoNCE (CLIP, arXiv:2103.00020): the mean of -log softmax over pictures, and over captions.
 
-    Row i of `texts` [N, D] belongs to row i of `images` [M, D]; pictures from N on belong to no caption here and count
-    only as negatives. `excused` [N, M] marks the pairs that are no negatives; pairs that belong together never count
-    as excused.
+    Row i of `texts` [N, D] belongs to row i of `images` [M, D]; pictures from N on belong to no caption and are only
+    negatives. `excused` [N, M] marks other pairs that are no negatives.
     """
     num_pairs = len(texts)
     excused = excused & ~torch.eye(*excused.shape, dtype=torch.bool)
@@ -167,9 +139,9 @@ def contrastive_loss(texts: Tensor, images: Tensor, excused: Tensor) -> Tensor:
 
 
 def degrade(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Shifts, blurs, fades and dirties pixels [N, 3, H, W], each picture to its own degree, as a draft may be.
+    """Shift, blur, fade and add noise to pixels [N, 3, H, W], as in samples of an imperfect model.
 
-    All are shifted alike. `strength` in 0..1 scales everything but the shift.
+    All pictures are shifted alike; the rest differs by picture and is scaled by `strength` in 0..1.
     """
     count = len(pixels)
 
@@ -190,10 +162,10 @@ def degrade(pixels: Tensor, strength: float, generator: torch.Generator) -> Tens
 
 
 class _Batches:
-    """Draws the rows of each step: pictures of one task, and strangers from all of them."""
+    """The rows of each step: pictures of one task, and strangers from all tasks."""
 
-    def __init__(self, pictures: Pictures, recipe: ClipRecipe) -> None:
-        self._recipe = recipe
+    def __init__(self, pictures: Pictures, config: PretrainRewardConfig) -> None:
+        self._config = config
         tags = np.array([TAGS.index(prompt.tag) for prompt in pictures.prompts])[pictures.prompt_index]
         self._rows = {tag: np.flatnonzero(tags == index) for index, tag in enumerate(TAGS)}
         self._index = pictures.prompt_index
@@ -206,13 +178,14 @@ class _Batches:
         self._used = used
 
     def draw(self, step: int, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the rows of a batch, of the whole task or of a corner of it as a coin falls, and of its strangers."""
-        simple = step < self._recipe.simple_fraction * self._recipe.num_steps
-        weights = np.array([self._recipe.task_weights[tag] if tag in SIMPLE or not simple else 0.0 for tag in TAGS])
+        """Draw the rows of a batch, half of the time from a corner of its task, and of its strangers."""
+        config = self._config
+        simple = step < config.simple_fraction * config.num_steps
+        weights = np.array([config.task_weights[tag] if tag in SIMPLE or not simple else 0.0 for tag in TAGS])
         rows = self._rows[TAGS[generator.choice(len(TAGS), p=weights / weights.sum())]]
         if generator.random() < 0.5:
             rows = self._corner(rows, generator)
-        size = self._recipe.batch_size
+        size = config.batch_size
         return generator.choice(rows, size=size), generator.integers(len(self._index), size=round(STRANGERS * size))
 
     def _corner(self, rows: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
@@ -225,14 +198,14 @@ class _Batches:
 
 
 def train_clip(
-    model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, recipe: ClipRecipe, seed: int
+    model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, config: PretrainRewardConfig, seed: int
 ) -> Iterator[tuple[int, float]]:
-    """Train in place; yields (steps done, loss) after every step, whose randomness is the seed's and its index's."""
+    """Train in place; yield (steps done, loss). A step's randomness depends on seed and step alone."""
     token_ids = tokenize(tokenizer, pictures.prompts)
     meanings, objects = (_numbered(key(prompt) for prompt in pictures.prompts) for key in (meaning, contents))
-    batches = _Batches(pictures, recipe)
-    optimizers = _optimizers(model, recipe)
-    for step in range(recipe.num_steps):
+    batches = _Batches(pictures, config)
+    optimizers = _optimizers(model, config)
+    for step in range(config.num_steps):
         rows, strangers = batches.draw(step, np.random.default_rng((seed, step)))
         asked, shown = pictures.prompt_index[rows], pictures.prompt_index[strangers]
         same = meanings[asked][:, None] == meanings[asked]
@@ -240,16 +213,12 @@ def train_clip(
         excused = torch.from_numpy(np.concatenate([same, alike], axis=1))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         clean = to_pixels(pictures.images[np.concatenate([rows, strangers])])
-        pixels = degrade(clean, step / recipe.num_steps, generator)
+        pixels = degrade(clean, step / config.num_steps, generator)
         unique, inverse = np.unique(asked, return_inverse=True)
         texts = embed_texts(model, token_ids[torch.from_numpy(unique)])[torch.from_numpy(inverse)]
         loss = contrastive_loss(texts, embed_images(model, pixels), excused)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, rate in optimizers:
-            optimizer.param_groups[0]["lr"] = rate * _learning_rate_factor(step, recipe.num_steps)
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(optimizers, model.parameters(), _learning_rate_factor(step, config.num_steps))
         yield step + 1, loss.item()
 
 
@@ -257,7 +226,7 @@ def train_clip(
 def retrieval_accuracy(
     model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, *, num_choices: int = 16, seed: int = 0
 ) -> dict[Tag, float]:
-    """Return, task by task, how often a picture is closest to its own caption among `num_choices` of its task.
+    """Return, by task, how often a picture is closest to its own caption among `num_choices` of its task.
 
     The others are drawn without replacement from the captions that mean something else, or are all there are.
     """
@@ -275,24 +244,18 @@ def retrieval_accuracy(
     return {tag: float(np.mean(found)) for tag, found in hits.items() if found}
 
 
-def _optimizers(model: CLIPModel, recipe: ClipRecipe) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Muon for the matrices of the layers, AdamW for everything else, each with its peak learning rate."""
+def _optimizers(model: CLIPModel, config: PretrainRewardConfig) -> Optimizers:
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    matrices = [value for name, value in trained.items() if ".layers." in name and value.ndim == 2]
-    chosen = {id(value) for value in matrices}
-    others = [value for value in trained.values() if id(value) not in chosen]
-    adamw = torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    muon = torch.optim.Muon(matrices, lr=recipe.muon_learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    return [(adamw, recipe.learning_rate), (muon, recipe.muon_learning_rate)]
+    return make_optimizers(trained, lambda name: ".layers." in name, config)
 
 
 def _learning_rate_factor(step: int, num_steps: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+    """Return the share of the peak rates: linear warm-up, then half a cosine down to zero."""
     done = (step + 1) / num_steps
     return min(done / WARMUP, 0.5 * (1.0 + math.cos(math.pi * max(0.0, done - WARMUP) / (1.0 - WARMUP))))
 
 
 def _numbered(keys: Iterator[Hashable]) -> NDArray[np.int64]:
-    """Replace keys by numbers, equal ones by the same."""
+    """Replace keys by numbers, equal keys by equal numbers."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys])

@@ -1,10 +1,11 @@
-"""Build the untrained shapes pipeline: diffusers' own StableDiffusion3Pipeline over a vocabulary of a few words."""
+"""The untrained shapes pipeline: diffusers' own StableDiffusion3Pipeline over a vocabulary of a few words."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -31,7 +32,7 @@ LATENT_SIZE = 8
 
 
 def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Run byte-pair encoding: the earliest merge that fits anywhere comes first."""
+    """Apply byte-pair merges, the earliest first."""
     for left, right in merges:
         merged: list[str] = []
         for piece in pieces:
@@ -44,7 +45,7 @@ def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Make a CLIP tokenizer in which every word of the world is one token; other words fall apart into letters."""
+    """Return a CLIP tokenizer in which every word of the prompts is one token; others are split into letters."""
     prompts = (prompt for prompts in all_prompts().values() for prompt in prompts)
     words = sorted({word for prompt in prompts for word in prompt.text.split()})
     letters = sorted(set("abcdefghijklmnopqrstuvwxyz0123456789,.'-"))
@@ -74,27 +75,31 @@ def build_tokenizer() -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder)
 
 
-def _build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    config = CLIPTextConfig(
+def text_config(tokenizer: CLIPTokenizer, **options: Any) -> CLIPTextConfig:
+    """Return the configuration of a text transformer of two layers for the tokenizer's vocabulary."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
         intermediate_size=4 * TEXT_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=MAX_TEXT_TOKENS,
-        projection_dim=TEXT_WIDTH,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
-    return CLIPTextModelWithProjection(config)
+
+
+def _build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(text_config(tokenizer, projection_dim=TEXT_WIDTH))
 
 
 def _build_silent_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
-    """Make the T5 that is none: 1,568 weights whose last scale is zero, so that every token comes out as zeros.
+    """Return a T5 of 1,568 weights whose last scale is zero, so that every token is encoded as zeros.
 
-    Those are the zeros that the pipeline puts in place of an absent T5. It is here because diffusers loads a
-    StableDiffusion3Pipeline without T5 only for a caller who passes `text_encoder_3=None, tokenizer_3=None`.
+    These are the zeros that the pipeline uses in place of an absent T5. The stand-in exists because diffusers loads a
+    StableDiffusion3Pipeline without T5 only if the caller passes `text_encoder_3=None, tokenizer_3=None`.
     """
     tokenizer = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
     config = T5Config(vocab_size=len(tokenizer), d_model=2 * TEXT_WIDTH, d_kv=1, d_ff=1, num_layers=1, num_heads=1)
@@ -106,9 +111,9 @@ def _build_silent_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
 def build_pipeline(
     autoencoder: AutoencoderKL, *, num_layers: int, num_attention_heads: int, attention_head_dim: int, shift: float
 ) -> StableDiffusion3Pipeline:
-    """Assemble the pipeline around a trained autoencoder; transformer and text encoders start at random.
+    """Assemble the pipeline around a trained autoencoder; transformer and text encoders are untrained.
 
-    Weights follow torch's global generator: seed it first. There is no T5 encoder, only a silent stand-in.
+    Weights are drawn from torch's global generator: seed it first. The T5 encoder is a stand-in that returns zeros.
     """
     tokenizer = build_tokenizer()
     channels = autoencoder.config.latent_channels

@@ -1,4 +1,4 @@
-"""Make the model behind the reward `clip` for the shapes world: trains it, judges it, writes its card."""
+"""The model behind the reward `clip` in the shapes world: training, evaluation, model card."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from sfgrpo.config.pretrain_schema import PretrainRewardConfig
-from sfgrpo.pretraining.clip import STRANGERS, ClipRecipe, build_clip, retrieval_accuracy, train_clip
+from sfgrpo.pretraining.clip import STRANGERS, build_clip, retrieval_accuracy, train_clip
 from sfgrpo.pretraining.dataset import render_pictures
+from sfgrpo.pretraining.optimization import run_and_log
 from sfgrpo.pretraining.pipeline import build_tokenizer
 from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.runtime.manifest import write_manifest
@@ -31,27 +32,15 @@ PIXEL_MEAN = PIXEL_STD = (0.5, 0.5, 0.5)
 
 
 def pretrain_reward_model(config: PretrainRewardConfig, seed: int, folder: Path = REWARD_MODEL) -> None:
-    """Train the CLIP in one go and writes it to `folder`: model, tokenizer, preprocessing, card and manifest."""
-    # Sets of their own, for learning and for judging: seeds that follow one another.
+    """Train the CLIP in one go and write it to `folder`: model, tokenizer, preprocessing, card and manifest."""
+    # Different pictures for training and evaluation: seeds seed and seed + 1.
     pictures = render_pictures(config.num_images, config.task_weights, seed)
     fresh = render_pictures(NUM_FRESH_IMAGES, dict.fromkeys(TAGS, 1.0), seed + 1)
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
     model = build_clip(tokenizer, width=config.width, num_layers=config.num_layers, patch_size=config.patch_size)
-    recipe = ClipRecipe(
-        num_steps=config.num_steps,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        muon_learning_rate=config.muon_learning_rate,
-        task_weights=config.task_weights,
-        simple_fraction=config.simple_fraction,
-    )
-    started, losses = time.process_time(), list[float]()
-    for step, loss in train_clip(model, tokenizer, pictures, recipe, seed):
-        losses.append(loss)
-        if step % LOG_EVERY_NUM_STEPS == 0:
-            logger.info("clip step %d/%d loss %.4f", step, config.num_steps, sum(losses) / len(losses))
-            losses.clear()
+    started = time.process_time()
+    run_and_log("clip", train_clip(model, tokenizer, pictures, config, seed), config.num_steps, LOG_EVERY_NUM_STEPS)
     seconds = time.process_time() - started
     accuracy = retrieval_accuracy(model, tokenizer, fresh, num_choices=NUM_CHOICES)
     with atomic_directory(folder) as partial:
@@ -64,7 +53,7 @@ def pretrain_reward_model(config: PretrainRewardConfig, seed: int, folder: Path 
 
 
 def _preprocessing() -> dict[str, object]:
-    """Spell the preprocessing as CLIPImageProcessor reads it."""
+    """Return the preprocessing as CLIPImageProcessor reads it."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,

@@ -1,8 +1,8 @@
-"""A detector that reads classes, boxes, colours and scores off a shapes image: deterministic, no weights, no training.
+"""A detector of classes, boxes, colours and scores in shapes images: deterministic, without weights or training.
 
-The image's ground is the median of its border. What stands out from it is cut into connected components; each becomes
-a soft mask (how far a pixel has moved from ground to the component's own colour) and is compared with the silhouette
-of every class at the component's own centroid and area. As in Mask2Former, the score is the product of a class
+The ground is the median of the image's border. Pixels that differ from it form connected components; each becomes a
+soft mask (how far a pixel lies between the ground and the component's colour) and is compared with the silhouette of
+every class at the component's own centroid and area. As in Mask2Former, the score is the product of a class
 probability (how much better the best class matches than the others) and a mask quality (how well it matches).
 """
 
@@ -30,9 +30,9 @@ FAINTEST = 0.08
 """Move towards the object below which a pixel is ground."""
 
 _WINDOWS = (16, 24, 32)
-"""Sides of the square windows in which components are read: the smallest that holds one with its margin."""
+"""Sides of the square windows that components are cropped to: the smallest that holds one with its margin."""
 _CHUNK = 64
-"""Images read at once: few enough for the processor's cache."""
+"""Images processed at once: few enough for the processor's cache."""
 _SUBPIXELS = 4
 _RADIUS_STEP = 0.25
 _RADII = np.arange(1.5, 14.0, _RADIUS_STEP)
@@ -40,7 +40,7 @@ _RADII = np.arange(1.5, 14.0, _RADIUS_STEP)
 
 @functools.cache
 def _templates() -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Silhouettes centred by centroid: [class, radius, subpixel y, subpixel x, window, window]; areas at radius 1."""
+    """Return silhouettes around their centroids, [class, radius, subpixel y, subpixel x, H, W]; areas at radius 1."""
     side = _WINDOWS[-1]
     middle = side / 2
     areas = np.empty(len(CLASSES))
@@ -61,7 +61,7 @@ def _templates() -> tuple[NDArray[np.float32], NDArray[np.float64]]:
 
 @functools.cache
 def _bank(side: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The templates' middle, [..., side, side], laid out contiguously, and their areas before the cut."""
+    """Return the middle of the templates, [..., side, side], contiguous, and their areas before the crop."""
     bank, _ = _templates()
     cut = (bank.shape[-1] - side) // 2
     return np.ascontiguousarray(bank[..., cut : cut + side, cut : cut + side]), bank.sum(axis=(-2, -1))
@@ -82,7 +82,7 @@ def detect(image: NDArray[np.uint8]) -> list[Detection]:
 
 
 def detect_images(images: NDArray[np.uint8]) -> list[list[Detection]]:
-    """Find the shapes of RGB images [N, 32, 32, 3]: for each its detections, most confident first.
+    """Find the shapes of RGB images [N, 32, 32, 3]; return the detections of each, most confident first.
 
     Raises:
         ValueError: the images have another shape.
@@ -223,14 +223,14 @@ def _match(masks: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _reach(profile: NDArray[np.float64], center: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Pixels from the centre's pixel to the farther end of a mask, given its profile [M, pixels] along one axis."""
+    """Return the pixels from the centre to the farther end of a mask, given its profile [M, pixels] along one axis."""
     filled = profile > 0.0
     first, last = filled.argmax(axis=1), profile.shape[1] - filled[:, ::-1].argmax(axis=1)
     return np.maximum(center.astype(int) - first, last - center.astype(int))
 
 
 def _by_window(extents: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield every window side with the components whose extent it is the smallest to hold; the largest takes all."""
+    """Yield every window side with the components that need it; the largest also takes those that do not fit."""
     fits = np.searchsorted(_WINDOWS[:-1], extents)
     for index, side in enumerate(_WINDOWS):
         chosen = np.flatnonzero(fits == index)
@@ -239,7 +239,7 @@ def _by_window(extents: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int
 
 
 def _boxes(masks: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Boxes (left, top, right, bottom) around what is more than half covered, of masks [M, H, W]: [M, 4]."""
+    """Return boxes (left, top, right, bottom) around the pixels of masks [M, H, W] above one half: [M, 4]."""
     across, down = masks.max(axis=1) > 0.5, masks.max(axis=2) > 0.5
     ends = [IMAGE_SIZE - side[:, ::-1].argmax(axis=1) for side in (across, down)]
     return np.stack([across.argmax(axis=1), down.argmax(axis=1), *ends], axis=1)

@@ -1,4 +1,4 @@
-"""Every prompt of the shapes world, in GenEval's grammar, and the fixed split into training and evaluation prompts."""
+"""All prompts of the shapes world, in GenEval's grammar, and their split into training and evaluation prompts."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import itertools
 import numpy as np
 
 from sfgrpo.geneval.grammar import color_attr, colors, counting, position, single_object, two_object
-from sfgrpo.geneval.prompt_sets import endless_draws, largest_remainder, twin_key
+from sfgrpo.geneval.prompt_sets import PromptSpace, sample_prompts, twin_key
 from sfgrpo.shapes.world import CLASSES, COLORS
-from sfgrpo.types import RELATIONS, TAGS, Prompt, Tag
+from sfgrpo.types import RELATIONS, Prompt, Tag
 
 COUNTS = (2, 3, 4)
 
 
 def all_prompts() -> dict[Tag, list[Prompt]]:
-    """List the whole prompt space of every task: 6, 30, 18, 48, 120 and 1680 prompts."""
+    """Return all prompts of every task: 6, 30, 18, 48, 120 and 1680."""
     pairs = list(itertools.permutations(CLASSES, 2))
     color_pairs = list(itertools.permutations(COLORS, 2))
     return {
@@ -32,10 +32,10 @@ def split_prompts(num_evaluation: dict[Tag, int], seed: int) -> tuple[dict[Tag, 
     """Split the prompt space into (training, evaluation) prompts of every task.
 
     Evaluation prompts are drawn without replacement; a training prompt is never an evaluation prompt nor the
-    order-swapped twin of one. `single_object` may be used up entirely: training never asks for it.
+    order-swapped twin of one. All of `single_object` may be evaluated on, since training needs none of it.
 
     Raises:
-        ValueError: a task is asked for more evaluation prompts than it has.
+        ValueError: more evaluation prompts of a task are requested than it has.
     """
     generator = np.random.default_rng(seed)
     training: dict[Tag, list[Prompt]] = {}
@@ -43,7 +43,7 @@ def split_prompts(num_evaluation: dict[Tag, int], seed: int) -> tuple[dict[Tag, 
     for tag, prompts in all_prompts().items():
         if num_evaluation[tag] > len(prompts):
             raise ValueError(
-                f"{num_evaluation[tag]} evaluation prompts asked of task {tag}, which has {len(prompts)}; lower it"
+                f"task {tag} has {len(prompts)} prompts, fewer than the {num_evaluation[tag]} for evaluation; lower it"
             )
         chosen = sorted(generator.choice(len(prompts), size=num_evaluation[tag], replace=False))
         evaluation[tag] = [prompts[index] for index in chosen]
@@ -55,16 +55,9 @@ def split_prompts(num_evaluation: dict[Tag, int], seed: int) -> tuple[dict[Tag, 
 def sample_training_prompts(
     training: dict[Tag, list[Prompt]], weights: dict[Tag, float], num_prompts: int, seed: int | tuple[int, int]
 ) -> list[Prompt]:
-    """Draw a training set of `num_prompts` prompts whose tasks are in the ratio of `weights`.
+    """Draw a shuffled training set of `num_prompts` prompts with the tasks in the ratio of `weights`.
 
-    Each task's share is rounded by largest remainder; within a task prompts are drawn without replacement as long as
-    they last, then the task's pool is shuffled anew. The whole list is shuffled at the end.
+    Within a task every prompt is drawn once before any is drawn again.
     """
-    generator = np.random.default_rng(seed)
-    shares = largest_remainder(weights, num_prompts)
-    drawn: list[Prompt] = []
-    for tag in TAGS:
-        if shares[tag] and not training[tag]:
-            raise ValueError(f"task {tag} has weight {weights[tag]} but no training prompts are left; set it to 0")
-        drawn += itertools.islice(endless_draws(lambda prompt: prompt, training[tag], (), generator), shares[tag])
-    return [drawn[index] for index in generator.permutation(len(drawn))]
+    spaces: dict[Tag, PromptSpace] = {tag: (lambda prompt: prompt, prompts) for tag, prompts in training.items()}
+    return sample_prompts(spaces, (), num_prompts=num_prompts, weights=weights, seed=seed)

@@ -1,4 +1,4 @@
-"""The world itself: coloured silhouettes on a grey ground, drawn so that a scene shows what a prompt asks for."""
+"""The shapes world: scenes of coloured silhouettes on a grey ground that show what a prompt asks for."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GAP = 1.5
 """Least distance in pixels between two objects, and between an object and the border."""
 
 _TRIES = 64
-"""Layouts drawn at once."""
+"""Layouts sampled at once."""
 
 Polygon = NDArray[np.float64]  # [points, 2], in units of the radius, centred on the origin, y downward
 
@@ -79,7 +79,7 @@ def _polygons(class_name: str) -> tuple[Polygon, ...]:
 def coverage(
     class_name: str, center: tuple[float, float], radius: float, size: int = IMAGE_SIZE
 ) -> NDArray[np.float32]:
-    """Draw one silhouette as the covered fraction of every pixel, [size, size] in 0..1 (supersampled)."""
+    """Draw a silhouette as the covered fraction of every pixel, [size, size] in 0..1 (supersampled)."""
     fine = np.zeros((size * SUPERSAMPLING, size * SUPERSAMPLING), dtype=np.uint8)
     for fill, polygon in zip((255, 0), _polygons(class_name), strict=False):
         points = (polygon * radius + np.asarray(center)) * SUPERSAMPLING - 0.5
@@ -99,7 +99,7 @@ class Shape:
 
 
 def render(shapes: tuple[Shape, ...], generator: np.random.Generator) -> NDArray[np.uint8]:
-    """Draw a scene as an RGB image [32, 32, 3]; the generator picks the ground's grey and the colours' jitter."""
+    """Draw a scene as an RGB image [32, 32, 3]; the ground's grey and the colours' jitter are random."""
     image = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), generator.uniform(*GROUND_LEVELS), dtype=np.float32)
     for shape in shapes:
         color = np.asarray(PALETTE[shape.color]) + generator.uniform(-COLOR_JITTER, COLOR_JITTER, size=3)
@@ -109,10 +109,10 @@ def render(shapes: tuple[Shape, ...], generator: np.random.Generator) -> NDArray
 
 
 def sample_scene(prompt: Prompt, generator: np.random.Generator) -> tuple[Shape, ...]:
-    """Draw a scene that shows exactly what the prompt asks for; what the prompt leaves open is random.
+    """Sample a scene that shows exactly what the prompt asks for; everything else is random.
 
-    Objects of one clause share a colour. Places are drawn by rejection: inside the image, apart from each other, and
-    in the relation that the prompt names.
+    Objects of one clause share a colour. Positions are drawn by rejection: inside the image, apart from each other, and
+    in the prompt's relation.
     """
     low, high = RADII_BY_TAG.get(prompt.tag, PAIR_RADII)
     wanted: list[tuple[str, str]] = []
@@ -133,14 +133,14 @@ def sample_scene(prompt: Prompt, generator: np.random.Generator) -> tuple[Shape,
 
 
 def _apart(centers: NDArray[np.float64], radii: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether all bounding boxes of a layout, [tries, objects, 2], keep the gap on at least one axis."""
+    """Return which layouts, [tries, objects, 2], keep the gap between all bounding boxes on at least one axis."""
     first, second = np.triu_indices(radii.shape[1], k=1)
     distance = np.abs(centers[:, first] - centers[:, second]).max(axis=2)
     return np.all(distance > radii[:, first] + radii[:, second] + GAP, axis=1)
 
 
 def _related(prompt: Prompt, centers: NDArray[np.float64], radii: NDArray[np.float64]) -> bool:
-    """Whether every clause with a position (one object each) stands in it."""
+    """Return whether every clause with a position (one object each) is in that relation."""
     boxes = np.concatenate([centers - radii[:, None], centers + radii[:, None]], axis=1)
     return all(
         clause.position is None

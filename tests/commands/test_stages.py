@@ -174,7 +174,10 @@ def test_geneval_prompts_are_the_published_ones_and_not_trained_on(geneval):
     [
         ({"prompts.num_evaluation.colors": 10}, "prompts.num_evaluation: .*with prompts.source geneval it must be"),
         ({"prompts.source": "shapes", "prompts.num_evaluation.colors": 94}, "prompts.num_evaluation: 80 .* asked of"),
-        ({"prompts.task_weights.single_object": 1}, "prompts.task_weights: all 80 prompts .* are held out"),
+        (
+            {"prompts.task_weights.single_object": 1},
+            "prompts.task_weights: all prompts of task single_object are held out",
+        ),
     ],
 )
 def test_impossible_prompt_counts_are_wrong_parameters(geneval, capsys, changes, complaint):

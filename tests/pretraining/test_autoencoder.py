@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from sfgrpo.config.pretrain_schema import AutoencoderConfig
 from sfgrpo.pretraining.autoencoder import (
     OBJECT_WEIGHT,
     build_autoencoder,
@@ -29,10 +30,10 @@ PICTURES = render_pictures(24, dict.fromkeys(TAGS, 1.0), seed=0).images
 def trained(num_steps: int) -> tuple[torch.nn.Module, list[float]]:
     torch.manual_seed(0)
     autoencoder = build_autoencoder(latent_channels=4)
-    steps = train_autoencoder(
-        autoencoder, PICTURES, num_steps=num_steps, batch_size=8, learning_rate=3e-3, kl_weight=1e-3, seed=1
+    config = AutoencoderConfig(
+        num_images=24, latent_channels=4, num_steps=num_steps, batch_size=8, learning_rate=3e-3, kl_weight=1e-3
     )
-    return autoencoder, [loss for _, loss in steps]
+    return autoencoder, [loss for _, loss in train_autoencoder(autoencoder, PICTURES, config, seed=1)]
 
 
 def test_pixels_come_back_bit_for_bit():

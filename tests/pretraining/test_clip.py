@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from sfgrpo.config.pretrain_schema import PretrainRewardConfig
 from sfgrpo.geneval.grammar import color_attr, colors, counting, position, single_object, two_object
 from sfgrpo.pretraining import clip
 from sfgrpo.pretraining.clip import (
     LOGIT_SCALE,
     SIMPLE,
-    ClipRecipe,
     build_clip,
     contents,
     contrastive_loss,
@@ -29,7 +29,11 @@ from sfgrpo.types import TAGS, Prompt
 
 PICTURES = render_pictures(240, dict.fromkeys(TAGS, 1.0), seed=0)
 TOKENIZER = build_tokenizer()
-RECIPE = ClipRecipe(
+CONFIG = PretrainRewardConfig(
+    num_images=240,
+    patch_size=8,
+    width=16,
+    num_layers=1,
     num_steps=40,
     batch_size=16,
     learning_rate=2e-3,
@@ -46,7 +50,7 @@ def untrained():
 
 def trained(num_steps: int):
     model = untrained()
-    steps = train_clip(model, TOKENIZER, PICTURES, RECIPE, seed=1)
+    steps = train_clip(model, TOKENIZER, PICTURES, CONFIG, seed=1)
     losses = [loss for _, loss in (next(steps) for _ in range(num_steps))]
     return model, losses
 
@@ -129,14 +133,14 @@ def test_drafts_follow_their_generator_and_stay_in_range():
 
 
 def drawn_prompts(step: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    batches = clip._Batches(PICTURES, RECIPE)
+    batches = clip._Batches(PICTURES, CONFIG)
     found = batches.draw(step, np.random.default_rng(seed))
     own, strangers = ([PICTURES.prompts[PICTURES.prompt_index[row]] for row in rows] for rows in found)
     return own, strangers
 
 
 def test_a_batch_is_of_one_task_and_its_strangers_of_any():
-    drawn = [drawn_prompts(RECIPE.num_steps - 1, seed) for seed in range(40)]
+    drawn = [drawn_prompts(CONFIG.num_steps - 1, seed) for seed in range(40)]
     tags = [{prompt.tag for prompt in own} for own, _ in drawn]
     assert all(len(found) == 1 for found in tags)
     assert set.union(*tags) == set(TAGS) - {"single_object"}
@@ -149,15 +153,17 @@ def test_the_first_steps_show_one_object():
 
 
 def test_every_other_batch_is_a_corner_of_the_world():
-    drawn = [drawn_prompts(RECIPE.num_steps - 1, seed)[0] for seed in range(60)]
+    drawn = [drawn_prompts(CONFIG.num_steps - 1, seed)[0] for seed in range(60)]
     words = [{clause.class_name for prompt in own for clause in prompt.include} for own in drawn]
     assert 0.3 < np.mean([len(found) <= clip.CORNER for found in words]) < 0.7
 
 
 def test_every_weight_is_trained_by_one_optimizer_and_the_scale_by_none():
     model = untrained()
-    optimizers = clip._optimizers(model, RECIPE)
-    trained_by = [id(value) for one, _ in optimizers for group in one.param_groups for value in group["params"]]
+    optimizers = clip._optimizers(model, CONFIG)
+    trained_by = [
+        id(value) for one, _ in optimizers.values() for group in one.param_groups for value in group["params"]
+    ]
     named = {name: id(value) for name, value in model.named_parameters()}
     scale = named.pop("logit_scale")
     assert sorted(trained_by) == sorted(named.values()) and scale not in trained_by

@@ -11,11 +11,16 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from sfgrpo.pretraining.flow import PADDING_TOKENS, FlowRecipe, FlowTraining, encode_tokens, tokenize
+from sfgrpo.config.pretrain_schema import TransformerConfig
+from sfgrpo.pretraining.flow import PADDING_TOKENS, FlowTraining, encode_tokens, tokenize
 from tests.support.tiny import make_tiny_pipeline, make_tiny_policy, tiny_prompts
 
 PROMPTS = tuple(tiny_prompts(4))
-RECIPE = FlowRecipe(
+CONFIG = TransformerConfig(
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    shift=1.0,
     num_steps=6,
     batch_size=8,
     learning_rate=1e-3,
@@ -33,7 +38,7 @@ RECIPE = FlowRecipe(
 def training(**changes) -> FlowTraining:
     pipeline = make_tiny_pipeline()
     torch.nn.init.zeros_(pipeline.transformer.proj_out.weight)
-    return FlowTraining(pipeline, dataclasses.replace(RECIPE, **changes))
+    return FlowTraining(pipeline, dataclasses.replace(CONFIG, **changes))
 
 
 def steps_of(flow: FlowTraining) -> Iterator[float]:
@@ -89,7 +94,7 @@ def test_resumed_training_equals_training_in_one_go(tmp_path):
     second = training()
     second.load(tmp_path / "flow.safetensors")
     assert second.step == 3
-    assert begun + run(second) == losses and len(losses) == RECIPE.num_steps
+    assert begun + run(second) == losses and len(losses) == CONFIG.num_steps
     assert_equal(weights(second.pipeline), weights(whole.pipeline))
     for flow in (whole, second):
         flow.use_averaged_weights()
@@ -142,7 +147,7 @@ def test_learning_rate_rises_stays_and_falls(step, factor):
     assert flow.learning_rate_factor() == pytest.approx(factor)
 
 
-def test_captions_are_dropped_and_padded_as_the_recipe_says(monkeypatch):
+def test_captions_are_dropped_and_padded_as_configured(monkeypatch):
     flow = training(caption_dropout=1.0)
     empty, seen = tokenize(flow.pipeline, PROMPTS)[-1], []
     original = flow.loss

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from sfgrpo.checkpoint.state import TrainingState, load_checkpoint, save_checkpoint
+from sfgrpo.config.pretrain_schema import TransformerConfig
 from sfgrpo.config.schema import RegistryConfig
 from sfgrpo.policies.sd3 import SD3Policy
-from sfgrpo.pretraining.flow import FlowRecipe, FlowTraining
+from sfgrpo.pretraining.flow import FlowTraining
 from sfgrpo.registry.register import TrainedAdapter, draw, register_version
 from sfgrpo.rewards import build_reward
 from sfgrpo.runtime.manifest import write_manifest
@@ -84,7 +85,11 @@ def load_saved(folder: Path) -> None:
 
 
 def flow_training() -> FlowTraining:
-    recipe = FlowRecipe(
+    config = TransformerConfig(
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        shift=1.0,
         num_steps=2,
         batch_size=2,
         learning_rate=1e-3,
@@ -97,7 +102,7 @@ def flow_training() -> FlowTraining:
         bfloat16=False,
         compile=False,
     )
-    return FlowTraining(make_tiny_pipeline(), recipe)
+    return FlowTraining(make_tiny_pipeline(), config)
 
 
 def load_flow(folder: Path) -> None:

@@ -40,7 +40,7 @@ def test_split_follows_its_seed():
 
 
 def test_more_evaluation_prompts_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="19 evaluation prompts asked of task counting, which has 18; lower it"):
+    with pytest.raises(ValueError, match="task counting has 18 prompts, fewer than the 19 for evaluation; lower it"):
         split_prompts(NUM_EVALUATION | {"counting": 19}, seed=0)
 
 
@@ -62,5 +62,5 @@ def test_training_prompts_follow_their_seed():
 
 def test_a_weight_without_prompts_left_is_refused():
     training, _ = split_prompts(NUM_EVALUATION, seed=0)
-    with pytest.raises(ValueError, match=r"task single_object has weight 1\.0 but no training prompts are left"):
+    with pytest.raises(ValueError, match="all prompts of task single_object are held out for evaluation"):
         sample_training_prompts(training, WEIGHTS | {"single_object": 1.0}, 50, seed=0)
