@@ -10,7 +10,8 @@ import torch
 
 from benchmarks import architectures
 from benchmarks.bare import Call, RecordedReward, recorded_calls
-from benchmarks.update import GPU_PARAMS, Bench, Brightness, Part, measure, methods_of, results_of, tables_of
+from benchmarks.update import GPU_PARAMS, Bench, Brightness, measure
+from benchmarks.update_tables import Part, methods_of, results_of, tables_of
 from sfgrpo.config.stages import PromptsStage, TrainStage, load_config
 from sfgrpo.policies.sd3 import SD3Policy
 from sfgrpo.prompts import make_prompts
