@@ -65,6 +65,12 @@ class Folder:
         """Folder of a program's data."""
         return self.root / "data" / program
 
+    def make_data(self, program: str) -> Path:
+        """Make the folder of a program's data, if need be, and return it."""
+        folder = self.data(program)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+
 
 def open_folder(root: Path) -> Folder:
     """Return the folder without making it; raise `ConfigError` for a path that supervisord cannot use."""

@@ -50,8 +50,7 @@ def allowed_hosts(stack: Stack) -> list[str]:
 
 
 def _launch(stack: Stack) -> Launch:
-    folder = stack.folder.data("mlflow")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = stack.folder.make_data("mlflow")
     settings, secrets = stack.settings, stack.secrets
     command = [str(BIN / "mlflow"), "server", "--host", str(settings.host), "--port", str(settings.mlflow_port)]
     command += ["--workers", str(NUM_WORKERS), "--artifacts-destination", "s3://mlflow"]

@@ -33,8 +33,7 @@ def _credentials(stack: Stack) -> str:
 
 
 def _launch(stack: Stack) -> Launch:
-    folder = stack.folder.data("prefect")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = stack.folder.make_data("prefect")
     settings = stack.settings
     login = {"PREFECT_SERVER_API_AUTH_STRING": _credentials(stack)} if settings.asks_for_credentials else {}
     return Launch(

@@ -34,8 +34,7 @@ def _require(folder: Folder) -> None:
 
 
 def _launch(stack: Stack) -> Launch:
-    folder = stack.folder.data("s3")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = stack.folder.make_data("s3")
     port = str(stack.settings.s3_port)
     arguments = ["--folder", str(folder), "--port", port, "--access-key", ACCESS_KEY]
     return Launch(

@@ -13,8 +13,7 @@ def _address(stack: Stack) -> str:
 
 
 def _launch(stack: Stack) -> Launch:
-    folder = stack.folder.data("webhook")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = stack.folder.make_data("webhook")
     return Launch(
         command=[str(BIN / "python"), "-m", "flows.webhook", "--port", str(stack.settings.webhook_port)],
         environment={**client_environment(stack), "PREFECT_HOME": str(folder)},

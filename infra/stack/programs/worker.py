@@ -14,8 +14,7 @@ NAME = "local"
 
 
 def _launch(stack: Stack) -> Launch:
-    folder = stack.folder.data("worker")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = stack.folder.make_data("worker")
     return Launch(
         command=[
             *(str(BIN / "prefect"), "--no-prompt", "worker", "start"),
