@@ -32,7 +32,7 @@ PAPER: Mapping[str, Mapping[Column, float]] = {
 
 
 def paper_row(name: str) -> Mapping[Column, float]:
-    """Gives a row of the paper's table.
+    """Return a row of the paper's table.
 
     Raises:
         ValueError: the paper has no such row.
@@ -43,5 +43,5 @@ def paper_row(name: str) -> Mapping[Column, float]:
 
 
 def paper_base(name: str) -> str | None:
-    """Names the untrained model of a row: the one with the same guidance."""
+    """Return the name of the untrained model of a row: the one with the same guidance."""
     return next((base for base in PAPER if base.startswith("SD3.5-M") and f" {base[8:]} " in f" {name} "), None)

@@ -4,64 +4,61 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from sfgrpo.errors import SfgrpoError
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.runtime.shutdown import sigterm_as_exit
 from sfgrpo.study.config import Plan
-from sfgrpo.study.figures import figures_of, svg_of
-from sfgrpo.study.page import curves, markdown, write_page
-from sfgrpo.study.results import load_results
+from sfgrpo.study.figures import draw_figures, svg_of
+from sfgrpo.study.page import html, markdown
+from sfgrpo.study.results import Run, curves_of, load_results, mean_curve
 from sfgrpo.study.run import STUDY, parent_run
+from sfgrpo.study.summary import Summary, summarise
 from sfgrpo.tracking.base import ending
 
 REPORTS = Path("reports/study")
-PLOTTED = {"training_sampler": "evaluation_noisy/", "noise_free": "evaluation/", "geneval": "geneval/overall"}
-"""Files for `dvc plots`, with the metric that each holds; a metric that ends in "/" is that of the training reward."""
+PLOTS = {
+    "training_sampler": "evaluation_noisy/{reward}",
+    "noise_free": "evaluation/{reward}",
+    "geneval": "geneval/overall",
+}
+"""Files for `dvc plots`, with the metric that each holds."""
 
 
 def write_report(plan: Plan, environment: Environment) -> None:
-    """Reads the runs that are done, writes page, figures, Markdown and plots, and logs them."""
-    runs = STUDY / plan.preset
-    if not runs.exists():
-        raise SfgrpoError(f"{runs} does not exist; `make study FORM={plan.preset}` fills it")
-    results = load_results(runs)
-    figures = figures_of(plan, results)
-    drawings = {name: svg_of(figure) for name, figure in figures.items()}
-    words = markdown(plan, results, figures)
-    with atomic_directory(REPORTS / plan.preset) as partial:
-        write_page(plan, results, partial / "report.html")
-        (partial / "results.md").write_text(words, encoding="utf-8")
+    """Write page, figures, Markdown and plots of the finished runs, and log them."""
+    folder, report = STUDY / plan.preset, REPORTS / plan.preset
+    if not folder.exists():
+        raise SfgrpoError(f"{folder} does not exist; `make study FORM={plan.preset}` fills it")
+    summary = summarise(plan, load_results(folder))
+    drawings = {name: svg_of(figure) for name, figure in draw_figures(summary).items()}
+    texts = {"report.html": html(summary, drawings), "results.md": markdown(summary, drawings)}
+    texts |= {f"figures/{name}.svg": drawing for name, drawing in drawings.items()}
+    plots = {f"{name}.json": json.dumps(records, indent=1) + "\n" for name, records in plots_of(summary).items()}
+    with atomic_directory(report) as partial:
         (partial / "figures").mkdir()
-        for name, drawing in drawings.items():
-            (partial / "figures" / f"{name}.svg").write_text(drawing, encoding="utf-8")
-        for name, records in _plots(curves(plan, results)).items():
-            (partial / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-        page = (partial / "report.html").read_text(encoding="utf-8")
+        for name, text in (texts | plots).items():
+            (partial / name).write_text(text, encoding="utf-8")
     with sigterm_as_exit(), ending(parent_run(plan, environment)) as tracker:
-        tracker.log_text(page, "report.html")
-        tracker.log_text(words, "results.md")
-        for name, drawing in drawings.items():
-            tracker.log_text(drawing, f"figures/{name}.svg")
-    print(f"report in {REPORTS / plan.preset / 'report.html'}")
+        for name, text in texts.items():
+            tracker.log_text(text, name)
+    print(f"report in {report / 'report.html'}")
 
 
-def _plots(records: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """Turns tidy records of row, seed, update and metrics into the means over seeds that `dvc plots` draws."""
-    sums: dict[str, dict[int, dict[str, list[float]]]] = {name: {} for name in PLOTTED}
-    for record in records:
-        for name, metric in PLOTTED.items():
-            value = record.get(metric + str(record["reward"]) if metric.endswith("/") else metric)
-            if value is not None:
-                sums[name].setdefault(record["update"], defaultdict(list))[record["row"]].append(value)
-    return {
-        name: [
-            {"update": update, **{row: sum(values) / len(values) for row, values in rows.items()}}
-            for update, rows in sorted(updates.items())
-        ]
-        for name, updates in sums.items()
-    }
+def plots_of(summary: Summary) -> dict[str, list[dict[str, float]]]:
+    """Return the records of each file for `dvc plots`: for every update, every row's mean over seeds."""
+    rows: dict[str, list[Run]] = defaultdict(list)
+    for run in summary.runs:
+        rows[run.row].append(run)
+    plots = {}
+    for name, metric in PLOTS.items():
+        records: dict[int, dict[str, float]] = defaultdict(dict)
+        for row, runs in rows.items():
+            if curves := curves_of(runs, metric.format(reward=runs[0].reward)):
+                mean = mean_curve(curves)
+                for update, value in zip(mean.updates, mean.means, strict=True):
+                    records[int(update)][row] = float(value)
+        plots[name] = [{"update": update, **values} for update, values in sorted(records.items())]
+    return plots

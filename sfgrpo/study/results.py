@@ -1,10 +1,11 @@
-"""What the runs of a study left on the disk: one run is one experiment, a row, with one seed."""
+"""The runs of a study as they lie on the disk; a run is a row trained with one seed."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +42,6 @@ class Run:
     reward: str
     """Name of the training reward."""
     sampler: str
-    credit: str
     num_substeps: int
     """Substeps of a clean estimate, the paper's T'."""
     num_updates: int
@@ -50,7 +50,7 @@ class Run:
     params: Mapping[str, Any]
     """Resolved configuration with flat dotted names."""
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Of the packages that it trained with; empty where the run does not say."""
+    """Packages that it trained with."""
     history: tuple[Mapping[str, Any], ...]
     evaluations: tuple[Mapping[str, Any], ...]
     samples: Samples | None = None
@@ -60,7 +60,6 @@ class Run:
 class Results:
     """The finished runs of a folder, and why the others do not count."""
 
-    folder: Path
     runs: Mapping[Key, Run]
     unusable: Mapping[Key, str]
 
@@ -73,8 +72,18 @@ class Curve:
     values: NDArray[np.float64]
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MeanCurve:
+    """Mean and sample standard deviation of curves, where all of them were evaluated."""
+
+    updates: NDArray[np.float64]
+    means: NDArray[np.float64]
+    stds: NDArray[np.float64]
+    """Zero for a single curve."""
+
+
 def load_results(folder: Path) -> Results:
-    """Reads every run `<row>/<seed>/` of a folder; one that is still running, or damaged, is named and left out."""
+    """Read every run `<row>/<seed>/` of a folder; list those that are unfinished or damaged as unusable."""
     runs: dict[Key, Run] = {}
     unusable: dict[Key, str] = {}
     for path in sorted(folder.glob("*/*")):
@@ -85,16 +94,16 @@ def load_results(folder: Path) -> Results:
             runs[key] = _read_run(path, *key)
         except (OSError, ValueError, KeyError, TypeError) as error:
             unusable[key] = _reason(error)
-    return Results(folder=folder, runs=runs, unusable=unusable)
+    return Results(runs=runs, unusable=unusable)
 
 
 def runs_of_row(results: Results, row: str, seeds: Sequence[int]) -> tuple[Run, ...]:
-    """Gives the finished runs of a row in the order of `seeds`."""
+    """Return the finished runs of a row in the order of `seeds`."""
     return tuple(results.runs[row, seed] for seed in seeds if (row, seed) in results.runs)
 
 
 def curve_of(run: Run, metric: str) -> Curve | None:
-    """Gives a metric of the evaluations, None where it was never evaluated."""
+    """Return a metric over the evaluations of a run; None if it was never evaluated."""
     points = [(entry["update"], entry[metric]) for entry in run.evaluations if entry.get(metric) is not None]
     if not points:
         return None
@@ -102,10 +111,29 @@ def curve_of(run: Run, metric: str) -> Curve | None:
     return Curve(updates=updates, values=values)
 
 
-def final_value(run: Run, metric: str) -> float | None:
-    """Gives a metric at the last evaluation, None where that does not have it."""
-    value = run.evaluations[-1].get(metric)
-    return None if value is None else float(value)
+def curves_of(runs: Iterable[Run], metric: str) -> list[Curve]:
+    """Return a metric over the evaluations of every run that has it."""
+    return [curve for run in runs if (curve := curve_of(run, metric)) is not None]
+
+
+def mean_curve(curves: Sequence[Curve]) -> MeanCurve:
+    """Average curves over the updates that all of them have."""
+    updates = functools.reduce(np.intersect1d, [curve.updates for curve in curves])
+    values = np.array([curve.values[np.isin(curve.updates, updates)] for curve in curves])
+    stds = values.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros(len(updates))
+    return MeanCurve(updates=updates, means=values.mean(axis=0), stds=stds)
+
+
+def mean_curves(rows: Mapping[str, Sequence[Run]], metric: str) -> dict[str, MeanCurve]:
+    """Average a metric over the runs of every row; rows that do not have it are left out."""
+    curves = {name: curves_of(runs, metric) for name, runs in rows.items()}
+    return {name: mean_curve(of_row) for name, of_row in curves.items() if of_row}
+
+
+def final_values(runs: Iterable[Run], metric: str) -> dict[int, float]:
+    """Return a metric at the last evaluation by seed, of the runs that have it."""
+    finals = {run.seed: run.evaluations[-1].get(metric) for run in runs}
+    return {seed: float(value) for seed, value in finals.items() if value is not None}
 
 
 def _read_run(path: Path, row: str, seed: int) -> Run:

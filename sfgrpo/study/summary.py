@@ -1,39 +1,27 @@
-"""A plan with its results, measured: what the tables, the figures and the sentences of a report are made from."""
+"""A plan with its results, measured: what the tables and figures of a report show."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from sfgrpo.study.metrics import (
-    CHEAPEST_COST_TARGET,
-    COST_TARGET,
-    COST_TARGET_SUBSTEPS,
-    PHASES,
-    SECONDS_TARGET,
-    UPDATES_TARGET,
-    Difference,
-    Reach,
-    difference,
-    median_ratio,
-    median_seconds,
-    reach,
-)
+from sfgrpo.study.config import Ablation, Pair, Plan
+from sfgrpo.study.metrics import PHASES, Difference, Reach, difference, median_ratio, median_seconds, reach
 from sfgrpo.study.paper import Column
-from sfgrpo.study.results import Key, Results, Run, curve_of, final_value, runs_of_row
+from sfgrpo.study.results import Key, Results, Run, curve_of, final_values, runs_of_row
 from sfgrpo.types import TAGS
-
-if TYPE_CHECKING:
-    from sfgrpo.study.config import Ablation, Pair, Plan
-
 
 Sampler = Literal["noisy", "noise-free"]
 Unit = Literal["updates", "seconds"]
 
 GENEVAL: tuple[Column, ...] = ("overall", *TAGS)
-TARGETS: Mapping[Unit, float] = {"updates": UPDATES_TARGET, "seconds": SECONDS_TARGET}
+TARGETS: Mapping[Unit, float] = {"updates": 0.5, "seconds": 0.8}
+"""Shares of Flow-GRPO's time within which Stepwise is meant to reach Flow-GRPO's final reward."""
+COST_TARGETS: Mapping[int, float] = {5: 1.7}
+"""Factors on the seconds of Flow-GRPO's update that are meant to suffice, by substeps of a clean estimate."""
+CHEAPEST_COST_TARGET = 1.3
 PREFIXES: Mapping[Sampler, str] = {"noisy": "evaluation_noisy", "noise-free": "evaluation"}
 SAMPLING = ("num_steps", "noise_level", "guidance_scale")
 
@@ -48,8 +36,8 @@ class Ratio:
 
     @property
     def median(self) -> float:
-        """Over seeds; infinite if most never arrive, NaN where Flow-GRPO gains nothing."""
-        return median_ratio(one.ratio for one in self.reaches.values())
+        """Median over seeds; infinite if most never arrive, NaN if Flow-GRPO gains nothing."""
+        return median_ratio(reach.ratio for reach in self.reaches.values())
 
     @property
     def is_met(self) -> bool:
@@ -69,11 +57,22 @@ class PairSummary:
     cost: float
     """Median seconds of an update over those of Flow-GRPO."""
     geneval: Mapping[str, Difference]
-    """Of Stepwise over Flow-GRPO at the last evaluation: overall and every task."""
+    """Stepwise minus Flow-GRPO at the last evaluation: overall and every task."""
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs of both methods."""
+        return (*self.flow_grpo, *self.stepwise)
+
+    @property
+    def methods(self) -> dict[str, tuple[Run, ...]]:
+        """The runs of each method that has any."""
+        both = {"flow_grpo": self.flow_grpo, "stepwise": self.stepwise}
+        return {method: runs for method, runs in both.items() if runs}
 
     def ratio(self, sampler: Sampler, unit: Unit) -> Ratio | None:
-        """Picks a ratio."""
-        return next((one for one in self.ratios if (one.sampler, one.unit) == (sampler, unit)), None)
+        """Return a ratio; None as long as no seed has both methods."""
+        return next((ratio for ratio in self.ratios if (ratio.sampler, ratio.unit) == (sampler, unit)), None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +82,14 @@ class AblationRow:
     runs: tuple[Run, ...]
     finals: Mapping[int, float]
     """The ablation's metric at the last evaluation, by seed."""
+    is_reference: bool
+    """Whether this is the plan's first row, which the others are compared with."""
     difference: Difference | None
-    """None for the first row itself."""
+    """From the reference; None for itself, or if it has no runs."""
 
     @property
     def label(self) -> str:
-        """The runs' own name of the row."""
+        """Name of the row."""
         return self.runs[0].label
 
 
@@ -98,7 +99,7 @@ class AblationSummary:
 
     ablation: Ablation
     sampler: Sampler
-    """Where the rows sample alike while they train, that sampler; otherwise the noise-free one, which all share."""
+    """The training sampler if all rows train with the same one, otherwise the noise-free one, which all share."""
     reward: str
     rows: tuple[AblationRow, ...]
     """Those with results, in the plan's order; nothing is compared if the first one of the plan is missing."""
@@ -125,34 +126,30 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """All that a report says."""
+    """Everything that a report shows."""
 
     plan: Plan
-    results: Results
+    runs: tuple[Run, ...]
+    """The finished runs of the plan."""
     pairs: tuple[PairSummary, ...]
     ablations: tuple[AblationSummary, ...]
     costs: tuple[Cost, ...]
     missing: Mapping[Key, str]
     """Planned runs without usable results, and why."""
 
-    @property
-    def planned(self) -> int:
-        """Number of planned runs."""
-        return len(rows_of(self.plan)) * len(self.plan.seeds)
-
 
 def rows_of(plan: Plan) -> list[str]:
-    """Lists every row of a plan once, pairs before ablations."""
+    """Return every row of a plan once, pairs before ablations."""
     pairs = [row for pair in plan.pairs for row in (pair.flow_grpo, pair.stepwise)]
     return list(dict.fromkeys([*pairs, *(row for ablation in plan.ablations for row in ablation.rows)]))
 
 
 def summarise(plan: Plan, results: Results) -> Summary:
-    """Measures everything that a plan asks for and the results can answer."""
+    """Measure everything that a plan asks for and the results can answer."""
     planned = [(row, seed) for row in rows_of(plan) for seed in plan.seeds]
     return Summary(
         plan=plan,
-        results=results,
+        runs=tuple(results.runs[key] for key in planned if key in results.runs),
         pairs=tuple(_summarise_pair(plan, results, pair) for pair in plan.pairs),
         ablations=tuple(_summarise_ablation(plan, results, ablation) for ablation in plan.ablations),
         costs=_costs(plan, results),
@@ -161,14 +158,8 @@ def summarise(plan: Plan, results: Results) -> Summary:
 
 
 def seconds_per_update(runs: Iterable[Run]) -> float:
-    """Gives the median seconds of an update of a row, over updates and seeds."""
+    """Return the median seconds of an update of a row, over updates and seeds."""
     return median_seconds([run.history for run in runs])
-
-
-def final_values(runs: Iterable[Run], metric: str) -> dict[int, float]:
-    """Gives a metric at the last evaluation by seed, of the runs that have it."""
-    finals = {run.seed: final_value(run, metric) for run in runs}
-    return {seed: value for seed, value in finals.items() if value is not None}
 
 
 def _summarise_pair(plan: Plan, results: Results, pair: Pair) -> PairSummary:
@@ -177,10 +168,10 @@ def _summarise_pair(plan: Plan, results: Results, pair: Pair) -> PairSummary:
     seconds = seconds_per_update(stepwise), seconds_per_update(flow_grpo)
     ratios = []
     for sampler in PREFIXES:
-        reaches = _reaches(stepwise, flow_grpo, sampler)
-        in_seconds = {seed: one.scaled(*seconds) for seed, one in reaches.items()}
-        ratios += [Ratio(sampler=sampler, unit="updates", reaches=reaches)] if reaches else []
-        ratios += [Ratio(sampler=sampler, unit="seconds", reaches=in_seconds)] if reaches else []
+        if reaches := _reaches(stepwise, flow_grpo, sampler):
+            in_seconds = {seed: reach.scaled(*seconds) for seed, reach in reaches.items()}
+            ratios.append(Ratio(sampler=sampler, unit="updates", reaches=reaches))
+            ratios.append(Ratio(sampler=sampler, unit="seconds", reaches=in_seconds))
     compared = {
         name: difference(final_values(stepwise, f"geneval/{name}"), final_values(flow_grpo, f"geneval/{name}"))
         for name in GENEVAL
@@ -191,7 +182,7 @@ def _summarise_pair(plan: Plan, results: Results, pair: Pair) -> PairSummary:
         stepwise=stepwise,
         ratios=tuple(ratios),
         cost=seconds[0] / seconds[1],
-        geneval={name: one for name, one in compared.items() if one is not None},
+        geneval={name: gap for name, gap in compared.items() if gap is not None},
     )
 
 
@@ -210,8 +201,8 @@ def _reaches(stepwise: Iterable[Run], flow_grpo: Iterable[Run], sampler: Sampler
 
 def _summarise_ablation(plan: Plan, results: Results, ablation: Ablation) -> AblationSummary:
     rows = [runs for row in ablation.rows if (runs := runs_of_row(results, row, plan.seeds))]
-    alike = len({(runs[0].sampler, *(runs[0].params.get(f"sampling.{name}") for name in SAMPLING)) for runs in rows})
-    sampler: Sampler = "noisy" if alike <= 1 else "noise-free"
+    samplers = {(runs[0].sampler, *(runs[0].params.get(f"sampling.{name}") for name in SAMPLING)) for runs in rows}
+    sampler: Sampler = "noisy" if len(samplers) <= 1 else "noise-free"
     reward = rows[0][0].reward if rows else ""
     finals = [final_values(runs, f"{PREFIXES[sampler]}/{reward}") for runs in rows]
     is_first_there = bool(rows) and rows[0][0].row == ablation.rows[0]
@@ -223,6 +214,7 @@ def _summarise_ablation(plan: Plan, results: Results, ablation: Ablation) -> Abl
             AblationRow(
                 runs=runs,
                 finals=values,
+                is_reference=runs[0].row == ablation.rows[0],
                 difference=difference(values, finals[0]) if is_first_there and values is not finals[0] else None,
             )
             for runs, values in zip(rows, finals, strict=True)
@@ -237,30 +229,33 @@ def _costs(plan: Plan, results: Results) -> tuple[Cost, ...]:
     ratios = {row: seconds[row] / seconds[base] if base else math.nan for row, base in baselines.items()}
     compared = [row for row, runs in rows.items() if runs[0].method == "stepwise" and not math.isnan(ratios[row])]
     cheapest = min(compared, key=ratios.__getitem__, default=None)
+    targets = {row: [CHEAPEST_COST_TARGET] * (row == cheapest) for row in rows}
+    for row in compared:
+        if (target := COST_TARGETS.get(rows[row][0].num_substeps)) is not None:
+            targets[row].insert(0, target)
     return tuple(
         Cost(
-            label=_told_apart(plan, rows, row),
+            label=_unique_label(plan, rows, row),
             runs=runs,
             phases={phase: median_seconds([run.history for run in runs], phase) for phase in PHASES},
             seconds=seconds[row],
             ratio=ratios[row],
-            targets=(COST_TARGET,) * (row in compared and runs[0].num_substeps == COST_TARGET_SUBSTEPS)
-            + (CHEAPEST_COST_TARGET,) * (row == cheapest),
+            targets=tuple(targets[row]),
         )
         for row, runs in rows.items()
     )
 
 
-def _told_apart(plan: Plan, rows: Mapping[str, tuple[Run, ...]], row: str) -> str:
-    """Gives a row's label, with the title of its pair where another row has the same one."""
+def _unique_label(plan: Plan, rows: Mapping[str, tuple[Run, ...]], row: str) -> str:
+    """Return a row's label, with the title of its pair if another row has the same label."""
     label = rows[row][0].label
     titles = [pair.title for pair in plan.pairs if row in (pair.flow_grpo, pair.stepwise)]
-    is_alone = sum(runs[0].label == label for runs in rows.values()) == 1
-    return label if is_alone or not titles else f"{label} ({titles[0]})"
+    is_unique = sum(runs[0].label == label for runs in rows.values()) == 1
+    return label if is_unique or not titles else f"{label} ({titles[0]})"
 
 
 def _baseline(plan: Plan, rows: Mapping[str, tuple[Run, ...]], row: str) -> str | None:
-    """Names the Flow-GRPO row that a row's cost compares with: its pair's, or one that differs in the credit alone."""
+    """Return the Flow-GRPO row to compare a row's cost with: its pair's, or the first one on the same task."""
     for pair in plan.pairs:
         if row in (pair.stepwise, pair.flow_grpo):
             return pair.flow_grpo if pair.flow_grpo in rows else None

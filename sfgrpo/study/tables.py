@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from sfgrpo.geneval.table import COLUMNS
 from sfgrpo.study.metrics import PHASES, Difference, Reach, spread
 from sfgrpo.study.paper import paper_base, paper_row
-from sfgrpo.study.results import Run
+from sfgrpo.study.results import Run, final_values
 from sfgrpo.study.summary import (
     GENEVAL,
     PREFIXES,
@@ -19,24 +20,29 @@ from sfgrpo.study.summary import (
     Ratio,
     Sampler,
     Summary,
-    final_values,
+    Unit,
     seconds_per_update,
 )
 from sfgrpo.study.text import (
     DASH,
     PLUS_MINUS,
-    TIMES,
-    ablation_digits,
     difference_of,
-    judged,
+    digits_for,
+    factor,
     mark,
     number,
     ratio,
     signed,
+    significance,
     spread_of,
 )
 
 SAMPLERS: Mapping[Sampler, str] = {"noisy": "training sampler", "noise-free": "noise-free sampler"}
+OVERVIEW: Mapping[tuple[Sampler, Unit], str] = {
+    ("noisy", "updates"): "of Flow-GRPO's updates to its final reward",
+    ("noisy", "seconds"): "of its compute time",
+    ("noise-free", "updates"): "of its updates, noise-free sampler",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,26 +58,43 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows under a header; the first column is words, the others are numbers."""
+    """Rows under a header; the first column holds names, the others numbers."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[Entry, ...], ...]
 
     def markdown(self) -> str:
-        """Lays the table out as Markdown."""
+        """Lay the table out as Markdown."""
         lines = [list(self.header), ["---"] + ["---:"] * (len(self.header) - 1)]
-        lines += [[f"{one.text} ({one.note})" if one.note else one.text for one in row] for row in self.rows]
+        lines += [[f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row] for row in self.rows]
         return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def overview_table(summary: Summary) -> Table:
+    """Lay out what every pair comes to: the medians of its ratios, final GenEval, and cost."""
+    header = ("Stepwise against Flow-GRPO", *OVERVIEW.values(), "final GenEval", "seconds of an update")
+    return Table(header=header, rows=tuple(_overview_row(pair) for pair in summary.pairs if pair.ratios))
+
+
+def missing_table(summary: Summary) -> Table:
+    """Lay out which runs are missing, and why."""
+    seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for (row, seed), reason in summary.missing.items():
+        seeds[row, reason].append(seed)
+    rows = [(row, ", ".join(map(str, of_row)), reason) for (row, reason), of_row in seeds.items()]
+    return Table(
+        header=("Missing", "Seeds", "Why"), rows=tuple(tuple(Entry(text=text) for text in row) for row in rows)
+    )
+
+
 def ratio_table(pair: PairSummary, seeds: Sequence[int]) -> Table:
-    """Lays out how much of Flow-GRPO's time Stepwise needs, for every seed."""
+    """Lay out how much of Flow-GRPO's time Stepwise needs, for every seed."""
     header = ("Stepwise / Flow-GRPO", *(f"Seed {seed}" for seed in seeds), "Median", "Target", "")
-    return Table(header=header, rows=tuple(_ratio_row(one, seeds) for one in pair.ratios))
+    return Table(header=header, rows=tuple(_ratio_row(of_sampler, seeds) for of_sampler in pair.ratios))
 
 
 def geneval_table(pair: PairSummary) -> Table:
-    """Lays out GenEval over seeds above the paper's own rows."""
+    """Lay out GenEval over seeds above the paper's own rows."""
     rows = [
         _geneval_row(name, runs, look, place)
         for name, runs, look, place in (
@@ -82,84 +105,93 @@ def geneval_table(pair: PairSummary) -> Table:
         if runs
     ]
     if pair.geneval:
-        rows.append(_difference_row(pair))
-    for name in _paper_names(pair):
-        printed = paper_row(name)
-        rows.append(_row(f"Paper: {name}", (number(printed.get(column)) for column in GENEVAL), "paper"))
+        name = Entry(text=f"Difference, {PLUS_MINUS} paired and pooled standard error", look="strong")
+        rows.append((name, *(_difference_entry(pair.geneval.get(column)) for column in GENEVAL)))
+    for paper in _paper_names(pair):
+        printed = paper_row(paper)
+        rows.append(_row(f"Paper: {paper}", (number(printed.get(column)) for column in GENEVAL), "paper"))
     return Table(header=("GenEval", "Overall", *COLUMNS.values()), rows=tuple(rows))
 
 
-def ablation_table(one: AblationSummary) -> Table:
-    """Lays out where the rows of an ablation end."""
-    header = (
-        "Row",
-        f"Reward, {SAMPLERS[one.sampler]}",
-        "Difference",
-        *(("Reward, noise-free",) if one.sampler == "noisy" else ()),
-        "GenEval",
-        "s / update",
-    )
-    rows, digits = [], ablation_digits(one)
-    for row in one.rows:
-        against = Entry(text="reference")
+def ablation_table(summary: AblationSummary) -> Table:
+    """Lay out where the rows of an ablation end."""
+    others = {"Reward, noise-free": f"{PREFIXES['noise-free']}/{summary.reward}", "GenEval": "geneval/overall"}
+    if summary.sampler == "noise-free":
+        del others["Reward, noise-free"]
+    digits = digits_for(spread(row.finals.values()).std for row in summary.rows)
+    rows = []
+    for row in summary.rows:
+        compared = Entry(text="reference" if row.is_reference else DASH)
         if row.difference is not None:
-            against = Entry(text=difference_of(row.difference, digits), note=judged(row.difference))
-        noise_free = spread(final_values(row.runs, f"{PREFIXES['noise-free']}/{one.reward}").values())
-        entries = [
-            Entry(text=row.label),
-            Entry(text=spread_of(spread(row.finals.values()), digits)),
-            against,
-            *([Entry(text=spread_of(noise_free, digits))] if one.sampler == "noisy" else []),
-            Entry(text=spread_of(spread(final_values(row.runs, "geneval/overall").values()), 3)),
-            Entry(text=number(seconds_per_update(row.runs))),
-        ]
-        rows.append(tuple(entries))
+            compared = Entry(text=difference_of(row.difference, digits), note=significance(row.difference))
+        finals = [spread(final_values(row.runs, metric).values()) for metric in others.values()]
+        rows.append(
+            (
+                Entry(text=row.label),
+                Entry(text=spread_of(spread(row.finals.values()), digits)),
+                compared,
+                *(Entry(text=spread_of(final, 3)) for final in finals),
+                Entry(text=number(seconds_per_update(row.runs))),
+            )
+        )
+    header = ("Row", f"Reward, {SAMPLERS[summary.sampler]}", "Difference", *others, "s / update")
     return Table(header=header, rows=tuple(rows))
 
 
 def cost_table(summary: Summary) -> Table:
-    """Lays out what an update costs, by phase."""
+    """Lay out what an update costs, by phase."""
     header = ("Median seconds of an update", *(phase.capitalize() for phase in PHASES), "All", "Ratio", "Target", "")
     rows = []
     for cost in summary.costs:
-        met = [cost.ratio <= target for target in cost.targets]
+        marks = [mark(cost.ratio <= target) for target in cost.targets]
         rows.append(
             (
                 Entry(text=cost.label, look=cost.runs[0].method),
                 *(Entry(text=number(cost.phases[phase])) for phase in PHASES),
                 Entry(text=number(cost.seconds), look="strong"),
-                Entry(text=DASH if math.isnan(cost.ratio) else f"{TIMES}{cost.ratio:.2f}"),
+                Entry(text=factor(cost.ratio)),
                 Entry(text=", ".join(f"{target:.1f}" for target in cost.targets)),
-                Entry(text=", ".join(map(mark, met)), look=_look(all(met)) if met else ""),
+                Entry(text=", ".join(marks), look=next((word for word in ("missed", "met") if word in marks), "")),
             )
         )
     return Table(header=header, rows=tuple(rows))
-
-
-def _look(is_met: bool) -> str:
-    return "met" if is_met else "missed"
 
 
 def _row(name: str, texts: Iterable[str], look: str) -> tuple[Entry, ...]:
     return Entry(text=name, look=look), *(Entry(text=text) for text in texts)
 
 
-def _ratio_row(one: Ratio, seeds: Sequence[int]) -> tuple[Entry, ...]:
-    what = "Updates" if one.unit == "updates" else "Compute seconds"
+def _overview_row(pair: PairSummary) -> tuple[Entry, ...]:
+    entries = []
+    for (sampler, unit), _ in OVERVIEW.items():
+        measured = pair.ratio(sampler, unit)
+        if measured is None:
+            entries.append(Entry(text=DASH))
+        else:
+            word = mark(measured.is_met)
+            entries.append(Entry(text=ratio(measured.median), note=f"{word}, target {TARGETS[unit]:.2f}", look=word))
+    overall = pair.geneval.get("overall")
+    gap = Entry(text=DASH) if overall is None else Entry(text=difference_of(overall), note=significance(overall))
+    return Entry(text=pair.pair.title), *entries, gap, Entry(text=factor(pair.cost))
+
+
+def _ratio_row(measured: Ratio, seeds: Sequence[int]) -> tuple[Entry, ...]:
+    what = "Updates" if measured.unit == "updates" else "Compute seconds"
+    word = mark(measured.is_met)
     return (
-        Entry(text=f"{what}, {SAMPLERS[one.sampler]}", look="strong" if one.sampler == "noisy" else ""),
-        *(_reach_entry(one.reaches.get(seed)) for seed in seeds),
-        Entry(text=ratio(one.median), look="strong"),
-        Entry(text=f"{TARGETS[one.unit]:.2f}"),
-        Entry(text=mark(one.is_met), look=_look(one.is_met)),
+        Entry(text=f"{what}, {SAMPLERS[measured.sampler]}", look="strong" if measured.sampler == "noisy" else ""),
+        *(_reach_entry(measured.reaches.get(seed)) for seed in seeds),
+        Entry(text=ratio(measured.median), look="strong"),
+        Entry(text=f"{TARGETS[measured.unit]:.2f}"),
+        Entry(text=word, look=word),
     )
 
 
-def _reach_entry(one: Reach | None) -> Entry:
-    if one is None:
+def _reach_entry(reach: Reach | None) -> Entry:
+    if reach is None:
         return Entry(text=DASH)
-    reached = DASH if one.candidate is None else f"{one.candidate:.0f}"
-    return Entry(text=ratio(one.ratio), note=f"{reached} / {one.baseline:.0f}")
+    reached = DASH if reach.candidate is None else f"{reach.candidate:.0f}"
+    return Entry(text=ratio(reach.ratio), note=f"{reached} / {reach.baseline:.0f}")
 
 
 def _geneval_row(name: str, runs: Sequence[Run], look: str, place: int) -> tuple[Entry, ...]:
@@ -169,19 +201,12 @@ def _geneval_row(name: str, runs: Sequence[Run], look: str, place: int) -> tuple
     return _row(name, (spread_of(spread(of_column)) for of_column in values), look)
 
 
-def _difference_row(pair: PairSummary) -> tuple[Entry, ...]:
-    return Entry(text=f"Difference, {PLUS_MINUS} paired and pooled standard error", look="strong"), *(
-        _difference_entry(pair.geneval.get(name)) for name in GENEVAL
-    )
-
-
-def _difference_entry(one: Difference | None) -> Entry:
-    if one is None:
+def _difference_entry(difference: Difference | None) -> Entry:
+    if difference is None:
         return Entry(text=DASH)
-    errors = (
-        "" if math.isnan(one.std) else f"{PLUS_MINUS} {number(one.paired_stderr, 3)}, {number(one.pooled_stderr, 3)}"
-    )
-    return Entry(text=signed(one.mean), note=errors)
+    errors = [number(error, 3) for error in (difference.paired_stderr, difference.pooled_stderr)]
+    note = "" if math.isnan(difference.std) else f"{PLUS_MINUS} {', '.join(errors)}"
+    return Entry(text=signed(difference.mean), note=note)
 
 
 def _paper_names(pair: PairSummary) -> list[str]:

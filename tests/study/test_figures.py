@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from sfgrpo.study.figures import draw, figures_of, slug, svg_of
+from sfgrpo.study.figures import draw_figures, slug, svg_of
 from sfgrpo.study.plotting import COLORS
 from sfgrpo.study.results import load_results
 from sfgrpo.study.summary import seconds_per_update, summarise
@@ -36,7 +36,7 @@ def summary(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def figures(summary):
-    return draw(summary)
+    return draw_figures(summary)
 
 
 def thick_line(axes, color):
@@ -116,26 +116,23 @@ def test_sample_frames_are_as_many_as_correct_images(figures, summary):
     np.testing.assert_array_equal(axes.images[-1].get_array(), stepwise.after[-1])
 
 
-def test_the_same_figure_is_the_same_file_with_its_text_as_text(figures, summary):
+def test_the_same_figure_is_the_same_file_with_its_text_as_text_and_leaves_the_style_of_others_alone(figures, summary):
+    before = dict(matplotlib.rcParams)
     svg = svg_of(figures["cost"])
-    assert svg == svg_of(draw(summary)["cost"])
+    assert svg == svg_of(draw_figures(summary)["cost"])
     assert ">Stepwise, 5 substeps<" in svg
     assert "DejaVu" not in svg
     assert not re.search(r'(href|src)="http', svg)
-
-
-def test_drawing_leaves_the_style_of_others_alone(summary):
-    before = dict(matplotlib.rcParams)
-    draw(summary)
     assert dict(matplotlib.rcParams) == before
 
 
 def test_a_study_without_runs_has_no_figures(tmp_path):
-    assert figures_of(make_plan(), load_results(tmp_path)) == {}
+    assert draw_figures(summarise(make_plan(), load_results(tmp_path))) == {}
 
 
 @pytest.mark.parametrize("rows", [("flow_grpo_cfg1",), ("stepwise_cfg1",), ("stepwise_per_step",)])
 def test_half_a_study_is_drawn_as_far_as_it_goes(tmp_path, rows):
-    figures = figures_of(make_plan(), load_results(write_study(tmp_path, rows=rows, seeds=(1,))))
+    results = load_results(write_study(tmp_path, rows=rows, seeds=(1,)))
+    figures = draw_figures(summarise(make_plan(), results))
     assert "cost" in figures
     assert all(svg_of(figure) for figure in figures.values())

@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sfgrpo.runtime.files import atomic_directory
-from sfgrpo.study.figures import figures_of
+from sfgrpo.study.figures import draw_figures, svg_of
 from sfgrpo.study.metrics import difference, reach
-from sfgrpo.study.page import curves, inlined, markdown, write_page
+from sfgrpo.study.page import html as page_of
+from sfgrpo.study.page import inlined, markdown
 from sfgrpo.study.paper import PAPER
+from sfgrpo.study.report import plots_of
 from sfgrpo.study.results import load_results
 from sfgrpo.study.summary import summarise
-from sfgrpo.study.text import DASH, MINUS, TIMES, answer, digits_for, finding, judged, number, ratio, signed
+from sfgrpo.study.tables import ablation_table, overview_table
+from sfgrpo.study.text import DASH, MINUS, TIMES, digits_for, number, ratio, signed, significance
 from tests.support.synthetic_study import EVERY, ROWS, SEEDS, UPDATES, make_plan, write_study
 
 PAIR = ("flow_grpo_cfg1", "stepwise_cfg1")
@@ -30,10 +32,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    write_page(make_plan(), load_results(folder), path)
-    return path.read_text(encoding="utf-8")
+def summary(folder):
+    return summarise(make_plan(), load_results(folder))
+
+
+@pytest.fixture(scope="module")
+def drawings(summary):
+    return {name: svg_of(figure) for name, figure in draw_figures(summary).items()}
+
+
+@pytest.fixture(scope="module")
+def page(summary, drawings):
+    return page_of(summary, drawings)
 
 
 def text_of(page: str) -> str:
@@ -69,8 +79,8 @@ def test_page_loads_nothing_from_anywhere(page):
     assert "@import" not in page
 
 
-def test_every_figure_is_in_the_page_once(page, folder):
-    for name in figures_of(make_plan(), load_results(folder)):
+def test_every_figure_is_in_the_page_once(page, drawings):
+    for name in drawings:
         assert page.count(f'<figure id="{name}">') == 1
     assert page.count("<svg") == page.count("<figure") == 11
 
@@ -91,7 +101,7 @@ def test_ratios_on_the_page_are_the_measures(page, folder):
         shares.append(reach(updates, rewards[0], updates, rewards[1]).ratio)
     row = next(row for row in rows_of_tables(page) if row and row[0] == "Updates, training sampler")
     assert [cell.split()[0] for cell in row[1:]] == [f"{x:.2f}" for x in (*shares, np.median(shares), 0.5)] + ["met"]
-    assert f"after {np.median(shares):.2f} (CLIP reward, guidance 1)" in text_of(page)
+    assert f"{np.median(shares):.2f} of Flow-GRPO's updates to its final reward met, target 0.50" in text_of(page)
 
 
 def test_geneval_on_the_page_is_that_of_the_evaluations_beside_the_papers(page, folder):
@@ -123,8 +133,8 @@ def test_cost_on_the_page_is_the_median_and_its_ratio(page, folder):
     assert row[-4:] == [f"{seconds['stepwise_5_substeps']:.2f}", f"{TIMES}{share:.2f}", "1.7", "missed"]
 
 
-def test_cheapest_stepwise_row_has_the_lower_target(folder):
-    costs = summarise(make_plan(), load_results(folder)).costs
+def test_cheapest_stepwise_row_has_the_lower_target(summary):
+    costs = summary.costs
     cheapest = min((cost for cost in costs if cost.label.startswith("Stepwise")), key=lambda cost: cost.seconds)
     assert [cost.label for cost in costs if 1.3 in cost.targets] == [cheapest.label]
 
@@ -139,19 +149,20 @@ def test_rows_of_one_label_are_told_apart_by_their_pairs(tmp_path):
     assert labels[2] == "Stepwise, each step alone"
 
 
-def test_ablation_answers_are_paired_differences(folder):
-    one = summarise(make_plan(), load_results(folder)).ablations[0]
+def test_ablation_rows_have_their_paired_differences(folder, summary):
+    one = summary.ablations[0]
     finals = {
         row: {seed: evaluations(folder, row, seed)[-1]["evaluation_noisy/clip"] for seed in SEEDS}
         for row in one.ablation.rows
     }
     reference, per_step, _ = finals.values()
     gap = difference(per_step, reference)
-    assert f"each step alone {signed(gap.mean, 4)} ± {gap.std:.4f} (lower, beyond the spread)" in answer(one)
+    compared = ablation_table(one).rows[1][2]
+    assert (compared.text, compared.note) == (f"{signed(gap.mean, 4)} ± {gap.std:.4f}", "beyond the spread")
 
 
-def test_rows_with_other_samplers_are_compared_without_noise(folder):
-    by_title = {one.ablation.title: one for one in summarise(make_plan(), load_results(folder)).ablations}
+def test_rows_with_other_samplers_are_compared_without_noise(summary):
+    by_title = {one.ablation.title: one for one in summary.ablations}
     assert by_title["Sampler"].metric == "evaluation/clip"
     assert by_title["Substeps of a clean estimate"].metric == "evaluation_noisy/clip"
 
@@ -160,29 +171,26 @@ def test_an_ablation_without_its_first_row_compares_nothing(tmp_path):
     study = write_study(tmp_path, rows=("stepwise_per_step", "stepwise_step_mean"))
     one = summarise(make_plan(), load_results(study)).ablations[0]
     assert len(one.rows) == 2
-    assert answer(one) == "No answer yet: there are no two rows to compare."
+    assert [row[2].text for row in ablation_table(one).rows] == [DASH, DASH]
 
 
-def test_missing_runs_are_said_and_nothing_breaks(tmp_path):
+def test_missing_runs_are_listed_and_nothing_breaks(tmp_path):
     study = write_study(tmp_path / "study", rows=(*PAIR, "stepwise_per_step"), seeds=(0, 2))
     (study / "stepwise_cfg1" / "2" / "history.json").write_text("[]")
-    plan, results = make_plan(), load_results(study)
-    write_page(plan, results, tmp_path / "report.html")
-    said = text_of((tmp_path / "report.html").read_text())
-    assert "5 of 27 runs, seeds 0, 1, 2" in said
-    assert "22 of 27 planned runs are missing: this is preliminary." in said
-    assert f"stepwise_cfg1, seed 2: still running, evaluated at 0 of {UPDATES} updates" in said
-    assert "stepwise_geneval, seeds 0, 1 and 2: not there yet" in said
+    summary = summarise(make_plan(), load_results(study))
+    said = text_of(page := page_of(summary, {}))
+    assert "5 of 27 runs, seeds 0, 1, 2; preliminary" in said
+    assert ["stepwise_cfg1", "2", f"still running, evaluated at 0 of {UPDATES} updates"] in rows_of_tables(page)
+    assert ["stepwise_geneval", "0, 1, 2", "not there yet"] in rows_of_tables(page)
     assert "No seed of this pair has both methods yet." in said
-    assert "one seed, no spread to judge by" in markdown(plan, results, figures_of(plan, results))
+    assert "(one seed)" in markdown(summary, {})
 
 
 @pytest.mark.parametrize("rows", [(), PAIR[:1], PAIR[1:], ("stepwise_ddim",)])
 def test_a_study_that_has_hardly_begun_has_a_page(tmp_path, rows):
-    plan, results = make_plan(), load_results(write_study(tmp_path / "study", rows=rows, seeds=(1,)))
-    write_page(plan, results, tmp_path / "report.html")
-    assert "there is nothing to compare" in text_of((tmp_path / "report.html").read_text())
-    assert "there is nothing to compare" in markdown(plan, results, {})
+    summary = summarise(make_plan(), load_results(write_study(tmp_path / "study", rows=rows, seeds=(1,))))
+    assert "there is nothing to compare" in text_of(page_of(summary, {}))
+    assert "there is nothing to compare" in markdown(summary, {})
 
 
 def test_a_reward_that_is_never_reached_is_not_called_reached(tmp_path):
@@ -190,14 +198,8 @@ def test_a_reward_that_is_never_reached_is_not_called_reached(tmp_path):
     edit_rewards(study, "stepwise_cfg1", lambda update, reward: 0.26)
     summary = summarise(make_plan(), load_results(study))
     assert summary.pairs[0].ratios[0].median == math.inf
-    assert "does not reach Flow-GRPO's final training reward with CLIP reward, guidance 1." in finding(summary)
-    assert "met" not in finding(summary)
-    write_page(make_plan(), load_results(study), tmp_path / "report.html")
-    row = next(
-        row
-        for row in rows_of_tables((tmp_path / "report.html").read_text())
-        if row and row[0] == "Updates, training sampler"
-    )
+    assert [entry.text for entry in overview_table(summary).rows[0][1:4]] == ["not reached"] * 3
+    row = next(row for row in rows_of_tables(page_of(summary, {})) if row and row[0] == "Updates, training sampler")
     assert row[-3:] == ["not reached", "0.50", "missed"]
 
 
@@ -206,43 +208,36 @@ def test_a_baseline_that_gains_nothing_gives_no_ratio(tmp_path):
     edit_rewards(study, "flow_grpo_cfg1", lambda update, reward: 0.3 - 1e-4 * update)
     summary = summarise(make_plan(), load_results(study))
     assert not summary.pairs[0].ratios[0].is_met
-    assert "Flow-GRPO ends no higher than it starts with CLIP reward, guidance 1" in finding(summary)
+    assert [entry.text for entry in overview_table(summary).rows[0][1:4]] == ["no rise"] * 3
 
 
-def test_finding_says_that_a_target_is_missed(tmp_path):
+def test_overview_marks_a_target_that_is_missed(tmp_path):
     study = write_study(tmp_path, rows=PAIR)
     edit_rewards(study, "stepwise_cfg1", lambda update, reward: 0.26 + 0.0005 * update)
-    said = finding(summarise(make_plan(), load_results(study)))
-    assert "the target of 0.50 is missed" in said
-    assert "the target of 0.80 is missed" in said
+    row = overview_table(summarise(make_plan(), load_results(study))).rows[0]
+    assert [entry.note for entry in row[1:3]] == ["missed, target 0.50", "missed, target 0.80"]
 
 
-def test_markdown_links_the_figures_that_there_are(folder):
-    plan, results = make_plan(), load_results(folder)
-    names = figures_of(plan, results)
-    links = re.findall(r"!\[[^]]+\]\(images/study/(\w+)\.svg\)", markdown(plan, results, names))
-    assert sorted(links) == sorted(names)
-    assert "](images" not in markdown(plan, results, {})
+def test_markdown_links_the_figures_that_there_are(summary, drawings):
+    links = re.findall(r"!\[[^]]+\]\(images/study/(\w+)\.svg\)", markdown(summary, drawings))
+    assert sorted(links) == sorted(drawings)
+    assert "](images" not in markdown(summary, {})
 
 
-def test_markdown_and_page_have_the_same_rows(folder, page):
-    words = markdown(make_plan(), load_results(folder), {})
-    lines = [line.strip("| ").split(" | ") for line in words.splitlines() if line.startswith("| ")]
+def test_markdown_and_page_have_the_same_rows(summary, page):
+    lines = [line.strip("| ").split(" | ") for line in markdown(summary, {}).splitlines() if line.startswith("| ")]
     said = [[cell.replace("(", "").replace(")", "").strip() for cell in line] for line in lines if "---" not in line[0]]
     for row in rows_of_tables(page):
         cleaned = [cell.replace("(", "").replace(")", "").strip() for cell in row]
         assert not row or any([cell for cell in line if cell] == [cell for cell in cleaned if cell] for line in said)
 
 
-def test_curves_have_a_record_for_every_evaluation(folder):
-    records = curves(make_plan(), load_results(folder))
-    assert len(records) == len(ROWS) * len(SEEDS) * (1 + UPDATES // EVERY)
-    last = next(one for one in records if (one["row"], one["seed"], one["update"]) == (PAIR[1], 2, UPDATES))
-    raw = evaluations(folder, PAIR[1], 2)[-1]
-    assert last["reward"] == "clip"
-    assert {name: last[name] for name in raw} == raw
-    history = json.loads((folder / PAIR[1] / "2" / "history.json").read_text())
-    assert last["reward/running_mean"] == pytest.approx(np.mean([entry["reward/mean"] for entry in history[-10:]]))
+def test_plots_have_the_mean_over_seeds_of_every_row_and_update(folder, summary):
+    plots = plots_of(summary)
+    assert [record["update"] for record in plots["geneval"]] == list(range(0, UPDATES + 1, EVERY))
+    assert all(record.keys() == {"update", *ROWS} for record in plots["geneval"])
+    finals = [evaluations(folder, PAIR[1], seed)[-1]["evaluation_noisy/clip"] for seed in SEEDS]
+    assert plots["training_sampler"][-1][PAIR[1]] == pytest.approx(np.mean(finals))
 
 
 def test_inlined_drawings_keep_no_size_and_no_names_of_their_own():
@@ -263,20 +258,14 @@ def test_numbers_are_written_as_one_reads_them():
 @pytest.mark.parametrize(
     ("gaps", "words"),
     [
-        ((0.30, 0.31, 0.32), "higher, beyond the spread"),
-        ((-0.30, -0.31, -0.32), "lower, beyond the spread"),
-        ((0.1, 0.3, 0.9), "higher in all 3 seeds, yet within the spread"),
-        ((-0.1, -0.9), "lower in both seeds, yet within the spread"),
-        ((-0.1, 0.3, 0.2), "no difference beyond the spread"),
-        ((0.0, 0.0, 0.0), "no difference beyond the spread"),
-        ((0.4,), "one seed, no spread to judge by"),
+        ((0.30, 0.31, 0.32), "beyond the spread"),
+        ((-0.30, -0.31, -0.32), "beyond the spread"),
+        ((0.1, 0.3, 0.9), "within the spread, same sign in all seeds"),
+        ((-0.1, -0.9), "within the spread, same sign in all seeds"),
+        ((-0.1, 0.3, 0.2), "within the spread"),
+        ((0.0, 0.0, 0.0), "within the spread"),
+        ((0.4,), "one seed"),
     ],
 )
 def test_differences_are_judged_by_their_spread(gaps, words):
-    assert judged(difference(dict(enumerate(gaps)), dict.fromkeys(range(len(gaps)), 0.0))) == words
-
-
-def test_page_can_be_written_into_a_folder_that_is_not_there_yet(tmp_path):
-    with atomic_directory(tmp_path / "reports") as partial:
-        write_page(make_plan(), load_results(tmp_path), partial / "report.html")
-    assert (tmp_path / "reports" / "report.html").exists()
+    assert significance(difference(dict(enumerate(gaps)), dict.fromkeys(range(len(gaps)), 0.0))) == words

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sfgrpo.study.paper import PAPER, paper_base, paper_row
-from sfgrpo.study.results import curve_of, final_value, load_results, runs_of_row
+from sfgrpo.study.results import curve_of, final_values, load_results, runs_of_row
 from sfgrpo.types import TAGS
 from tests.support.synthetic_study import SEEDS, UPDATES, write_study
 
@@ -42,9 +42,9 @@ def test_curves_and_final_values_are_those_of_the_evaluations(folder):
     assert curve is not None
     np.testing.assert_array_equal(curve.updates, [entry["update"] for entry in raw])
     np.testing.assert_array_equal(curve.values, [entry["geneval/overall"] for entry in raw])
-    assert final_value(run, "geneval/overall") == raw[-1]["geneval/overall"]
+    assert final_values([run], "geneval/overall") == {0: raw[-1]["geneval/overall"]}
     assert curve_of(run, "evaluation/none") is None
-    assert final_value(run, "evaluation/none") is None
+    assert final_values([run], "evaluation/none") == {}
 
 
 def test_rows_keep_the_order_of_the_seeds_and_leave_missing_ones_out(folder):
