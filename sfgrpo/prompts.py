@@ -12,7 +12,6 @@ import numpy as np
 from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.stages import PromptsStage
 from sfgrpo.errors import ConfigError
-from sfgrpo.runtime.files import atomic_write
 from sfgrpo.types import Prompt, Tag
 
 GENEVAL = Path("data/geneval")
@@ -36,8 +35,9 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
-    """Write a file of GenEval metadata, atomically."""
-    atomic_write(path, _to_lines(prompts))
+    """Write a file of GenEval metadata."""
+    # Not atomic_write: inside an atomic_directory it would wait for the lock of that block for ever.
+    path.write_text(_to_lines(prompts), encoding="utf-8")
 
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:

@@ -13,7 +13,7 @@ PROMPTS = [counting("dog", 3), position("dog", "cat", "above"), single_object("d
 
 
 def test_prompts_survive_a_file(tmp_path):
-    path = tmp_path / "new" / "prompts.jsonl"
+    path = tmp_path / "prompts.jsonl"
     write_prompts(path, PROMPTS)
     assert read_prompts(path) == PROMPTS
     assert [entry.name for entry in path.parent.iterdir()] == ["prompts.jsonl"]
