@@ -274,9 +274,9 @@ def test_error_of_a_failed_rank_is_told(launch, tmp_path):
     run = launch()
     status, output = run.end()
     assert status == 1
-    assert output.splitlines()[-1].startswith(
-        "error: rank 1 failed with exit status 1: RewardError: the detector is missing; all ranks had been started "
-        "again 1 times"
+    assert output.splitlines()[-1] == (
+        "error: rank 1 failed with exit status 1: RewardError: the detector is missing; all ranks were restarted "
+        "1 times (launch.max_restarts); see their output above"
     )
 
 
