@@ -53,6 +53,8 @@ def _train(args: argparse.Namespace) -> None:
 
     A resumed run goes on with its own parameters; those of `--params` then only say how it is launched.
     """
+    if args.accept_code_change and args.resume is None:
+        raise ConfigError("--accept-code-change is about a run that is resumed; name it by --resume RUN")
     launch = load_config(stages.LaunchStage, args.params).launch
     environment = read_environment()
     if is_rank():
@@ -62,12 +64,12 @@ def _train(args: argparse.Namespace) -> None:
     inputs = None if args.resume is None else find_inputs(args.resume, environment)
     config = load_config(stages.TrainStage, args.params if inputs is None else inputs / PARAMS)
     if is_rank() or launch.world_size == 1:
-        train_policy(config, environment, launch, inputs)
+        train_policy(config, environment, launch, inputs, accept_code_change=args.accept_code_change)
         return
     BatchArithmetic(config=config, num_processes=launch.world_size)
     command = ["-m", "sfgrpo", "train", "--params", str(args.params)]
     if args.resume is not None:
-        command += ["--resume", args.resume]
+        command += ["--resume", args.resume, *(["--accept-code-change"] if args.accept_code_change else [])]
     with GracefulShutdown(environment.grace_s + LAUNCHER_MARGIN_S) as shutdown:
         from sfgrpo.runtime.launcher import launch_ranks
 
@@ -163,6 +165,9 @@ def _add_params_argument(parser: argparse.ArgumentParser) -> None:
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_params_argument(parser)
     parser.add_argument("--resume", metavar="RUN", help="go on with this run, with its own parameters and prompts")
+    parser.add_argument(
+        "--accept-code-change", action="store_true", help="go on with a run of other code, as a new run of its own name"
+    )
 
 
 def _add_snapshot_arguments(parser: argparse.ArgumentParser) -> None:

@@ -50,13 +50,6 @@ def make_reward(config: RewardConfig) -> Reward:
         return build_reward(config.name, pretrained=config.pretrained, revision=config.revision)
 
 
-def make_held_out() -> tuple[Reward, ...]:
-    """Makes the rewards that are measured in evaluation only."""
-    from sfgrpo.rewards import build_reward
-
-    return build_reward("geneval"), build_reward("likeness")
-
-
 def make_policy(
     config: PolicyConfig, seed: int, environment: Environment, sharding: Literal["none", "full"] = "none"
 ) -> SD3Policy:

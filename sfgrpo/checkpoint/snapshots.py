@@ -1,4 +1,4 @@
-"""The averaged adapters of a training that are to be judged, published in its folder while it goes on."""
+"""Snapshots: the averaged adapters of a training that are due for evaluation, published in its folder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from sfgrpo.checkpoint.state import require_format, with_format
 from sfgrpo.runtime.files import atomic_directory, atomic_write, remove_directory
 from sfgrpo.runtime.manifest import MANIFEST, verify_manifest, write_manifest
 
 SNAPSHOTS = "snapshots"
-"""Folder of the snapshots, below that of the run: of each a folder with the adapter, and a record that outlives it."""
+"""Folder of the snapshots, below that of the run: for each a folder with the adapter, and a record that outlives it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,51 +23,61 @@ class Snapshot:
     update: int
     """Updates that the adapter has seen."""
     key: str
-    """Names its evaluation in the store."""
+    """Key of its evaluation in the store."""
     mlflow_run_id: str | None
     """Run in which the evaluation will be recorded, as far as it was known."""
 
 
 def publish_snapshot(
-    folder: Path, update: int, scope: str, save_adapter: Callable[[Path], None], mlflow_run_id: str | None
+    folder: Path, update: int, fingerprint: str, mlflow_run_id: str | None, save_adapter: Callable[[Path], None]
 ) -> Snapshot:
-    """Writes an adapter, then its record; who finds the record finds the adapter, until that is no longer needed."""
-    path = snapshot_path(folder, update)
-    with atomic_directory(path) as partial:
+    """Write an adapter, then its record: a reader of the record finds the adapter for as long as it is needed."""
+    with atomic_directory(snapshot_path(folder, update)) as partial:
         save_adapter(partial)
         write_manifest(partial)
-    key = evaluation_key(scope, read_snapshot(folder, update))
+    return record_snapshot(folder, update, fingerprint, mlflow_run_id)
+
+
+def record_snapshot(folder: Path, update: int, fingerprint: str, mlflow_run_id: str | None) -> Snapshot:
+    """Write the record of a published adapter, for evaluations of this fingerprint."""
+    key = evaluation_key(fingerprint, read_snapshot(folder, update))
     snapshot = Snapshot(update=update, key=key, mlflow_run_id=mlflow_run_id)
-    atomic_write(path.with_suffix(".json"), json.dumps(dataclasses.asdict(snapshot)) + "\n")
+    record = json.dumps(with_format(dataclasses.asdict(snapshot)))
+    atomic_write(snapshot_path(folder, update).with_suffix(".json"), record + "\n")
     return snapshot
 
 
 def list_snapshots(folder: Path) -> list[Snapshot]:
-    """Reads the records of a run's snapshots, by update."""
-    paths = sorted((folder / SNAPSHOTS).glob("update-*.json"))
-    return [Snapshot(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    """Read the records of a run's snapshots, by update; raise `ConfigError` for one of another format."""
+    snapshots = []
+    for path in sorted((folder / SNAPSHOTS).glob("update-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        require_format(record.pop("format", None), path)
+        snapshots.append(Snapshot(**record))
+    return snapshots
 
 
 def read_snapshot(folder: Path, update: int) -> dict[str, bytes]:
-    """Reads the files of a snapshot's adapter; raises `IntegrityError` unless all are as they were written."""
+    """Read the files of a snapshot's adapter; raise `IntegrityError` unless all are as they were written."""
     path = snapshot_path(folder, update)
     verify_manifest(path)
     return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.name != MANIFEST}
 
 
 def prune_snapshots(folder: Path, needed: Collection[int]) -> None:
-    """Removes all adapters but those of the `needed` updates; the records stay."""
+    """Remove all adapters but those of the `needed` updates; the records stay."""
+    kept = {snapshot_path(folder, update) for update in needed}
     for path in sorted((folder / SNAPSHOTS).glob("update-*")):
-        if path.is_dir() and path not in [snapshot_path(folder, update) for update in needed]:
+        if path.is_dir() and path not in kept:
             remove_directory(path)
 
 
 def snapshot_path(folder: Path, update: int) -> Path:
-    """Names the folder of a snapshot's adapter; the record lies beside it."""
+    """Return the folder of a snapshot's adapter; the record lies beside it."""
     return folder / SNAPSHOTS / f"update-{update:06d}"
 
 
-def evaluation_key(scope: str, adapter: Mapping[str, bytes]) -> str:
-    """Names the evaluation of an adapter, given by its files; `scope` digests all else that shapes the result."""
-    lines = [scope, *(f"{name} {hashlib.sha256(content).hexdigest()}" for name, content in sorted(adapter.items()))]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def evaluation_key(fingerprint: str, adapter: Mapping[str, bytes]) -> str:
+    """Return the key of the evaluation of an adapter; `fingerprint` digests all else that shapes the result."""
+    digests = (f"{name} {hashlib.sha256(content).hexdigest()}" for name, content in sorted(adapter.items()))
+    return hashlib.sha256("\n".join([fingerprint, *digests]).encode()).hexdigest()

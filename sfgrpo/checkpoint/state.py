@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: all that is needed to go on as if nothing had happened, without pickle."""
+"""Checkpoints for exact resume of a training; safetensors and JSON only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sfgrpo.errors import IntegrityError
+from sfgrpo.errors import ConfigError, IntegrityError
 from sfgrpo.runtime.files import atomic_directory, remove_directory
 from sfgrpo.runtime.manifest import verify_manifest, write_manifest
 
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainingState:
-    """Where a training run stands between two updates. Tensors come back bit for bit, on the CPU."""
+    """State of a training between two updates. Tensors come back bit for bit, on the CPU."""
 
     update_index: int
     """Updates done, which is also the index of the next one."""
     adapter: Mapping[str, Tensor]
     """Trained parameters by name."""
-    ema: Mapping[str, Tensor]
+    ema: Mapping[str, Any]
     """State of the moving average."""
     optimizer: Mapping[str, Any]
     """`state_dict` of the optimiser: nested dicts, lists and tuples of tensors and JSON values."""
@@ -44,23 +44,25 @@ class TrainingState:
     history: Sequence[Mapping[str, Any]]
     """Metrics of every update so far, oldest first."""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """JSON values of the trainer's own: the tracked run, the best evaluation."""
+    """Further JSON values, such as the evaluations so far."""
 
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints, below that of the run."""
+FORMAT = 1
+"""Version of the files of checkpoints and snapshots; raise it when an older reader would misread them."""
 FILES = ("adapter.safetensors", "state.safetensors", "state.json", "history.jsonl")
 
 
 def checkpoint_path(root: Path, update_index: int) -> Path:
-    """Names the checkpoint taken after `update_index` updates."""
+    """Return the path of the checkpoint after `update_index` updates."""
     return root / f"update-{update_index:06d}"
 
 
 def save_checkpoint(root: Path, state: TrainingState, keep: int, protected: Collection[int] = ()) -> Path:
-    """Writes a checkpoint below `root`, then removes all but the `keep` newest and those of `protected` updates.
+    """Write a checkpoint below `root`, then remove all but the `keep` newest and those of `protected` updates.
 
-    Raises `OSError` when it cannot be written, the disk being full, say; no earlier checkpoint is touched then.
+    Raises `OSError` when it cannot be written, such as on a full disk; earlier checkpoints are untouched then.
     """
     if keep < 1:
         raise ValueError(f"keep {keep} would remove the checkpoint just written; keep at least 1")
@@ -84,20 +86,27 @@ def save_checkpoint(root: Path, state: TrainingState, keep: int, protected: Coll
 
 
 def load_checkpoint(path: Path) -> TrainingState:
-    """Reads a checkpoint; raises `IntegrityError` unless every file is the one that was written."""
+    """Load a checkpoint; raise as `read_checkpoint` does."""
     return state_of(read_checkpoint(path))
 
 
 def read_checkpoint(path: Path) -> dict[str, bytes]:
-    """Reads the files of a checkpoint, by name; raises `IntegrityError` unless every file is as it was written."""
+    """Read the files of a checkpoint, by name.
+
+    Raises:
+        IntegrityError: a file is not as it was written.
+        ConfigError: another version wrote them, in a format that this one does not read.
+    """
     verify_manifest(path)
+    require_format(json.loads((path / "state.json").read_bytes()).get("format"), path)
     return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.name in FILES}
 
 
 def state_of(files: Mapping[str, bytes]) -> TrainingState:
-    """Makes the state of what `read_checkpoint` gave, here or in another process."""
+    """Return the state in the files that `read_checkpoint` returned, here or in another process."""
     tensors = safetensors.torch.load(files["state.safetensors"])
     values = json.loads(files["state.json"])
+    del values["format"]
     lines = files["history.jsonl"].decode().splitlines()
     return TrainingState(
         adapter=safetensors.torch.load(files["adapter.safetensors"]),
@@ -107,14 +116,14 @@ def state_of(files: Mapping[str, bytes]) -> TrainingState:
 
 
 def update_of(path: Path) -> int:
-    """Tells after how many updates a checkpoint was taken, by its name."""
+    """Return after how many updates a checkpoint was taken, by its name."""
     return int(path.name.removeprefix("update-"))
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """Finds the newest intact checkpoint below `root`, warning of newer ones that are damaged; None without any.
+    """Return the newest intact checkpoint below `root`, or None; warn of newer ones that are damaged.
 
-    Raises the newest one's `IntegrityError` when there are checkpoints and all are damaged: to start over silently
+    Raises the newest one's `IntegrityError` when there are checkpoints and all are damaged: starting over silently
     would throw the run away.
     """
     errors: list[IntegrityError] = []
@@ -132,8 +141,22 @@ def latest_checkpoint(root: Path) -> Path | None:
     return None
 
 
+def with_format(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a JSON file with the format that this version writes."""
+    return {"format": FORMAT, **values}
+
+
+def require_format(found: object, path: Path) -> None:
+    """Raise `ConfigError` unless a file says that it has the format that this version reads."""
+    if found != FORMAT:
+        raise ConfigError(
+            f"{path} has format {found or 'none'}, and this version of sfgrpo reads format {FORMAT} only; go on with "
+            "the version that wrote it, or move the run's folder away to start anew"
+        )
+
+
 def _to_files(state: TrainingState) -> dict[str, bytes]:
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = with_format({})
     tensors: dict[str, Tensor] = {}
     for name in ("update_index", "ema", "optimizer", "rng", "scaler", "best", "config", "extra"):
         values[name] = _split(getattr(state, name), name, tensors)
@@ -156,7 +179,7 @@ def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Moves the tensors of a nested value to `tensors`, and marks what JSON does not know: tuples, keys of any type."""
+    """Move the tensors of a nested value to `tensors`, and mark what JSON lacks: tuples, keys of any type."""
     if isinstance(value, Tensor):
         assert name not in tensors, f"two tensors of a training state are called {name}"
         tensors[name] = value
@@ -170,7 +193,7 @@ def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undoes `_split`."""
+    """Undo `_split`."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

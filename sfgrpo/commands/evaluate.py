@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GRID_ROWS_PER_TASK = 2
-
 
 def evaluate(config: EvaluateStage, environment: Environment) -> None:
     """Judges base model and trained policy on the same prompts and noise; writes table, metrics, images."""
@@ -42,7 +40,7 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
     use_threads(environment)
     asked = read_prompts(EVALUATION_PROMPTS)
     policy = make_policy(config.policy, config.seed, environment)
-    shown = pick_rows(asked, GRID_ROWS_PER_TASK)
+    shown = pick_rows(asked)
     with atomic_directory(EVALUATE_REPORT) as partial:
         with image_archive(partial / "images.tar") as archive:
             judge = functools.partial(_evaluated, policy, asked, rewards, config, shown, archive)
@@ -76,15 +74,13 @@ def _evaluated(
 ) -> Evaluation:
     """Judges the policy as it is, and packs all its images under a model's name."""
     from sfgrpo.evaluation.evaluate import evaluate_policy, protocol_of
-    from sfgrpo.rewards import build_reward
 
     protocol = protocol_of(config.evaluation)
     return evaluate_policy(
         policy,
         asked,
-        build_reward("geneval_correct"),
         rewards,
         protocol,
         shown=shown,
-        drawn=functools.partial(archive.add, model, asked, protocol.images_per_prompt),
+        on_images=functools.partial(archive.add, model, asked, protocol.images_per_prompt),
     )

@@ -8,12 +8,11 @@ from sfgrpo.checkpoint.snapshots import Snapshot, evaluation_key, list_snapshots
 from sfgrpo.config.stages import TrainStage, load_config
 from sfgrpo.errors import ConfigError, SfgrpoError
 from sfgrpo.evaluation.store import EVALUATIONS, claimed_evaluation, read_metrics
-from sfgrpo.factory import check_pretrained, device_of, make_held_out, make_policy, make_reward, use_threads
+from sfgrpo.factory import check_pretrained, device_of, make_policy, make_reward, use_threads
 from sfgrpo.paths import EVALUATION_PROMPTS, PARAMS
 from sfgrpo.prompts import read_prompts
 from sfgrpo.runtime.environment import Environment
-from sfgrpo.training.fingerprint import evaluation_scope
-from sfgrpo.training.run import INPUTS
+from sfgrpo.training.fingerprint import INPUTS, evaluation_fingerprint
 
 
 def evaluate_snapshot(folder: Path, update: int, environment: Environment) -> None:
@@ -47,7 +46,7 @@ def _judge(folder: Path, snapshot: Snapshot, store: Path, environment: Environme
     prompts = read_prompts(folder / INPUTS / EVALUATION_PROMPTS.name)
     adapter = read_snapshot(folder, snapshot.update)
     kind = device_of(environment).partition(":")[0]
-    if evaluation_key(evaluation_scope(config, prompts, kind), adapter) != snapshot.key:
+    if evaluation_key(evaluation_fingerprint(config, prompts, kind), adapter) != snapshot.key:
         raise ConfigError(
             f"snapshot {snapshot.update} of {folder.name} was published by other code or models, or for another "
             f"kind of device than {kind}; evaluate it with the commit and on the kind of device of the training"
@@ -58,9 +57,8 @@ def _judge(folder: Path, snapshot: Snapshot, store: Path, environment: Environme
     policy = make_policy(config.policy, config.seed, environment)
     from sfgrpo.evaluation.evaluator import Evaluator
     from sfgrpo.policies.base import use_adapter
-    from sfgrpo.rewards import build_reward
 
-    court = Evaluator.of(config, prompts, build_reward("geneval_correct"), reward, make_held_out())
+    evaluator = Evaluator.of(config, prompts, reward)
     with use_adapter(policy, adapter):
-        court.judge(policy, store, snapshot.key)
+        evaluator.evaluate(policy, store, snapshot.key)
     print(f"update {snapshot.update} is evaluated")

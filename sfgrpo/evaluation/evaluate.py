@@ -1,4 +1,4 @@
-"""Judges a policy on fixed prompts and fixed noise, by the deterministic sampler that people use and by any other."""
+"""Evaluation of a policy on fixed prompts and noise, with the deterministic sampler or any other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sfgrpo.grpo.distributed import row_slices, summed
 from sfgrpo.grpo.noise import gaussian_noise
 from sfgrpo.grpo.rollout import roll_out
 from sfgrpo.policies.base import Policy
-from sfgrpo.rewards.base import Reward, checked_rewards
+from sfgrpo.rewards import Reward, build_reward, checked_rewards
 from sfgrpo.types import Conditioning, Prompt, SamplerName
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ THUMBNAIL_SIZE = 32
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingProtocol:
-    """How images are drawn for judging; of two policies under the same one, image by image, the noise is the same."""
+    """How images are sampled for an evaluation; under one protocol all policies get the same noise, image by image."""
 
     images_per_prompt: int
     num_steps: int
@@ -39,16 +39,16 @@ class SamplingProtocol:
     guidance_scale: float
     """Classifier-free guidance weight; 1 disables it."""
     seed: int
-    """Of all noise."""
+    """Seed of all noise."""
     micro_batch_size: int
     """Images that are denoised together; it changes nothing but rounding."""
     sampler: SamplerName = "ode"
     noise_level: float = 0.0
-    """Of a stochastic sampler."""
+    """Noise eta of a stochastic sampler."""
 
 
 def protocol_of(config: EvaluationConfig) -> SamplingProtocol:
-    """Gives the protocol that a configuration asks for: the deterministic sampler."""
+    """Return the protocol of the section `evaluation`, which uses the deterministic sampler."""
     return SamplingProtocol(
         images_per_prompt=config.images_per_prompt,
         num_steps=config.num_steps,
@@ -60,24 +60,24 @@ def protocol_of(config: EvaluationConfig) -> SamplingProtocol:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What a policy drew for the evaluation prompts, and how good it is."""
+    """The images of a policy for the evaluation prompts, and their scores."""
 
     images: NDArray[np.uint8]
-    """Of the prompts that are shown, [shown * G, H, W, 3], the images of a prompt next to each other."""
+    """Images of the prompts that are shown, [shown * G, H, W, 3], those of a prompt next to each other."""
     thumbnails_PGHWC: NDArray[np.uint8]
-    """All images, made smaller where they are larger than a thumbnail."""
+    """All images, shrunk to thumbnails."""
     correct: NDArray[np.bool_]  # [P, G]
     table: GenEvalTable
     rewards_PG: Mapping[str, NDArray[np.floating[Any]]]
-    """Scores of every image, by the name of the reward."""
+    """Score of every image, by the name of the reward."""
 
     @property
     def rewards(self) -> Mapping[str, float]:
-        """Mean of each reward."""
+        """The mean of each reward."""
         return {name: _mean(values_PG) for name, values_PG in self.rewards_PG.items()}
 
     def to_dict(self) -> dict[str, float]:
-        """Flattens the table and the mean rewards to metrics."""
+        """Return the table and the mean rewards as metrics."""
         return self.table.to_dict() | {f"evaluation/{name}": value for name, value in self.rewards.items()}
 
 
@@ -113,33 +113,43 @@ def _draw_batch(
 def evaluate_policy(
     policy: Policy,
     prompts: Sequence[Prompt],
-    verdict: Reward,
     rewards: Sequence[Reward],
     protocol: SamplingProtocol,
     *,
+    is_correct: Reward | None = None,
     shown: Sequence[int] = (),
     accelerator: Accelerator | None = None,
-    between: Callable[[], None] = lambda: None,
-    drawn: Callable[[int, NDArray[np.uint8]], None] = lambda first, images: None,
+    on_batch: Callable[[], None] = lambda: None,
+    on_images: Callable[[int, NDArray[np.uint8]], None] = lambda first, images: None,
 ) -> Evaluation:
-    """Draws the protocol's images for every prompt and judges each by GenEval's verdict and by other rewards.
+    """Sample the protocol's images for every prompt and score each.
 
-    `verdict` gives 1 for a correct image and 0 for any other. The noise depends on seed, prompt position and image
-    alone, so that two policies are compared on the same noise. `shown` are the positions of the prompts whose images
-    are kept. The processes of `accelerator` share the work, and all have the result; each calls `between` after each
-    batch, all of them equally often. `drawn` gets the images of every batch, [n, H, W, 3], with the number of the first
-    of them: image g of prompt p has the number p * G + g, and those of a process come in ascending order.
+    The noise depends on seed, prompt position and image alone, so that two policies are compared on the same noise.
+    The processes of `accelerator` share the work, and all have the result.
+
+    Args:
+        policy: Evaluated as it is.
+        prompts: Positions 0..P.
+        rewards: Scores to report beside GenEval's.
+        protocol: How to sample.
+        is_correct: Returns 1 for a correct image and 0 for any other; by default GenEval's own verdict.
+        shown: Positions of the prompts whose images are kept.
+        accelerator: The processes of the run; by default this one alone.
+        on_batch: Called by each process after each batch, by all of them equally often.
+        on_images: Gets the images of every batch, [n, H, W, 3], with the number of the first: image g of prompt p has
+            number p * G + g, and those of a process come in ascending order.
     """
-    judged = _judge(policy, prompts, (verdict, *rewards), protocol, shown, accelerator, between, drawn)
+    judges = (is_correct or build_reward("geneval_correct"), *rewards)
+    scores = _score_images(policy, prompts, judges, protocol, shown, accelerator, on_batch, on_images)
     shape = len(prompts), protocol.images_per_prompt
-    scores_JPG = [scores_N.reshape(shape) for scores_N in judged.scores_NJ.numpy().T]
-    correct, small_NHWC = scores_JPG[0] == 1.0, judged.thumbnails_NHWC.numpy()
+    correct, *rewards_JPG = (scores_N.reshape(shape) for scores_N in scores.scores_NJ.numpy().T)
+    small_NHWC = scores.thumbnails_NHWC.numpy()
     return Evaluation(
-        images=judged.shown.numpy(),
+        images=scores.shown.numpy(),
         thumbnails_PGHWC=small_NHWC.reshape(*shape, *small_NHWC.shape[1:]),
-        correct=correct,
-        table=summarise([prompt.tag for prompt in prompts], correct),
-        rewards_PG={reward.name: scores_PG for reward, scores_PG in zip(rewards, scores_JPG[1:], strict=True)},
+        correct=correct == 1.0,
+        table=summarise([prompt.tag for prompt in prompts], correct == 1.0),
+        rewards_PG={reward.name: scores_PG for reward, scores_PG in zip(rewards, rewards_JPG, strict=True)},
     )
 
 
@@ -148,21 +158,20 @@ def mean_rewards(
     prompts: Sequence[Prompt],
     rewards: Sequence[Reward],
     protocol: SamplingProtocol,
-    *,
     accelerator: Accelerator | None = None,
-    between: Callable[[], None] = lambda: None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Gives the mean of every reward over the images that the protocol's sampler draws, by the reward's name.
+    """Return the mean of every reward over the images that the protocol's sampler makes, by the reward's name.
 
-    With the sampler of the training it tells what training improves; the prompts, unlike those of an update, are
-    the same every time, and so is the noise. Processes share the work as in `evaluate_policy`.
+    With the sampler of the training this measures what training improves, on prompts and noise that, unlike those of
+    an update, never change. Processes share the work as in `evaluate_policy`.
     """
-    scores_NJ = _judge(policy, prompts, rewards, protocol, (), accelerator, between).scores_NJ
+    scores_NJ = _score_images(policy, prompts, rewards, protocol, (), accelerator, on_batch).scores_NJ
     return {reward.name: _mean(scores_N) for reward, scores_N in zip(rewards, scores_NJ.numpy().T, strict=True)}
 
 
 def thumbnails(images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Makes images smaller by averaging areas, until both sides are within `THUMBNAIL_SIZE`; smaller ones stay."""
+    """Shrink images by averaging areas until both sides are within `THUMBNAIL_SIZE`; smaller ones stay."""
     sides = images_NHWC.shape[1:3]
     if max(sides) <= THUMBNAIL_SIZE:
         return images_NHWC
@@ -173,7 +182,7 @@ def thumbnails(images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Judged:
+class _Scores:
     scores_NJ: Tensor
     """Score of every image by every judge."""
     shown: Tensor
@@ -181,46 +190,47 @@ class _Judged:
     thumbnails_NHWC: Tensor
 
 
-def _judge(
+def _score_images(
     policy: Policy,
     prompts: Sequence[Prompt],
     judges: Sequence[Reward],
     protocol: SamplingProtocol,
     shown: Sequence[int],
     accelerator: Accelerator | None,
-    between: Callable[[], None],
-    drawn: Callable[[int, NDArray[np.uint8]], None] = lambda first, images: None,
-) -> _Judged:
-    """Draws and judges the images of all prompts, [P * G] of them, each process its part."""
+    on_batch: Callable[[], None],
+    on_images: Callable[[int, NDArray[np.uint8]], None] = lambda first, images: None,
+) -> _Scores:
+    """Sample and score the images of all prompts, [P * G] of them, each process its part."""
     process, num_processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     conditioning, num_images = policy.encode([prompt.text for prompt in prompts]), protocol.images_per_prompt
-    repeated = torch.arange(len(prompts)).repeat_interleave(num_images)
-    asked = [prompts[position] for position in repeated.tolist()]
+    positions = torch.arange(len(prompts)).repeat_interleave(num_images)
+    prompts_N = [prompts[position] for position in positions.tolist()]
     shown_rows = [position * num_images + index for position in shown for index in range(num_images)]
-    batches = row_slices(len(asked), protocol.micro_batch_size)
+    batches = row_slices(len(prompts_N), protocol.micro_batch_size)
     # Batches are dealt out one by one; a process that runs short takes part with empty ones.
-    batches += [slice(len(asked), len(asked))] * (-len(batches) % num_processes)
-    scores_NJ = torch.zeros(len(asked), len(judges))
+    batches += [slice(len(prompts_N), len(prompts_N))] * (-len(batches) % num_processes)
+    scores_NJ = torch.zeros(len(prompts_N), len(judges))
     kept = small_NHWC = torch.empty(0, dtype=torch.uint8)
     for rows in batches[process::num_processes]:
-        images = _draw_batch(policy, conditioning[repeated], protocol, rows)
+        images = _draw_batch(policy, conditioning[positions], protocol, rows)
         small = thumbnails(images)
         if not len(small_NHWC):
             kept = torch.zeros(len(shown_rows), *images.shape[1:], dtype=torch.uint8)
-            small_NHWC = torch.zeros(len(asked), *small.shape[1:], dtype=torch.uint8)
+            small_NHWC = torch.zeros(len(prompts_N), *small.shape[1:], dtype=torch.uint8)
         if len(images):
-            scores = [checked_rewards(judge, images, asked[rows]) for judge in judges]
+            scores = [checked_rewards(judge, images, prompts_N[rows]) for judge in judges]
             scores_NJ[rows] = torch.stack(scores, dim=1)
             small_NHWC[rows] = torch.from_numpy(small)
-            drawn(rows.start, images)
+            on_images(rows.start, images)
         for place, row in enumerate(shown_rows):
             if rows.start <= row < rows.stop:
                 kept[place] = torch.from_numpy(images[row - rows.start])
-        between()
+        on_batch()
     if accelerator is not None:
+        # Each process has zeros where the others have numbers.
         scores_NJ, kept = summed(scores_NJ, accelerator), summed(kept, accelerator)
         small_NHWC = summed(small_NHWC, accelerator)
-    return _Judged(scores_NJ=scores_NJ, shown=kept, thumbnails_NHWC=small_NHWC)
+    return _Scores(scores_NJ=scores_NJ, shown=kept, thumbnails_NHWC=small_NHWC)
 
 
 def _mean(values: NDArray[np.floating[Any]]) -> float:

@@ -30,7 +30,6 @@ from sfgrpo.pretraining.dataset import Pictures, render_pictures
 from sfgrpo.pretraining.flow import PADDING_TOKENS, FlowTraining, tokenize
 from sfgrpo.pretraining.optimization import run_and_log
 from sfgrpo.pretraining.pipeline import build_pipeline
-from sfgrpo.rewards import build_reward
 from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.shapes.prompt_sets import all_prompts
@@ -140,7 +139,6 @@ def _tables(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]
         f"guidance {scale:g}": evaluate_policy(
             policy,
             prompts,
-            build_reward("geneval_correct"),
             (),
             SamplingProtocol(
                 images_per_prompt=evaluation.images_per_prompt,

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 
 CANDIDATE = "candidate"
-GRID_ROWS_PER_TASK = 2
 
 
 def compare_versions(
@@ -112,7 +111,7 @@ def _read_setup(config: PromoteStage) -> EvaluationSetup:
         prompts=prompts,
         protocol=dataclasses.replace(protocol_of(config.evaluation), seed=config.promotion.seed),
         rewards=make_rewards(config.reward, config.promotion.held_out),
-        shown=pick_rows(prompts, GRID_ROWS_PER_TASK),
+        shown=pick_rows(prompts),
     )
 
 

@@ -79,7 +79,5 @@ def load_policy(package: Package, environment: Environment) -> SD3Policy:
 def evaluate(policy: SD3Policy, setup: EvaluationSetup) -> Evaluation:
     """Draw all prompts with a policy and score the images."""
     from sfgrpo.evaluation.evaluate import evaluate_policy
-    from sfgrpo.rewards import build_reward
 
-    geneval = build_reward("geneval_correct")
-    return evaluate_policy(policy, setup.prompts, geneval, setup.rewards, setup.protocol, shown=setup.shown)
+    return evaluate_policy(policy, setup.prompts, setup.rewards, setup.protocol, shown=setup.shown)

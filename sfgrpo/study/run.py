@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from sfgrpo.checkpoint.state import CHECKPOINTS, latest_checkpoint
 from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.evaluation.evaluate import draw_images, protocol_of
+from sfgrpo.evaluation.evaluator import Evaluator
+from sfgrpo.evaluation.periodic import EvaluationPaths
+from sfgrpo.evaluation.store import EVALUATIONS
 from sfgrpo.factory import check_pretrained, make_accelerator, make_policy, make_reward, use_threads
 from sfgrpo.policies.base import Policy
 from sfgrpo.prompts import make_prompts
@@ -30,8 +33,8 @@ from sfgrpo.study.config import EXPERIMENTS, Plan, stages_of_run
 from sfgrpo.tracking.base import ending
 from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 from sfgrpo.tracking.sample_grid import pick_rows
-from sfgrpo.training.fingerprint import run_key
-from sfgrpo.training.run import make_trainer
+from sfgrpo.training.fingerprint import evaluation_fingerprint, run_fingerprint, run_key
+from sfgrpo.training.trainer import Trainer, TrainerInputs
 from sfgrpo.types import Prompt
 
 EXPERIMENT = "sfgrpo-study"
@@ -47,7 +50,7 @@ def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None
     check_pretrained(config.policy)
     use_threads(environment)
     prompts, asked = make_prompts(prompts_stage)
-    key = run_key(config, prompts, asked)
+    key = run_key(run_fingerprint(config, prompts, asked))
     folder = environment.scratch_dir / f"study-{key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     tracker = MlflowTracker(
@@ -64,7 +67,19 @@ def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None
         tracker.set_tags({"study.preset": plan.preset, "study.row": row, "study.seed": str(seed)})
         policy = make_policy(config.policy, config.seed, environment)
         before = _samples(policy, asked, config)
-        trainer = make_trainer(config, accelerator, policy, reward, prompts, asked, folder, tracker, shutdown)
+        inputs = TrainerInputs(
+            prompts=prompts,
+            reward=reward,
+            evaluator=Evaluator.of(config, asked, reward),
+            paths=EvaluationPaths(
+                folder=folder,
+                store=environment.scratch_dir / EVALUATIONS,
+                fingerprint=evaluation_fingerprint(config, asked, policy.device.type),
+            ),
+            tracker=tracker,
+            shutdown=shutdown,
+        )
+        trainer = Trainer(config, policy, inputs, accelerator)
         with shutdown.deferred():
             trainer.run()
         with trainer.averaged():

@@ -16,8 +16,8 @@ LABEL_WIDTH = 310
 HEADER_HEIGHT = 30
 
 
-def pick_rows(prompts: Sequence[Prompt], per_tag: int) -> list[int]:
-    """Picks the first `per_tag` prompts of every task."""
+def pick_rows(prompts: Sequence[Prompt], per_tag: int = 2) -> list[int]:
+    """Return the positions of the first `per_tag` prompts of every task."""
     return [row for tag in TAGS for row in [i for i, prompt in enumerate(prompts) if prompt.tag == tag][:per_tag]]
 
 

@@ -1,18 +1,26 @@
-"""Digests of everything that shapes a training or an evaluation: parameters, prompts, models and code."""
+"""The identity of runs and evaluations: digests of parameters, prompts, models and code."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 from sfgrpo.config.stages import TrainStage, to_flat_dict
-from sfgrpo.prompts import prompts_digest
+from sfgrpo.errors import ConfigError
+from sfgrpo.paths import EVALUATION_PROMPTS, PROMPTS, RUN_PREFIX, TRAINING_PROMPTS
+from sfgrpo.prompts import prompts_digest, read_prompts
+from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.manifest import sha256_of_file
 from sfgrpo.types import Prompt
 
+INPUTS = "inputs"
+"""Folder, below that of a run, with what it was started with."""
+PROVENANCE = "provenance.json"
+FINGERPRINT = "fingerprint.json"
 PACKAGE = Path(__file__).parents[1]
 SHAPING_CODE = (
     "checkpoint",
@@ -34,18 +42,80 @@ SHAPING_CODE = (
 """
 
 
-def run_key(config: TrainStage, prompts: Sequence[Prompt], evaluation_prompts: Sequence[Prompt]) -> str:
-    """Digest all that shapes a training: configuration, prompts, models and code.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """The identity of a run and what it starts from."""
+
+    fingerprint: Mapping[str, str]
+    """Digests of parameters, prompts, models and code; a run that goes on from another one has that one's name too."""
+    folder: Path
+    prompt_files: Sequence[Path]
+    prompts: Sequence[Prompt]
+    evaluation_prompts: Sequence[Prompt]
+    predecessor: Path | None = None
+    """Folder of the run of other code from whose newest checkpoint this one starts."""
+
+    @property
+    def key(self) -> str:
+        """Digest of the fingerprint."""
+        return run_key(self.fingerprint)
+
+    @property
+    def code_change(self) -> str | None:
+        """Code of the predecessor and of this run, if they differ."""
+        old = self.fingerprint.get("predecessor_code")
+        return None if old is None else f"{old[:16]} -> {self.fingerprint['code'][:16]}"
+
+    @classmethod
+    def of(cls, config: TrainStage, environment: Environment, inputs: Path | None, *, accept_code_change: bool) -> Self:
+        """Identify the run of a configuration, or the one with these inputs; raise `ConfigError` if it is another."""
+        files = [(inputs or PROMPTS) / path.name for path in (TRAINING_PROMPTS, EVALUATION_PROMPTS)]
+        prompts, evaluation_prompts = map(read_prompts, files)
+        fingerprint, folder, predecessor = run_fingerprint(config, prompts, evaluation_prompts), None, None
+        if inputs is not None:
+            recorded = _read_fingerprint(inputs)
+            different = [name for name in fingerprint if fingerprint[name] != recorded.get(name)]
+            if not different:
+                fingerprint, folder = recorded, inputs.parent
+            elif different == ["code"] and accept_code_change:
+                predecessor = inputs.parent
+                # Part of the key: a run that changed its code midway is not the one that today's code would make.
+                fingerprint |= {"predecessor": predecessor.name, "predecessor_code": recorded["code"]}
+            else:
+                raise _other_run_error(inputs, different)
+        return cls(
+            fingerprint=fingerprint,
+            folder=folder or environment.scratch_dir / f"{RUN_PREFIX}{run_key(fingerprint)[:16]}",
+            prompt_files=files,
+            prompts=prompts,
+            evaluation_prompts=evaluation_prompts,
+            predecessor=predecessor,
+        )
+
+
+def run_fingerprint(
+    config: TrainStage, prompts: Sequence[Prompt], evaluation_prompts: Sequence[Prompt]
+) -> dict[str, str]:
+    """Return the digests of all that shapes a training: parameters, prompts, models and code.
 
     Micro-batch sizes are left out. Like the number of processes they change nothing but rounding, and a run that ran
     out of memory must be able to go on with smaller ones.
     """
     shaping = {name: value for name, value in to_flat_dict(config).items() if not name.endswith(".micro_batch_size")}
-    digests = [prompts_digest(prompts), prompts_digest(evaluation_prompts)]
-    return _digest([json.dumps(shaping, sort_keys=True), *digests, *_code_and_models(config)])
+    return {
+        "parameters": _digest([json.dumps(shaping, sort_keys=True)]),
+        "prompts": _digest([prompts_digest(prompts), prompts_digest(evaluation_prompts)]),
+        "models": _models_digest(config),
+        "code": _code_digest(),
+    }
 
 
-def evaluation_scope(config: TrainStage, evaluation_prompts: Sequence[Prompt], device: str) -> str:
+def run_key(fingerprint: Mapping[str, str]) -> str:
+    """Return the key of the run with this fingerprint."""
+    return _digest([json.dumps(fingerprint, sort_keys=True)])
+
+
+def evaluation_fingerprint(config: TrainStage, evaluation_prompts: Sequence[Prompt], device: str) -> str:
     """Digest all that shapes the evaluations of a training except the adapter, for one kind of device.
 
     Trainings that differ in other things share their evaluations, such as that of the untrained adapter.
@@ -57,16 +127,18 @@ def evaluation_scope(config: TrainStage, evaluation_prompts: Sequence[Prompt], d
         "sampling": dataclasses.asdict(config.sampling) if config.evaluation.training_sampler else None,
         "device": device,
     }
-    lines = [json.dumps(shaping, sort_keys=True), prompts_digest(evaluation_prompts), *_code_and_models(config)]
-    return _digest(lines)
+    digests = prompts_digest(evaluation_prompts), _models_digest(config), _code_digest()
+    return _digest([json.dumps(shaping, sort_keys=True), *digests])
 
 
-def _code_and_models(config: TrainStage) -> list[str]:
-    """Return one line with the digest of every file of the shaping code and of the models that a training loads."""
+def _models_digest(config: TrainStage) -> str:
     models = [Path(folder) for folder in (config.policy.pretrained, config.reward.pretrained) if folder is not None]
-    code = [f"{file.relative_to(PACKAGE).as_posix()} {sha256_of_file(file)}" for file in _shaping_files()]
     weights = [file for model in models for file in sorted(model.rglob("*.safetensors"))]
-    return [*code, *(f"{file.name} {sha256_of_file(file)}" for file in weights)]
+    return _digest([f"{file.name} {sha256_of_file(file)}" for file in weights])
+
+
+def _code_digest() -> str:
+    return _digest([f"{file.relative_to(PACKAGE).as_posix()} {sha256_of_file(file)}" for file in _shaping_files()])
 
 
 def _shaping_files() -> Iterator[Path]:
@@ -77,3 +149,19 @@ def _shaping_files() -> Iterator[Path]:
 
 def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _read_fingerprint(inputs: Path) -> dict[str, str]:
+    """Read the fingerprint of a run; empty for a run of an older version, which recorded none."""
+    path = inputs / FINGERPRINT
+    fingerprint: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return fingerprint
+
+
+def _other_run_error(inputs: Path, different: Sequence[str]) -> ConfigError:
+    commit = json.loads((inputs / PROVENANCE).read_text(encoding="utf-8"))["git_commit"]
+    cure = ", go on with today's code by --accept-code-change" if list(different) == ["code"] else ""
+    return ConfigError(
+        f"run {inputs.parent.name} was started with other {' and '.join(different)}, and would not be the same run; "
+        f"check out commit {commit}{cure}, or start anew without --resume"
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 from sfgrpo.config.stages import TrainStage
 from sfgrpo.grpo.update import make_scaler
 from sfgrpo.policies.base import Policy
-from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.training.ema import Ema
 
 
@@ -29,7 +27,7 @@ class Learner:
 
     @classmethod
     def of(cls, policy: Policy, config: TrainStage) -> Self:
-        """Makes what trains the adapter of a policy by a configuration."""
+        """Make the optimiser, loss scaler and moving average of a policy's adapter."""
         update = config.update
         optimizer = torch.optim.AdamW(
             policy.adapter_parameters().values(),
@@ -45,15 +43,15 @@ class Learner:
         )
 
     def average(self) -> None:
-        """Takes the adapter as it is now into the moving average."""
+        """Update the moving average with the adapter as it is now."""
         self.ema.update(self.policy.adapter_parameters())
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Puts the averaged adapter, which is what gets published, into the policy for a block."""
+        """Put the averaged adapter, which is what gets published, into the policy for a block."""
         return self.ema.swapped_in(self.policy.module)
 
     def state(self) -> dict[str, Any]:
-        """Gives the fields of `TrainingState` that are this object's."""
+        """Return this object's fields of `TrainingState`."""
         return {
             "adapter": {name: value.detach() for name, value in self.policy.adapter_parameters().items()},
             "ema": self.ema.state_dict(),
@@ -69,24 +67,10 @@ class Learner:
         optimizer: Mapping[str, Any],
         scaler: Mapping[str, Any],
     ) -> None:
-        """Goes back to what `state` gave."""
+        """Go back to what `state` returned."""
         with torch.no_grad():
             for name, parameter in self.policy.adapter_parameters().items():
                 parameter.copy_(adapter[name])
         self.ema.load_state_dict(ema)
         self.optimizer.load_state_dict(dict(optimizer))
         self.scaler.load_state_dict(dict(scaler))
-
-
-def read_best(folder: Path) -> dict[str, Tensor]:
-    """Reads the files of the best adapter so far as uint8 tensors; none without one."""
-    files = sorted((folder / "best").glob("*"))
-    return {file.name: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in files}
-
-
-def restore_best(files: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes the files that `read_best` gave, if there are any."""
-    if files:
-        with atomic_directory(folder / "best") as partial:
-            for name, content in files.items():
-                (partial / name).write_bytes(content.numpy().tobytes())

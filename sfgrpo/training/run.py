@@ -7,48 +7,31 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from sfgrpo.config.schema import LaunchConfig
 from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.errors import ConfigError, MirrorError, SfgrpoError
-from sfgrpo.factory import (
-    check_pretrained,
-    device_of,
-    make_accelerator,
-    make_held_out,
-    make_policy,
-    make_reward,
-    use_threads,
-)
+from sfgrpo.factory import check_pretrained, device_of, make_accelerator, make_policy, make_reward, use_threads
 from sfgrpo.paths import (
-    EVALUATION_PROMPTS,
     PARAMS,
     POLICY,
-    PROMPTS,
-    RUN_PREFIX,
     TRAIN_REPORT,
     TRAINING,
-    TRAINING_PROMPTS,
     run_lock,
 )
-from sfgrpo.prompts import read_prompts
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, atomic_write
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.provenance import flow_tags, provenance_tags
-from sfgrpo.training.fingerprint import evaluation_scope, run_key
-from sfgrpo.types import Prompt
+from sfgrpo.training.fingerprint import FINGERPRINT, INPUTS, PROVENANCE, Run, evaluation_fingerprint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from sfgrpo.policies.base import Policy
-    from sfgrpo.rewards import Reward
-    from sfgrpo.runtime.shutdown import GracefulShutdown
     from sfgrpo.tracking.base import Tracker
     from sfgrpo.training.trainer import Trainer
 
@@ -56,19 +39,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXPERIMENT = "sfgrpo"
-INPUTS = "inputs"
-"""Folder, below that of a run, with what it was started with."""
-PROVENANCE = "provenance.json"
+CODE_CHANGE_TAG = "sfgrpo.code_change"
 MIRROR_S = 300.0
 """How long the end of a training waits for its mirror."""
 LOCK_MARGIN_S = 10.0
-"""How much longer a start waits for an earlier process of its run than that has to save its state."""
+"""How much longer than the grace of an earlier process of the run a start waits for it to save its state and leave."""
 LEAVING_S = 2.0
-"""What is kept of the time that a stopped process has, for the rest of its leaving."""
+"""How much of its grace a stopped process keeps for the rest of its exit."""
 
 
 def find_inputs(name: str, environment: Environment) -> Path:
-    """Finds what a run was started with, parameters and prompts, in the scratch folder or in the mirror.
+    """Find what a run was started with, parameters and prompts, in the scratch folder or in the mirror.
 
     Raises:
         SfgrpoError: neither has a run of this name.
@@ -88,73 +69,89 @@ def find_inputs(name: str, environment: Environment) -> Path:
 
 
 def train_policy(
-    config: TrainStage, environment: Environment, launch: LaunchConfig, inputs: Path | None = None
+    config: TrainStage,
+    environment: Environment,
+    launch: LaunchConfig,
+    inputs: Path | None = None,
+    *,
+    accept_code_change: bool = False,
 ) -> None:
-    """Trains the adapter, going on where an interrupted run of the same configuration, data and code stopped.
+    """Train the adapter, going on where an interrupted run of the same configuration, data and code stopped.
 
-    Every process of a distributed training calls this; the first one records and publishes. The prompts are those of
-    `inputs`, which `find_inputs` gave, or else those that the stage before this one wrote.
+    Every process of a distributed training calls this; the first one records and publishes.
+
+    Args:
+        config: Parameters; those of the resumed run where there is one.
+        environment: Devices, folders and servers.
+        launch: Only its sharding is used here.
+        inputs: What `find_inputs` returned for the run to resume; by default the stage before wrote the prompts.
+        accept_code_change: Go on with a run of other code, as a new run that starts from its newest checkpoint.
 
     Raises:
-        ConfigError: `inputs` belong to a run of other code or models, or the processes are not of one run.
+        ConfigError: `inputs` are of a run with other code or models, or the processes are not of one run.
         Preempted: the process was told to stop; calling this again goes on.
     """
+    from sfgrpo.evaluation.evaluator import Evaluator
+    from sfgrpo.evaluation.periodic import EvaluationPaths
+    from sfgrpo.evaluation.store import EVALUATIONS
+    from sfgrpo.training.trainer import Trainer, TrainerInputs
+
     with GracefulShutdown(environment.grace_s) as shutdown:
         accelerator = make_accelerator(config, environment)
-        if launch.sharding == "full" and accelerator.num_processes == 1:
-            raise ConfigError(
-                "launch.sharding: full spreads the frozen weights over processes, and there is one; use none, or a "
-                "launch.num_processes of 2 or more"
-            )
-        aside = _evaluates_aside(environment)
+        _refuse_lone_shard(launch, accelerator)
+        in_background = _evaluates_in_background(environment)
         reward = make_reward(config.reward)
         check_pretrained(config.policy)
         use_threads(environment)
-        prompt_files = [(inputs or PROMPTS) / path.name for path in (TRAINING_PROMPTS, EVALUATION_PROMPTS)]
-        prompts, evaluation_prompts = map(read_prompts, prompt_files)
-        key = run_key(config, prompts, evaluation_prompts)
-        folder = environment.scratch_dir / f"{RUN_PREFIX}{key[:16]}"
-        if inputs is not None and inputs.parent != folder:
-            _refuse_other_code(inputs)
-        _require_same_run(key, accelerator)
-        folder.mkdir(parents=True, exist_ok=True)
-        if accelerator.is_main_process:
-            atomic_write(TRAINING, json.dumps({"folder": str(folder.resolve())}) + "\n")
+        run = Run.of(config, environment, inputs, accept_code_change=accept_code_change)
+        _require_same_run(run.key, accelerator)
         with (
-            _only_trainer(folder, environment, accelerator),
-            _mirrored(folder, environment, shutdown, accelerator) as saved,
-            _recorded(config, environment, key, folder, accelerator, prompt_files) as tracker,
+            _only_trainer(run, environment, accelerator),
+            _mirrored(run.folder, environment, shutdown, accelerator) as on_checkpoint,
+            _recorded(run, config, environment, accelerator) as tracker,
         ):
             policy = make_policy(config.policy, config.seed, environment, launch.sharding)
-            trainer = make_trainer(
-                config,
-                accelerator,
-                policy,
-                reward,
-                prompts,
-                evaluation_prompts,
-                folder,
-                tracker,
-                shutdown,
-                saved,
-                aside=aside,
+            trainer_inputs = TrainerInputs(
+                prompts=run.prompts,
+                reward=reward,
+                evaluator=Evaluator.of(config, run.evaluation_prompts, reward),
+                paths=EvaluationPaths(
+                    folder=run.folder,
+                    store=environment.scratch_dir / EVALUATIONS,
+                    fingerprint=evaluation_fingerprint(config, run.evaluation_prompts, policy.device.type),
+                    in_background=in_background,
+                ),
+                tracker=tracker,
+                shutdown=shutdown,
+                on_checkpoint=on_checkpoint,
             )
+            trainer = Trainer(config, policy, trainer_inputs, accelerator)
             with shutdown.deferred():
                 trainer.run()
             if accelerator.is_main_process:
-                _publish(trainer, config, environment, key, folder, tracker)
+                _publish(trainer, config, environment, run, tracker)
         accelerator.end_training()
 
 
 @contextlib.contextmanager
-def _only_trainer(folder: Path, environment: Environment, accelerator: Accelerator) -> Iterator[None]:
-    """Keeps others on this disk from training the run too, and lets one that was just told to stop save its state.
+def _only_trainer(run: Run, environment: Environment, accelerator: Accelerator) -> Iterator[None]:
+    """Make the run's folder and keep others on this disk from training the run too.
 
-    The other processes of the run wait for the first one.
+    One that was just told to stop is given time to save its state; the other processes of the run wait for the first.
     """
     if not accelerator.is_main_process:
         yield
         return
+    with _locked(run.folder, environment):
+        if run.predecessor is not None:
+            _copy_state(run.predecessor, run.folder, environment)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(TRAINING, json.dumps({"folder": str(run.folder.resolve())}) + "\n")
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, environment: Environment) -> Iterator[None]:
     with exclusive_lock(run_lock(folder), environment.grace_s + LOCK_MARGIN_S) as alone:
         if not alone:
             raise SfgrpoError(
@@ -163,17 +160,20 @@ def _only_trainer(folder: Path, environment: Environment, accelerator: Accelerat
         yield
 
 
+def _copy_state(predecessor: Path, folder: Path, environment: Environment) -> None:
+    """Start a run from all that another one has, unless it has a checkpoint of its own already."""
+    if _has_checkpoint(folder):
+        return
+    with _locked(predecessor, environment):
+        if environment.mirror is not None:
+            _restore(environment.mirror, predecessor)
+        with atomic_directory(folder) as partial:
+            shutil.copytree(predecessor, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(INPUTS, ".*"))
+
+
 @contextlib.contextmanager
-def _recorded(
-    config: TrainStage,
-    environment: Environment,
-    key: str,
-    folder: Path,
-    accelerator: Accelerator,
-    prompt_files: Sequence[Path],
-) -> Iterator[Tracker]:
-    """Keeps what the run starts with, opens its record and ends it with the block; the first process alone does so."""
-    from sfgrpo.checkpoint.state import CHECKPOINTS, latest_checkpoint
+def _recorded(run: Run, config: TrainStage, environment: Environment, accelerator: Accelerator) -> Iterator[Tracker]:
+    """Keep what the run starts with, open its record and end it with the block; the first process alone does so."""
     from sfgrpo.tracking.base import SilentTracker, ending
     from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 
@@ -183,28 +183,32 @@ def _recorded(
     tracker = MlflowTracker(
         uri=environment.tracking_uri,
         experiment=EXPERIMENT,
-        run_name=f"{config.advantage.credit}-{key[:8]}",
+        run_name=f"{config.advantage.credit}-{run.key[:8]}",
         run_id=environment.run_id,
-        key=key,
+        key=run.key,
     )
-    provenance = provenance_tags(Path.cwd(), prompt_files[0])
-    if not (folder / INPUTS).exists():
-        with atomic_directory(folder / INPUTS) as partial:
+    tags = provenance_tags(Path.cwd(), run.prompt_files[0])
+    if not (run.folder / INPUTS).exists():
+        with atomic_directory(run.folder / INPUTS) as partial:
             # JSON is YAML.
-            (partial / PARAMS).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
-            (partial / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
-            for file in prompt_files:
+            _write_json(partial / PARAMS, dataclasses.asdict(config))
+            _write_json(partial / PROVENANCE, tags)
+            _write_json(partial / FINGERPRINT, run.fingerprint)
+            for file in run.prompt_files:
                 shutil.copy(file, partial / file.name)
+    if run.code_change is not None:
+        logger.warning("the run goes on from %s with other code: %s", run.fingerprint["predecessor"], run.code_change)
+        tags[CODE_CHANGE_TAG] = run.code_change
     with ending(tracker):
-        is_new = latest_checkpoint(folder / CHECKPOINTS) is None
-        logger.info("%s run %s", "new" if is_new else "going on with", folder.name)
+        is_new = not _has_checkpoint(run.folder)
+        logger.info("%s run %s", "new" if is_new else "going on with", run.folder.name)
         if is_new:
-            # A run that is new finds out about a store that is away before it costs anything; others go on without.
+            # A new run fails at once if the store is away, before it costs anything; others go on without it.
             tracker.open()
         tracker.log_params(to_flat_dict(config))
-        tracker.set_tags(provenance | flow_tags(environment, Path.cwd()))
-        tracker.log_prompts(prompt_files[0], "training-prompts", "training")
-        tracker.log_prompts(prompt_files[1], "evaluation-prompts", "evaluation")
+        tracker.set_tags(tags | flow_tags(environment, Path.cwd()))
+        tracker.log_prompts(run.prompt_files[0], "training-prompts", "training")
+        tracker.log_prompts(run.prompt_files[1], "evaluation-prompts", "evaluation")
         yield tracker
 
 
@@ -212,22 +216,15 @@ def _recorded(
 def _mirrored(
     folder: Path, environment: Environment, shutdown: GracefulShutdown, accelerator: Accelerator
 ) -> Iterator[Callable[[], None]]:
-    """Brings back what the mirror has of the run, and gives what asks the mirror to catch up with its folder."""
+    """Restore what the mirror has of the run; yield what asks the mirror to catch up with the folder."""
     if environment.mirror is None or not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         yield lambda: None
         return
-    from sfgrpo.checkpoint.state import CHECKPOINTS, latest_checkpoint
     from sfgrpo.storage.mirror import Mirror
-    from sfgrpo.storage.restore import restore_run
 
     mirror = Mirror(environment.mirror, folder, environment.s3_encryption)
-    try:
-        restore_run(environment.mirror, folder)
-    except MirrorError as error:
-        if latest_checkpoint(folder / CHECKPOINTS) is None:
-            raise
-        logger.warning("the run goes on from what this machine has of it: %s", error)
+    _restore(environment.mirror, folder)
     # What an earlier start could not upload any more.
     mirror.sync()
     accelerator.wait_for_everyone()
@@ -237,8 +234,34 @@ def _mirrored(
         mirror.close(min(MIRROR_S, shutdown.remaining_s - LEAVING_S))
 
 
-def _evaluates_aside(environment: Environment) -> bool:
-    """Tells whether evaluations have a device of their own; refuses one on which figures would come out otherwise."""
+def _restore(uri: str, folder: Path) -> None:
+    """Restore what a mirror has of a run; only a run that is nowhere else needs it."""
+    from sfgrpo.storage.restore import restore_run
+
+    try:
+        restore_run(uri, folder)
+    except MirrorError as error:
+        if not _has_checkpoint(folder):
+            raise
+        logger.warning("the run goes on from what this machine has of it: %s", error)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    from sfgrpo.checkpoint.state import CHECKPOINTS, latest_checkpoint
+
+    return latest_checkpoint(folder / CHECKPOINTS) is not None
+
+
+def _refuse_lone_shard(launch: LaunchConfig, accelerator: Accelerator) -> None:
+    if launch.sharding == "full" and accelerator.num_processes == 1:
+        raise ConfigError(
+            "launch.sharding: full spreads the frozen weights over processes, and there is one; use none, or a "
+            "launch.num_processes of 2 or more"
+        )
+
+
+def _evaluates_in_background(environment: Environment) -> bool:
+    """Return whether evaluations have a device of their own; refuse one on which metrics would differ."""
     kind, wanted = device_of(environment).partition(":")[0], environment.evaluation_device
     if wanted is not None and wanted.partition(":")[0] != kind:
         raise ConfigError(
@@ -249,7 +272,7 @@ def _evaluates_aside(environment: Environment) -> bool:
 
 
 def _require_same_run(key: str, accelerator: Accelerator) -> None:
-    """Refuses to train unless all processes have the same configuration, prompts, models and code."""
+    """Refuse to train unless all processes have the same configuration, prompts, models and code."""
     from sfgrpo.grpo.distributed import agree
 
     if not agree(key, accelerator):
@@ -259,84 +282,34 @@ def _require_same_run(key: str, accelerator: Accelerator) -> None:
         )
 
 
-def _refuse_other_code(inputs: Path) -> NoReturn:
-    commit = json.loads((inputs / PROVENANCE).read_text(encoding="utf-8"))["git_commit"]
-    raise ConfigError(
-        f"run {inputs.parent.name} was started with other code or models, and would not be the same run; check out "
-        f"commit {commit}, or start anew without --resume"
-    )
-
-
-def _publish(
-    trainer: Trainer, config: TrainStage, environment: Environment, key: str, folder: Path, tracker: Tracker
-) -> None:
-    """Copies the best adapter and the reports to where the pipeline expects them."""
-    # The record names the run, so the run has to be there.
+def _publish(trainer: Trainer, config: TrainStage, environment: Environment, run: Run, tracker: Tracker) -> None:
+    """Copy the best adapter and the reports to where the pipeline expects them."""
+    # The record names the MLflow run, so the run has to be there.
     tracker.open()
     best = trainer.best
     record = {
         "update": best["update"],
         "num_updates": trainer.update_index,
         "images": trainer.update_index * config.rollout.num_images,
-        "run_key": key,
+        "run_key": run.key,
         "mlflow_run_id": tracker.run_id,
         "tracking_uri": environment.tracking_uri,
     }
     evaluations = [{"update": evaluation["update"], **evaluation["metrics"]} for evaluation in trainer.evaluations]
-    reports = {
-        "history.json": trainer.history,
-        "evaluations.json": evaluations,
-        "summary.json": {"best_update": best["update"], **best["metrics"]},
-    }
     with atomic_directory(POLICY) as partial:
-        shutil.copytree(folder / "best", partial / "adapter")
-        (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        shutil.copytree(run.folder / "best", partial / "adapter")
+        _write_json(partial / "training.json", record)
     with atomic_directory(TRAIN_REPORT) as partial:
-        for name, content in reports.items():
-            (partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        for grid in sorted(folder.glob("samples_*.png")):
+        _write_json(partial / "history.json", trainer.history)
+        _write_json(partial / "evaluations.json", evaluations)
+        _write_json(partial / "summary.json", {"best_update": best["update"], **best["metrics"]})
+        for grid in sorted(run.folder.glob("samples_*.png")):
             shutil.copy(grid, partial / grid.name)
-    # One number to sort runs by, and not all of them: each has a chart of its own, and these would come first.
+    # One number to sort runs by: each further one would get a chart, ahead of the others.
     tracker.log_metrics({"best/geneval/overall": best["metrics"]["geneval/overall"]}, trainer.update_index)
     tracker.set_tags({"best_update": str(best["update"])})
     print(f"best of {len(evaluations)} evaluations: update {best['update']}, adapter in {POLICY}")
 
 
-def make_trainer(
-    config: TrainStage,
-    accelerator: Accelerator,
-    policy: Policy,
-    reward: Reward,
-    prompts: Sequence[Prompt],
-    evaluation_prompts: Sequence[Prompt],
-    folder: Path,
-    tracker: Tracker,
-    shutdown: GracefulShutdown,
-    saved: Callable[[], None] = lambda: None,
-    *,
-    aside: bool = False,
-) -> Trainer:
-    """Makes the trainer, which goes on from the latest checkpoint in `folder`, if there is one.
-
-    It heeds `shutdown`, calls `saved` after every checkpoint, and has others evaluate `aside` if there are any. The
-    evaluations of all runs are kept beside `folder`.
-    """
-    from sfgrpo.evaluation.store import EVALUATIONS
-    from sfgrpo.rewards import build_reward
-    from sfgrpo.training.trainer import Trainer, TrainerInputs
-
-    materials = TrainerInputs(
-        prompts=prompts,
-        evaluation_prompts=evaluation_prompts,
-        reward=reward,
-        verdict=build_reward("geneval_correct"),
-        held_out=make_held_out(),
-        folder=folder,
-        evaluations=folder.parent / EVALUATIONS,
-        scope=evaluation_scope(config, evaluation_prompts, policy.device.type),
-        aside=aside,
-        tracker=tracker,
-        shutdown=shutdown,
-        saved=saved,
-    )
-    return Trainer(config, policy, materials, accelerator)
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

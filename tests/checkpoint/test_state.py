@@ -17,11 +17,13 @@ import pytest
 import torch
 from torch import nn
 
+from sfgrpo.checkpoint.snapshots import list_snapshots
 from sfgrpo.checkpoint.state import TrainingState, checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
-from sfgrpo.errors import IntegrityError
+from sfgrpo.errors import ConfigError, IntegrityError
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.training.ema import Ema
 from tests.support.comparing import assert_same
+from tests.support.published import publish
 
 FILES = ("adapter.safetensors", "state.safetensors", "state.json", "history.jsonl", "manifest.json")
 
@@ -198,6 +200,30 @@ def test_only_damaged_checkpoints_are_an_error_and_not_a_new_start(tmp_path):
         flip_a_bit(path / "state.json")
     with pytest.raises(IntegrityError, match=r"update-000002/state\.json is damaged"):
         latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("found", "told"), [(2, "2"), (None, "none")])
+def test_checkpoint_of_another_format_is_refused_before_its_tensors_are_read(tmp_path, found, told):
+    path = save_checkpoint(tmp_path, state_of(1), keep=1)
+    values = json.loads((path / "state.json").read_text())
+    assert values["format"] == 1
+    values["format"] = found
+    (path / "state.json").write_text(json.dumps(values))
+    (path / "state.safetensors").write_bytes(b"unreadable")
+    write_manifest(path)
+    complaint = f"update-000001 has format {told}, and this version of sfgrpo reads format 1 only; go on with the"
+    with pytest.raises(ConfigError, match=complaint):
+        load_checkpoint(path)
+
+
+def test_snapshot_of_another_format_is_refused(tmp_path):
+    publish(tmp_path, 3)
+    record = tmp_path / "snapshots/update-000003.json"
+    values = json.loads(record.read_text())
+    assert values.pop("format") == 1
+    record.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"update-000003\.json has format none, and this version of sfgrpo reads"):
+        list_snapshots(tmp_path)
 
 
 def test_unlisted_file_makes_a_checkpoint_damaged(tmp_path):

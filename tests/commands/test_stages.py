@@ -7,14 +7,11 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from sfgrpo.checkpoint.state import latest_checkpoint
 from sfgrpo.cli import main
@@ -28,12 +25,12 @@ from sfgrpo.tracking.base import RecordingTracker
 from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.training import run as training_run
 from sfgrpo.types import TAGS, Prompt
-from tests.support.tiny import Light
 from tests.support.tiny_run import (
     RECORD,
     ROOT,
     TINY,
     build_tiny_project,
+    failing,
     inside,
     numbers_of,
     read_history,
@@ -92,23 +89,6 @@ def assert_error(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
 def prompt_sets(folder: Path) -> tuple[list[Prompt], list[Prompt]]:
     """Reads the training and the evaluation prompts."""
     return read_prompts(folder / "data/prompts/train.jsonl"), read_prompts(folder / "data/prompts/evaluation.jsonl")
-
-
-def failing(kind: str) -> type[Light]:
-    """Makes a reward that fails in its own way as soon as there is a checkpoint to keep."""
-
-    class Failing(Light):
-        def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
-            rewards = super().__call__(images, prompts)
-            if not list(Path(".scratch").glob("train-*/checkpoints/update-*")):
-                return rewards
-            if kind == "raise":
-                raise RuntimeError("the lamp is broken")
-            if kind == "nan":
-                rewards[-1] = float("nan")
-            return rewards[:-1] if kind == "count" else rewards
-
-    return Failing
 
 
 def test_prompts_are_written_as_asked(folder, tracker):
@@ -333,14 +313,6 @@ def test_sharding_needs_something_to_shard_over(folder, tracker, capsys):
 def test_unknown_run_is_an_error_with_the_cure(folder, tracker, capsys):
     assert main(["train", "--resume", "train-0"]) == 1
     assert_error(capsys, "no run train-0 in .scratch; set SFGRPO_MIRROR to the bucket that has it, or start it anew")
-
-
-def test_run_of_other_code_is_not_taken_up(folder, tracker, capsys):
-    assert main(["train"]) == 0
-    (run,) = Path(".scratch").glob("train-*")
-    run.rename(run.with_name("train-0"))
-    assert main(["train", "--resume", "train-0"]) == 2
-    assert_error(capsys, "run train-0 was started with other code or models, .*; check out commit")
 
 
 def test_evaluation_compares_before_and_after(folder, tracker):

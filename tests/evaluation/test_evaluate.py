@@ -50,8 +50,8 @@ class Scripted(Reward):
         return self.values[first : len(self.asked)]
 
 
-def evaluated(policy: Policy, verdict: Reward, rewards: tuple[Reward, ...] = (), **options) -> Evaluation:
-    return evaluate_policy(policy, PROMPTS, verdict, rewards, PROTOCOL, **{"shown": range(3)} | options)
+def evaluated(policy: Policy, is_correct: Reward, rewards: tuple[Reward, ...] = (), **options) -> Evaluation:
+    return evaluate_policy(policy, PROMPTS, rewards, PROTOCOL, is_correct=is_correct, **{"shown": range(3)} | options)
 
 
 def drawn(policy: Policy, texts: list[str], **changes) -> np.ndarray:
@@ -109,7 +109,7 @@ def test_only_the_images_of_the_prompts_that_are_shown_are_kept_in_their_order(p
 
 def test_somebody_may_look_in_between_batches(policy):
     visits = []
-    evaluated(policy, Scripted([1] * 6), between=lambda: visits.append(1))
+    evaluated(policy, Scripted([1] * 6), on_batch=lambda: visits.append(1))
     assert len(visits) == 2
 
 

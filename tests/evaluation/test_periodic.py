@@ -1,4 +1,4 @@
-"""Evaluations of a training done aside: whoever does them, and whatever dies, the training ends with the same bits."""
+"""Background evaluations of a training: whoever does them, and whatever dies, the training ends with the same bits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from sfgrpo.checkpoint.snapshots import (
 from sfgrpo.checkpoint.state import latest_checkpoint, load_checkpoint
 from sfgrpo.cli import main
 from sfgrpo.errors import IntegrityError, Preempted
-from sfgrpo.evaluation.evaluator import Evaluator
 from sfgrpo.evaluation.store import claimed_evaluation, read_metrics
 from sfgrpo.policies.base import use_adapter
 from sfgrpo.runtime.locks import exclusive_lock
@@ -40,7 +39,7 @@ from tests.support.comparing import assert_same
 from tests.support.paths import ROOT
 from tests.support.tiny import Light, disturb, make_tiny_policy
 from tests.support.tiny_run import build_tiny_project, inside
-from tests.support.trainings import EVALUATION, Stopping, adapter_of, small_config, timeless, trainer_in
+from tests.support.trainings import EVALUATION, Stopping, adapter_of, make_evaluator, small_config, timeless, trainer_in
 
 # Not ours to mend: deprecations of diffusers and of what it imports.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -78,28 +77,28 @@ class End:
 
     trainer: Trainer
     tracker: RecordingTracker
-    verdict: Bright
+    is_correct: Bright
     folder: Path
 
 
 def trained(folder: Path, *, tracker: RecordingTracker | None = None, **changes: Any) -> End:
-    tracker, verdict = tracker or RecordingTracker(), Bright()
+    tracker, is_correct = tracker or RecordingTracker(), Bright()
     trainer = trainer_in(
-        folder / "run", tracker=tracker, verdict=verdict, evaluations=folder / "evaluations", **changes
+        folder / "run", tracker=tracker, is_correct=is_correct, store=folder / "evaluations", **changes
     )
     trainer.run()
-    return End(trainer=trainer, tracker=tracker, verdict=verdict, folder=folder / "run")
+    return End(trainer=trainer, tracker=tracker, is_correct=is_correct, folder=folder / "run")
 
 
-def judge(folder: Path, update: int) -> None:
+def evaluate_as_another_process(folder: Path, update: int) -> None:
     """Evaluates a snapshot as another process would, with a policy of its own."""
     (snapshot,) = [each for each in list_snapshots(folder / "run") if each.update == update]
     policy = make_tiny_policy(seed=7)
-    court = Evaluator.of(small_config(), EVALUATION, Bright(), Light(), (Light(),))
+    evaluator = make_evaluator(small_config(), Bright())
     with claimed_evaluation(folder / "evaluations", snapshot.key) as is_free:
         assert is_free
         with use_adapter(policy, read_snapshot(folder / "run", update)):
-            court.judge(policy, folder / "evaluations", snapshot.key)
+            evaluator.evaluate(policy, folder / "evaluations", snapshot.key)
 
 
 def assert_same_end(ours: End, theirs: End) -> None:
@@ -122,43 +121,43 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> End:
     return end
 
 
-def test_training_without_anyone_aside_evaluates_at_its_end_by_itself(inline, tmp_path):
+def test_training_without_a_background_evaluator_evaluates_at_its_end_by_itself(inline, tmp_path):
     def num_evaluated() -> int:
         return len(list((tmp_path / "evaluations").glob("*/metrics.json")))
 
     counts: list[int] = []
-    end = trained(tmp_path, tracker=Hooked(lambda update: counts.append(num_evaluated())), aside=True)
+    end = trained(tmp_path, tracker=Hooked(lambda update: counts.append(num_evaluated())), in_background=True)
     assert counts == [0] * 5 and num_evaluated() == len(DUE)
     assert_same_end(end, inline)
     assert [step for step, _ in end.tracker.metrics["geneval/overall"]] == DUE
     assert [step for _, step, _ in end.tracker.images] == DUE
 
 
-def test_results_from_aside_are_taken_between_updates_in_their_order(inline, tmp_path):
+def test_background_results_are_taken_between_updates_in_their_order(inline, tmp_path):
     recorded: list[list[int]] = []
 
     def hook(update: int) -> None:
         recorded.append([step for step, _ in tracker.metrics.get("geneval/overall", [])])
         if update == 3:
-            judge(tmp_path, 2)
+            evaluate_as_another_process(tmp_path, 2)
         if update == 4:
-            judge(tmp_path, 0)
+            evaluate_as_another_process(tmp_path, 0)
 
     tracker = Hooked(hook)
-    end = trained(tmp_path, tracker=tracker, aside=True)
+    end = trained(tmp_path, tracker=tracker, in_background=True)
     assert recorded == [[], [], [], [], [0, 2]]
-    assert end.verdict.num_calls == 2
+    assert end.is_correct.num_calls == 2
     assert_same_end(end, inline)
 
 
 @pytest.mark.parametrize("stopped_at", [1, 3, 4])
-@pytest.mark.parametrize("aside_again", [True, False])
-def test_stopped_training_takes_up_what_it_awaited(inline, tmp_path, stopped_at, aside_again):
+@pytest.mark.parametrize("in_background_again", [True, False])
+def test_stopped_training_takes_up_what_was_pending(inline, tmp_path, stopped_at, in_background_again):
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path, tracker=Stopping(stopped_at), aside=True)
+        trained(tmp_path, tracker=Stopping(stopped_at), in_background=True)
     if stopped_at == 3:
-        judge(tmp_path, 2)
-    assert_same_end(trained(tmp_path, aside=aside_again), inline)
+        evaluate_as_another_process(tmp_path, 2)
+    assert_same_end(trained(tmp_path, in_background=in_background_again), inline)
 
 
 def test_evaluation_that_was_done_before_the_stop_is_not_done_again(inline, tmp_path):
@@ -166,7 +165,7 @@ def test_evaluation_that_was_done_before_the_stop_is_not_done_again(inline, tmp_
         trained(tmp_path, tracker=Stopping(2))
     end = trained(tmp_path)
     assert end.trainer.evaluations[0]["metrics"]["time/evaluation_s"] > 0
-    assert end.verdict.num_calls == len(DUE) - 1
+    assert end.is_correct.num_calls == len(DUE) - 1
     assert_same_end(end, inline)
 
 
@@ -174,7 +173,7 @@ def test_other_training_shares_the_evaluation_of_the_untrained_adapter(inline, t
     shutil.copytree(inline.folder.parent / "evaluations", tmp_path / "evaluations")
     config = small_config(update={"num_updates": 1, "learning_rate": 3e-2})
     end = trained(tmp_path, config=config)
-    assert end.verdict.num_calls == 1
+    assert end.is_correct.num_calls == 1
     assert end.trainer.evaluations[0] == inline.trainer.evaluations[0]
 
 
@@ -195,7 +194,7 @@ def test_end_waits_for_a_living_process_and_not_for_a_dead_one(inline, tmp_path)
             threading.Timer(6.0, holders[0].kill).start()
 
     begin = time.monotonic()
-    end = trained(tmp_path, tracker=Hooked(hook), aside=True)
+    end = trained(tmp_path, tracker=Hooked(hook), in_background=True)
     assert time.monotonic() - begin > 5.0 and holders[0].wait() == -signal.SIGKILL
     holders[0].stdout.close()
     assert_same_end(end, inline)
@@ -231,28 +230,28 @@ def test_training_that_waits_at_its_end_can_be_told_to_stop(inline, tmp_path):
     tracker.hook = hold
     done = lambda: len(list((tmp_path / "evaluations").glob("*/metrics.json"))) == 3  # noqa: E731
     with pytest.raises(Preempted, match="its state after update 5 is saved"):
-        trained(tmp_path, tracker=tracker, shutdown=ToldAtTheEnd(done), aside=True)
+        trained(tmp_path, tracker=tracker, shutdown=ToldAtTheEnd(done), in_background=True)
     stack[0].__exit__(None, None, None)
     state = load_checkpoint(latest_checkpoint(tmp_path / "run/checkpoints"))
-    assert [each["update"] for each in state.extra["awaited"]] == DUE
-    end = trained(tmp_path, aside=True)
-    assert end.verdict.num_calls == 1
+    assert state.extra["pending"] == DUE
+    end = trained(tmp_path, in_background=True)
+    assert end.is_correct.num_calls == 1
     assert_same_end(end, inline)
 
 
-def test_adapters_are_removed_once_no_checkpoint_awaits_them_and_records_stay(inline, tmp_path):
+def test_adapters_are_removed_once_they_are_pending_at_no_checkpoint_and_records_stay(inline, tmp_path):
     assert not [path for path in (inline.folder / "snapshots").iterdir() if path.is_dir()]
     assert [snapshot.update for snapshot in list_snapshots(inline.folder)] == DUE
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path, tracker=Stopping(5), aside=True)
+        trained(tmp_path, tracker=Stopping(5), in_background=True)
     assert [path.name for path in sorted((tmp_path / "run/snapshots").iterdir()) if path.is_dir()] == [
         f"update-{update:06d}" for update in (0, 2, 4)
     ]
 
 
-def test_awaited_adapter_that_is_gone_is_an_error(tmp_path):
+def test_pending_adapter_that_is_gone_is_an_error(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path, tracker=Stopping(4), aside=True)
+        trained(tmp_path, tracker=Stopping(4), in_background=True)
     shutil.rmtree(snapshot_path(tmp_path / "run", 0))
     with pytest.raises(IntegrityError, match=r"update-000000/manifest\.json is damaged: .* found no file"):
         trained(tmp_path)
@@ -263,7 +262,7 @@ def test_damaged_evaluation_is_done_again(inline, tmp_path, caplog):
     for path in (tmp_path / "evaluations").glob("*/scores.json"):
         path.write_text("{}")
     end = trained(tmp_path)
-    assert end.verdict.num_calls == len(DUE)
+    assert end.is_correct.num_calls == len(DUE)
     assert "the evaluation is done again:" in caplog.text and "scores.json is damaged" in caplog.text
     assert_same_end(end, inline)
 
@@ -277,7 +276,7 @@ def test_store_has_the_scores_of_every_image(inline):
         assert torch.tensor(scores["light"]).mean().item() == pytest.approx(metrics["evaluation/light"])
 
 
-def test_policy_is_as_it_was_after_wearing_another_adapter():
+def test_policy_is_as_it_was_after_using_another_adapter():
     policy, other = make_tiny_policy(), make_tiny_policy()
     disturb(other)
     before = adapter_of(policy)
@@ -295,15 +294,15 @@ def _files_of(policy: Any) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def test_key_depends_on_every_file_and_on_the_scope():
+def test_key_depends_on_every_file_and_on_the_fingerprint():
     keys = {
-        evaluation_key("scope", {"a": b"1", "b": b"2"}),
+        evaluation_key("fingerprint", {"a": b"1", "b": b"2"}),
         evaluation_key("other", {"a": b"1", "b": b"2"}),
-        evaluation_key("scope", {"a": b"2", "b": b"1"}),
-        evaluation_key("scope", {"a": b"1"}),
+        evaluation_key("fingerprint", {"a": b"2", "b": b"1"}),
+        evaluation_key("fingerprint", {"a": b"1"}),
     }
     assert len(keys) == 4
-    assert evaluation_key("scope", {"b": b"2", "a": b"1"}) in keys
+    assert evaluation_key("fingerprint", {"b": b"2", "a": b"1"}) in keys
 
 
 def test_claim_is_exclusive_and_free_again_after_it(tmp_path):
@@ -316,7 +315,7 @@ def test_claim_is_exclusive_and_free_again_after_it(tmp_path):
 
 def test_snapshots_are_listed_read_and_pruned(tmp_path):
     for update in (10, 2):
-        publish_snapshot(tmp_path, update, "scope", lambda folder: (folder / "weights").write_bytes(b"x"), None)
+        publish_snapshot(tmp_path, update, "fingerprint", None, lambda folder: (folder / "weights").write_bytes(b"x"))
     assert [(each.update, each.mlflow_run_id) for each in list_snapshots(tmp_path)] == [(2, None), (10, None)]
     assert read_snapshot(tmp_path, 2) == {"weights": b"x"}
     prune_snapshots(tmp_path, {10})
@@ -382,7 +381,7 @@ def test_command_refuses_what_it_cannot_evaluate(project, monkeypatch, capsys):
     with claimed_evaluation(run.parent / "evaluations", snapshot.key):
         assert main(["evaluate_snapshot", str(run), "0"]) == 0
     assert "update 0 is being evaluated by another process" in capsys.readouterr().out
-    publish_snapshot(run, 0, "other", lambda folder: (folder / "weights").write_bytes(b"x"), None)
+    publish_snapshot(run, 0, "other", None, lambda folder: (folder / "weights").write_bytes(b"x"))
     assert main(["evaluate_snapshot", str(run), "0"]) == 2
     assert "was published by other code or models, or for another kind of device than cpu" in capsys.readouterr().err
 

@@ -102,7 +102,6 @@ def test_card_has_a_row_of_scores_for_every_guidance_scale(card):
 def test_single_objects_are_drawn_as_asked():
     from sfgrpo.evaluation.evaluate import SamplingProtocol, evaluate_policy
     from sfgrpo.policies.sd3 import SD3Policy
-    from sfgrpo.rewards import build_reward
     from sfgrpo.shapes.prompt_sets import all_prompts
 
     policy = SD3Policy.from_pretrained(
@@ -111,7 +110,6 @@ def test_single_objects_are_drawn_as_asked():
     evaluation = evaluate_policy(
         policy,
         all_prompts()["single_object"],
-        build_reward("geneval_correct"),
         (),
         SamplingProtocol(images_per_prompt=16, num_steps=20, guidance_scale=4.5, seed=0, micro_batch_size=96),
     )

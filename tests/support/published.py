@@ -18,7 +18,7 @@ def publish(run: Path, update: int) -> Snapshot:
     def save(folder: Path) -> None:
         (folder / "adapter").write_bytes(bytes([update]))
 
-    return publish_snapshot(run, update, "scope", save, "0123")
+    return publish_snapshot(run, update, "fingerprint", "0123", save)
 
 
 def keep(run: Path, update: int, **changes: float) -> None:

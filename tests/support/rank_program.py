@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-import sfgrpo.training.trainer
+import sfgrpo.training.collector
 from sfgrpo.evaluation.evaluate import evaluate_policy, protocol_of
+from sfgrpo.evaluation.periodic import EvaluationPaths
 from sfgrpo.grpo.advantages import Advantages
 from sfgrpo.grpo.distributed import agree
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.base import RecordingTracker, SilentTracker
 from sfgrpo.training.trainer import Trainer, TrainerInputs
-from tests.support.tiny import Light, make_tiny_policy, tiny_prompts
-from tests.support.trainings import GROUP_SIZE, Half, small_config
+from tests.support.tiny import Light, make_tiny_policy
+from tests.support.trainings import EVALUATION, GROUP_SIZE, TRAINING, Half, make_evaluator, small_config
 
 NUM_PROMPTS, NUM_UPDATES = 4, 3
 CASES: Mapping[str, Mapping[str, Any]] = {
@@ -53,37 +54,37 @@ def train(folder: Path, case: str, sharding: str, accelerator: Accelerator) -> N
         policy.shard()
     start = {name: value.detach().clone() for name, value in policy.adapter_parameters().items()}
     seen: list[Advantages] = []
-    computed = sfgrpo.training.trainer.group_advantages
+    computed = sfgrpo.training.collector.group_advantages
 
     def watched(*arguments: Any, **options: Any) -> Advantages:
         seen.append(computed(*arguments, **options))
         return seen[-1]
 
-    sfgrpo.training.trainer.group_advantages = watched
+    sfgrpo.training.collector.group_advantages = watched
     is_first = accelerator.is_main_process
-    protocol = protocol_of(config.evaluation)
+    reward, protocol = SometimesFlat(), protocol_of(config.evaluation)
     start_evaluation = evaluate_policy(
-        policy, tiny_prompts(6)[4:], Half(), (Light(),), protocol, accelerator=accelerator
+        policy, EVALUATION, (Light(),), protocol, is_correct=Half(), accelerator=accelerator
     )
-    materials = TrainerInputs(
-        prompts=tiny_prompts(6)[:4],
-        evaluation_prompts=tiny_prompts(6)[4:],
-        reward=SometimesFlat(),
-        verdict=Half(),
-        held_out=(Light(),),
-        folder=folder / f"{case}-run",
-        evaluations=folder / f"{case}-evaluations",
-        scope=case,
-        # Nobody evaluates aside, so all is left to the end.
-        aside=case == "terminal",
+    inputs = TrainerInputs(
+        prompts=TRAINING,
+        reward=reward,
+        evaluator=make_evaluator(config, Half(), reward),
+        paths=EvaluationPaths(
+            folder=folder / f"{case}-run",
+            store=folder / f"{case}-evaluations",
+            fingerprint=case,
+            # No process evaluates in the background, so all is left to the end.
+            in_background=case == "terminal",
+        ),
         tracker=RecordingTracker() if is_first else SilentTracker(),
         shutdown=GracefulShutdown(grace_s=60),
     )
-    trainer = Trainer(config, policy, materials, accelerator)
+    trainer = Trainer(config, policy, inputs, accelerator)
     try:
         trainer.run()
     finally:
-        sfgrpo.training.trainer.group_advantages = computed
+        sfgrpo.training.collector.group_advantages = computed
     if is_first:
         record = {
             "advantages": [each.values_NK for each in seen],

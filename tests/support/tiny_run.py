@@ -8,20 +8,23 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from ruamel.yaml import YAML
+from torch import Tensor
 
 from sfgrpo.cli import main
 from sfgrpo.rewards import REWARDS, Reward
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.tracking import mlflow_tracker
 from sfgrpo.tracking.base import RecordingTracker
-from sfgrpo.types import TAGS
+from sfgrpo.types import TAGS, Prompt
 from tests.support.paths import ROOT
 from tests.support.tiny import LORA_TARGETS, Light, build_tiny_pipeline
 
@@ -107,6 +110,23 @@ def inside(folder: Path, reward: type[Reward] = Light) -> Iterator[RecordingTrac
         patch.setitem(REWARDS, "light", reward)
         patch.setattr(mlflow_tracker, "MlflowTracker", lambda **settings: tracker)
         yield tracker
+
+
+def failing(kind: str) -> type[Light]:
+    """Makes a reward that fails in its own way as soon as there is a checkpoint to keep."""
+
+    class Failing(Light):
+        def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
+            rewards = super().__call__(images, prompts)
+            if not list(Path(".scratch").glob("train-*/checkpoints/update-*")):
+                return rewards
+            if kind == "raise":
+                raise RuntimeError("the lamp is broken")
+            if kind == "nan":
+                rewards[-1] = float("nan")
+            return rewards[:-1] if kind == "count" else rewards
+
+    return Failing
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:

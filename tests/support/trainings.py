@@ -13,12 +13,15 @@ from ruamel.yaml import YAML
 
 from sfgrpo.config.loading import validated
 from sfgrpo.config.stages import TrainStage
+from sfgrpo.evaluation.evaluator import Evaluator
+from sfgrpo.evaluation.periodic import EvaluationPaths
 from sfgrpo.policies.base import Policy
 from sfgrpo.prompts import write_prompts
+from sfgrpo.rewards.base import Reward
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.shapes.prompt_sets import all_prompts
-from sfgrpo.tracking.base import RecordingTracker
+from sfgrpo.tracking.base import RecordingTracker, Tracker
 from sfgrpo.training.trainer import Trainer, TrainerInputs
 from tests.support.paths import ROOT
 from tests.support.tiny import LORA_TARGETS, Light, build_tiny_pipeline, make_tiny_policy, tiny_prompts
@@ -95,22 +98,37 @@ class Stopping(RecordingTracker):
         super().log_metrics(metrics, step)
 
 
-def trainer_in(folder: Path, config: TrainStage | None = None, policy: Policy | None = None, **changes: Any) -> Trainer:
-    materials = TrainerInputs(
+def make_evaluator(config: TrainStage, is_correct: Reward, reward: Reward | None = None) -> Evaluator:
+    """Make the evaluator of a configuration with another verdict, and no reward but the one that is trained on."""
+    reward = reward or Light()
+    return dataclasses.replace(Evaluator.of(config, EVALUATION, reward), is_correct=is_correct, rewards=(reward,))
+
+
+def trainer_in(
+    folder: Path,
+    config: TrainStage | None = None,
+    policy: Policy | None = None,
+    *,
+    reward: Reward | None = None,
+    is_correct: Reward | None = None,
+    store: Path | None = None,
+    in_background: bool = False,
+    tracker: Tracker | None = None,
+    shutdown: GracefulShutdown | None = None,
+) -> Trainer:
+    """Make the trainer of a small run in a folder."""
+    config, reward = config or small_config(), reward or Light()
+    inputs = TrainerInputs(
         prompts=TRAINING,
-        evaluation_prompts=EVALUATION,
-        reward=Light(),
-        verdict=Half(),
-        held_out=(Light(),),
-        folder=folder,
-        evaluations=folder / "evaluations",
-        scope="test",
-        tracker=RecordingTracker(),
-        shutdown=GracefulShutdown(grace_s=60),
+        reward=reward,
+        evaluator=make_evaluator(config, is_correct or Half(), reward),
+        paths=EvaluationPaths(
+            folder=folder, store=store or folder / "evaluations", fingerprint="test", in_background=in_background
+        ),
+        tracker=tracker or RecordingTracker(),
+        shutdown=shutdown or GracefulShutdown(grace_s=60),
     )
-    return Trainer(
-        config or small_config(), policy or make_tiny_policy(), dataclasses.replace(materials, **changes), Accelerator()
-    )
+    return Trainer(config, policy or make_tiny_policy(), inputs, Accelerator())
 
 
 def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

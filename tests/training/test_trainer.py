@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import sfgrpo.training.trainer
+import sfgrpo.training.collector
 from sfgrpo.checkpoint.state import checkpoint_path, latest_checkpoint, load_checkpoint, update_of
 from sfgrpo.config.batching import BatchArithmetic
 from sfgrpo.errors import NumericsError, Preempted, SanityCheckError
@@ -77,7 +77,7 @@ class Run:
     trainer: Trainer
     policy: Policy
     tracker: RecordingTracker
-    verdict: Half
+    is_correct: Half
     folder: Path
 
 
@@ -85,10 +85,10 @@ class Run:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of 5 updates, evaluated after 0, 2, 4 and 5, of which the evaluation after 2 finds most images right."""
     folder, policy = tmp_path_factory.mktemp("run"), make_tiny_policy()
-    tracker, verdict = RecordingTracker(), Half(*SHARES)
-    trainer = trainer_in(folder, policy=policy, tracker=tracker, verdict=verdict)
+    tracker, is_correct = RecordingTracker(), Half(*SHARES)
+    trainer = trainer_in(folder, policy=policy, tracker=tracker, is_correct=is_correct)
     trainer.run()
-    return Run(trainer=trainer, policy=policy, tracker=tracker, verdict=verdict, folder=folder)
+    return Run(trainer=trainer, policy=policy, tracker=tracker, is_correct=is_correct, folder=folder)
 
 
 def test_every_update_is_recorded(run):
@@ -154,8 +154,8 @@ def test_averaged_adapter_is_the_one_that_is_judged(run):
     kept, options = make_tiny_policy(), small_config().evaluation
     kept.load_adapter(run.folder / "best")
     images = draw_images(kept, kept.encode([prompt.text for prompt in EVALUATION]), protocol_of(options))
-    assert (images == run.verdict.shown[1]).all()
-    assert (run.verdict.shown[0] != run.verdict.shown[1]).any()
+    assert (images == run.is_correct.shown[1]).all()
+    assert (run.is_correct.shown[0] != run.is_correct.shown[1]).any()
 
 
 def test_start_noise_belongs_to_the_group_and_step_noise_to_the_image(tmp_path, monkeypatch):
@@ -165,8 +165,8 @@ def test_start_noise_belongs_to_the_group_and_step_noise_to_the_image(tmp_path, 
         rolled_out.append(arguments[2:4])
         return original(*arguments, **options)
 
-    original = sfgrpo.training.trainer.roll_out
-    monkeypatch.setattr(sfgrpo.training.trainer, "roll_out", watched)
+    original = sfgrpo.training.collector.roll_out
+    monkeypatch.setattr(sfgrpo.training.collector, "roll_out", watched)
     trainer_in(tmp_path, small_config(update={"num_updates": 2})).run()
     updates = [[torch.cat(parts) for parts in zip(*rolled_out[first : first + 2], strict=True)] for first in (0, 2)]
     for start, noise in updates:
@@ -251,9 +251,9 @@ def test_training_raises_what_is_rewarded(tmp_path):
 @pytest.mark.parametrize("stopped_at", [1, 3, 4])
 def test_stopped_run_ends_as_if_it_had_never_been_stopped(run, tmp_path, stopped_at, caplog):
     with pytest.raises(KeyboardInterrupt):
-        trainer_in(tmp_path, tracker=Stopping(stopped_at), verdict=Half(0.0, 1.0)).run()
+        trainer_in(tmp_path, tracker=Stopping(stopped_at), is_correct=Half(0.0, 1.0)).run()
     torch.manual_seed(99)
-    trainer = trainer_in(tmp_path, policy=make_tiny_policy(seed=0), verdict=Half(*SHARES[num_evaluated(tmp_path) :]))
+    trainer = trainer_in(tmp_path, policy=make_tiny_policy(seed=0), is_correct=Half(*SHARES[num_evaluated(tmp_path) :]))
     assert trainer.update_index == (stopped_at - 1) // 2 * 2
     trainer.run()
     ours, theirs = (load_checkpoint(latest_checkpoint(folder / "checkpoints")) for folder in (tmp_path, run.folder))
@@ -311,7 +311,7 @@ class TellingReward(Light):
 
 
 def assert_ends_as(run: Run, folder: Path) -> None:
-    trainer = trainer_in(folder, policy=make_tiny_policy(seed=0), verdict=Half(*SHARES[num_evaluated(folder) :]))
+    trainer = trainer_in(folder, policy=make_tiny_policy(seed=0), is_correct=Half(*SHARES[num_evaluated(folder) :]))
     trainer.run()
     ours, theirs = (load_checkpoint(latest_checkpoint(place / "checkpoints")) for place in (folder, run.folder))
     for field in ("update_index", "adapter", "ema", "optimizer", "scaler", "best", "rng"):
@@ -333,7 +333,7 @@ def saved_updates(folder: Path) -> list[int]:
 def test_run_that_is_told_to_stop_finishes_its_update_and_saves_it(run, tmp_path, update):
     shutdown = Told()
     with pytest.raises(Preempted, match=f"its state after update {update} is saved"):
-        trainer_in(tmp_path, tracker=Telling(shutdown, update), shutdown=shutdown, verdict=Half(0.0, 1.0, 0.5)).run()
+        trainer_in(tmp_path, tracker=Telling(shutdown, update), shutdown=shutdown, is_correct=Half(0.0, 1.0, 0.5)).run()
     assert saved_updates(tmp_path)[-1] == update
     assert_ends_as(run, tmp_path)
 
@@ -358,7 +358,7 @@ def test_loss_scale_of_float16_comes_back_with_the_rest(tmp_path):
 def test_evaluation_is_broken_off_and_done_again_after_the_resume(run, tmp_path):
     shutdown = Told()
     with pytest.raises(Preempted, match="after update 2 "):
-        trainer_in(tmp_path, tracker=Telling(shutdown, 2), shutdown=shutdown, verdict=Half(0.0, 1.0)).run()
+        trainer_in(tmp_path, tracker=Telling(shutdown, 2), shutdown=shutdown, is_correct=Half(0.0, 1.0)).run()
     assert saved_updates(tmp_path) == [2]
     assert len_of(tmp_path) == 1
     assert_ends_as(run, tmp_path)
@@ -369,7 +369,7 @@ def test_rollout_is_given_up_when_too_little_time_is_left_for_its_update(run, tm
     shutdown, tracker = Told(remaining_s), RecordingTracker()
     reward = TellingReward(shutdown, tracker, update=3)
     with pytest.raises(Preempted, match=f"after update {saved} "):
-        trainer_in(tmp_path, tracker=tracker, shutdown=shutdown, reward=reward, verdict=Half(0.0, 1.0, 0.5)).run()
+        trainer_in(tmp_path, tracker=tracker, shutdown=shutdown, reward=reward, is_correct=Half(0.0, 1.0, 0.5)).run()
     assert saved_updates(tmp_path)[-1] == saved
     assert_ends_as(run, tmp_path)
 
@@ -414,10 +414,9 @@ def test_reward_that_is_not_finite_costs_its_group_and_is_written_down(tmp_path)
 
 def test_too_many_updates_that_are_not_finite_stop_the_run_and_a_resume_remembers_them(tmp_path):
     config = small_config(update={"max_broken_updates": 2}, checkpoint={"every_num_updates": 1})
-    options = {"config": config, "held_out": ()}
     with pytest.raises(NumericsError, match=r"3 updates had .* more than update\.max_broken_updates = 2"):
-        trainer_in(tmp_path, reward=TrainingBroken(), **options).run()
-    trainer = trainer_in(tmp_path, reward=TrainingBroken(), **options)
+        trainer_in(tmp_path, reward=TrainingBroken(), config=config).run()
+    trainer = trainer_in(tmp_path, reward=TrainingBroken(), config=config)
     assert trainer.update_index == 2
     with pytest.raises(NumericsError, match="3 updates had"):
         trainer.run()
@@ -438,7 +437,7 @@ def test_finished_run_has_nothing_left_to_do(run):
         def __call__(self, images, prompts):
             raise AssertionError("a finished run was scored again")
 
-    trainer = trainer_in(run.folder, reward=Untouched(), verdict=Untouched(), held_out=(Untouched(),))
+    trainer = trainer_in(run.folder, reward=Untouched(), is_correct=Untouched())
     trainer.run()
     assert trainer.history == run.trainer.history and trainer.best == run.trainer.best
 
