@@ -1,4 +1,4 @@
-"""The real line with real Prefect, DVC and MLflow on a clone of the repository: killed, resumed, registered once."""
+"""The whole pipeline with Prefect, DVC and MLflow on a clone of the repository: killed, resumed, registered once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [
 
 
 def wait_for_checkpoint(clone: Clone, flow: subprocess.Popen[str], after: int = 0) -> None:
-    """Waits until the flow's training has saved more than so many updates."""
+    """Wait until the flow's training has saved more than `after` updates."""
     deadline = time.monotonic() + TIMEOUT_S
     while saved_update(clone) <= after:
         assert flow.poll() is None, finished(flow)
@@ -40,13 +40,13 @@ def wait_for_checkpoint(clone: Clone, flow: subprocess.Popen[str], after: int = 
 
 
 def saved_update(clone: Clone) -> int:
-    """Counts the updates that the newest checkpoint of the newest run holds; 0 without any."""
+    """Return the update of the newest checkpoint of the newest run, 0 without any."""
     runs = sorted(clone.folder.glob(".scratch/train-*"), key=lambda run: run.stat().st_ctime)
     return max([update_of(path) for path in runs[-1].glob("checkpoints/update-*")], default=0) if runs else 0
 
 
 def trainers_below(flow: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Lists the processes of the flow's training: the one that DVC started, and the ranks, if it launched any."""
+    """List the processes of the flow's training: the one that DVC started and the ranks that it launched."""
     trainers = []
     for process in psutil.Process(flow.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -56,14 +56,14 @@ def trainers_below(flow: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def kill_training(clone: Clone, flow: subprocess.Popen[str]) -> None:
-    """Waits for the first checkpoint of the flow's training, then kills the process that trains."""
+    """Wait for the first checkpoint of the flow's training, then kill the process that trains."""
     wait_for_checkpoint(clone, flow)
     (trainer,) = trainers_below(flow)
     trainer.send_signal(signal.SIGKILL)
 
 
 def ran_stages(output: str) -> list[str]:
-    """Lists the stages that DVC ran."""
+    """List the stages that DVC ran."""
     lines = (line.strip() for line in output.splitlines())
     return [line.split("'")[1] for line in lines if line.startswith("Running stage '")]
 
@@ -129,7 +129,7 @@ def untimed(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_evaluations_aside_change_no_bit_of_what_is_published(line, tmp_path):
+def test_background_evaluations_change_no_bit_of_what_is_published(line, tmp_path):
     ignored = shutil.ignore_patterns(".prefect", ".scratch", "cache", "tmp", "policy", "reports", "mlflow.db", "logs")
     shutil.copytree(line.clone.folder, tmp_path, dirs_exist_ok=True, ignore=ignored)
     clone = Clone(folder=tmp_path)

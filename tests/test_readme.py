@@ -1,4 +1,4 @@
-"""The pages keep what they promise: links that lead somewhere, commands that exist, every metric with its line."""
+"""Links lead somewhere, commands exist, every metric has its line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PLACEHOLDERS = {
 
 
 def links(page: str) -> list[str]:
-    """Lists where the links of a page lead, without those to other sites and to places on the page itself."""
+    """List the targets of the links of a page, without other sites and places on the page itself."""
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     return [target.partition("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
@@ -49,7 +49,7 @@ def pattern(key: str) -> re.Pattern[str]:
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Gives the keys of two trainings, one of them in float16, which has some of its own."""
+    """Return the metric keys of two trainings, one of them in float16, which has some of its own."""
     folder = tmp_path_factory.mktemp("tiny")
     build_tiny_project(folder)
     keys: set[str] = set()

@@ -130,7 +130,7 @@ def test_objects_are_searched(s3_server):
 
 @pytest.fixture
 def services(tmp_path: Path, s3_server: S3Server) -> Iterator[dict[str, str]]:
-    """An MLflow server with its artifacts in S3; gives the environment of its clients, full of secrets."""
+    """An MLflow server with its artifacts in S3; yields the environment of its clients, full of secrets."""
     s3_server.client().create_bucket(Bucket="secrets")
     folder = tmp_path / "mlflow"
     folder.mkdir()
