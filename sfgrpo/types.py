@@ -105,7 +105,7 @@ class Detection:
     score: float
     """Confidence in 0..1."""
     color: str | None = None
-    """Nearest named colour; None if the detector tells none."""
+    """Nearest named colour; None if the detector gives none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""GenEval: prompts, decision rules, training reward and table, for detections of any detector."""
+"""GenEval: prompts, decision rules and table, for the detections of any detector."""

@@ -18,7 +18,7 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 """GenEval's colours, in the order of its classifier."""
 COUNTS = (2, 3, 4)
 COLORLESS_CLASS = "person"
-"""The one class that is never asked for in a colour."""
+"""The one class that no prompt gives a colour."""
 
 PromptSpace = tuple[Callable[[Any], Prompt], Sequence[Any]]
 """A function that makes a prompt, and all arguments that it can take."""

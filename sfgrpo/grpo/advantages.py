@@ -14,7 +14,7 @@ from sfgrpo.grpo.gains import decayed_gains, step_gains
 from sfgrpo.types import Credit, StdScope
 
 # Dimensions of the credit [P, G, K] over which the mean, then the std, is taken.
-_DIMS: dict[Credit, tuple[tuple[int, ...], tuple[int, ...]]] = {
+NORMALISED_DIMS: dict[Credit, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "joint": ((1, 2), (1, 2)),
     "per_step": ((1,), (1,)),
     "step_mean": ((1,), (1, 2)),
@@ -67,7 +67,7 @@ def group_advantages(
         credit_NK = decayed_gains(step_gains(rewards_NS), gae_lambda)
         lengths = [later - earlier for earlier, later in itertools.pairwise(states)]
     credit_PGK = credit_NK.reshape(-1, group_size, credit_NK.shape[1])
-    mean_dims, std_dims = _DIMS[credit]
+    mean_dims, std_dims = NORMALISED_DIMS[credit]
     if std == "global":
         std_dims = (0, *std_dims)
     # The mean of equal numbers may round to another number, and divided by a small eps that would be an advantage.

@@ -20,7 +20,7 @@ from sfgrpo.types import Conditioning, Prompt, Trajectory
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StateScorer:
-    """Scores the states of trajectories: r_k = R(clean estimate of state k, prompt), and r_K of the image itself."""
+    """Scorer of the states of trajectories: r_k = R(clean estimate of state k, prompt), and r_K of the image itself."""
 
     policy: Policy
     reward: Reward

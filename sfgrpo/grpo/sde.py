@@ -27,7 +27,7 @@ class StepDistribution:
 
     mean: Float32[Tensor, "N C H W"]
     std: Float32[Tensor, "N 1 1 1"]
-    """Of the step itself (a factor sqrt(dt) is inside); 0 where the step is deterministic."""
+    """Std of the step itself, which includes a factor sqrt(dt); 0 where the step is deterministic."""
 
 
 class Sampler(Protocol):

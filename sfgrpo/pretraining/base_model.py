@@ -27,7 +27,7 @@ from sfgrpo.pretraining.autoencoder import (
     train_autoencoder,
 )
 from sfgrpo.pretraining.dataset import Pictures, render_pictures
-from sfgrpo.pretraining.flow import PADDING_TOKENS, FlowTraining, tokenize
+from sfgrpo.pretraining.flow import PADDING_TOKENS, FlowTraining, tokenize_captions
 from sfgrpo.pretraining.optimization import run_and_log
 from sfgrpo.pretraining.pipeline import build_pipeline
 from sfgrpo.runtime.files import atomic_directory
@@ -96,7 +96,7 @@ def _trained_pipeline(
     if state.exists():
         training.load(state)
     latents = encode_images(autoencoder, pictures.images)
-    steps = training.run(latents, pictures.prompt_index, tokenize(pipeline, pictures.prompts), seed)
+    steps = training.run(latents, pictures.prompt_index, tokenize_captions(pipeline, pictures.prompts), seed)
     with _clocked(folder, "flow"):
         run_and_log("flow", _saving(training, steps, state), config.num_steps, LOG_EVERY_NUM_STEPS)
     training.use_averaged_weights()

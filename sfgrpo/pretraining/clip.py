@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from sfgrpo.geneval.prompt_sets import twin_key
 from sfgrpo.pretraining.autoencoder import to_pixels
 from sfgrpo.pretraining.dataset import Pictures
 from sfgrpo.pretraining.optimization import Optimizers, make_optimizers, take_step
-from sfgrpo.pretraining.pipeline import MAX_TEXT_TOKENS, TEXT_WIDTH, text_config
+from sfgrpo.pretraining.pipeline import TEXT_WIDTH, text_config, tokenize
 from sfgrpo.shapes.world import CLASSES, COLORS, IMAGE_SIZE
 from sfgrpo.types import TAGS, Prompt, Relation, Tag
 
@@ -83,14 +83,6 @@ def _place_patches(model: CLIPModel) -> None:
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     down, right = waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)
     table[1:] = POSITION_SCALE * torch.cat([down, right], dim=2).flatten(0, 1)
-
-
-def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[Prompt]) -> Tensor:
-    """Tokenise prompts to ids [num_prompts, L], padded to the longest prompt of the world."""
-    texts = [prompt.text for prompt in prompts]
-    return tokenizer(
-        texts, padding="max_length", max_length=MAX_TEXT_TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
 
 
 def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
@@ -201,7 +193,7 @@ def train_clip(
     model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures, config: PretrainRewardConfig, seed: int
 ) -> Iterator[tuple[int, float]]:
     """Train in place; yield (steps done, loss). A step's randomness depends on seed and step alone."""
-    token_ids = tokenize(tokenizer, pictures.prompts)
+    token_ids = tokenize(tokenizer, [prompt.text for prompt in pictures.prompts])
     meanings, objects = (_numbered(key(prompt) for prompt in pictures.prompts) for key in (meaning, contents))
     batches = _Batches(pictures, config)
     optimizers = _optimizers(model, config)
@@ -231,7 +223,7 @@ def retrieval_accuracy(
     The others are drawn without replacement from the captions that mean something else, or are all there are.
     """
     generator = np.random.default_rng(seed)
-    texts = embed_texts(model, tokenize(tokenizer, pictures.prompts))
+    texts = embed_texts(model, tokenize(tokenizer, [prompt.text for prompt in pictures.prompts]))
     batches = to_pixels(pictures.images).split(256)
     cosines = (torch.cat([embed_images(model, batch) for batch in batches]) @ texts.T).numpy()
     meanings = _numbered(meaning(prompt) for prompt in pictures.prompts)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sfgrpo.config.pretrain_schema import TransformerConfig
 from sfgrpo.pretraining.optimization import make_optimizers, take_step
+from sfgrpo.pretraining.pipeline import tokenize
 from sfgrpo.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -34,13 +35,9 @@ def encode_tokens(pipeline: StableDiffusion3Pipeline, token_ids: Tensor) -> tupl
     return tokens, torch.cat([first.text_embeds, second.text_embeds], dim=-1)
 
 
-def tokenize(pipeline: StableDiffusion3Pipeline, prompts: tuple[Prompt, ...]) -> Tensor:
+def tokenize_captions(pipeline: StableDiffusion3Pipeline, prompts: tuple[Prompt, ...]) -> Tensor:
     """Tokenise every prompt, and the empty caption as the last row: ids [num_prompts + 1, L]."""
-    texts = [*(prompt.text for prompt in prompts), ""]
-    length = pipeline.tokenizer.model_max_length
-    return pipeline.tokenizer(
-        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids
+    return tokenize(pipeline.tokenizer, [*(prompt.text for prompt in prompts), ""])
 
 
 class FlowTraining:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -57,22 +56,14 @@ def build_tokenizer() -> CLIPTokenizer:
             merges.append((pieces[0], pieces[1]))
             pieces[:2] = [pieces[0] + pieces[1]]
             vocabulary.append(pieces[0])
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
-        Path(folder, "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
-        Path(folder, "tokenizer_config.json").write_text(
-            json.dumps(
-                {
-                    "tokenizer_class": "CLIPTokenizer",
-                    "model_max_length": MAX_TEXT_TOKENS,
-                    "bos_token": "<|startoftext|>",
-                    "eos_token": "<|endoftext|>",
-                    "unk_token": "<|endoftext|>",
-                    "pad_token": "<|endoftext|>",
-                }
-            )
-        )
-        return CLIPTokenizer.from_pretrained(folder)
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TEXT_TOKENS)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Tokenise texts to ids [N, L], padded to the longest prompt."""
+    length = tokenizer.model_max_length
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def text_config(tokenizer: CLIPTokenizer, **options: Any) -> CLIPTextConfig:

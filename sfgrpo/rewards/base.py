@@ -15,7 +15,7 @@ from sfgrpo.types import Prompt
 
 
 class Reward(abc.ABC):
-    """Scores images for prompts. An image's reward never depends on the other images of the call."""
+    """A score of images for their prompts, each independent of the other images of the call."""
 
     @property
     @abc.abstractmethod

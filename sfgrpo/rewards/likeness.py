@@ -38,7 +38,7 @@ _FRAME = 54
 
 
 class LikenessReward(Reward):
-    """Mean match of the asked objects with silhouettes slid over the image, less the share of what stays unexplained.
+    """Mean match of the prompt's objects with silhouettes slid over the image, less the share left unexplained.
 
     For every object that the include clauses ask for (class, count, colour; relations are not looked at) the best
     normalised cross-correlation over all radii and places is taken, in turn, and its silhouette counts as explained.

@@ -1,1 +1,1 @@
-"""Shape: the embedded world of coloured shapes, with the six GenEval tasks and a detector that looks at pixels."""
+"""The embedded world of coloured shapes, with the six GenEval tasks and a detector that reads pixels."""

@@ -131,7 +131,7 @@ def _detect_chunk(images: NDArray[np.uint8]) -> list[list[Detection]]:
 
 
 def _label(foreground: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Label the connected components of masks [N, H, W], and lists those of size: [M, 6].
+    """Label the connected components of masks [N, H, W], and list those of at least `MIN_AREA`: [M, 6].
 
     A row is image, label, left, top, width, height.
     """

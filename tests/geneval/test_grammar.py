@@ -24,7 +24,7 @@ CLASS_NAMES = (GENEVAL / "object_names.txt").read_text().splitlines()
 
 
 def rebuilt(prompt: Prompt) -> Prompt:
-    """Says a prompt anew from its clauses alone."""
+    """Build a prompt again from its clauses alone."""
     first, last = prompt.include[0], prompt.include[-1]
     match prompt.tag:
         case "single_object":
@@ -45,7 +45,7 @@ def test_every_published_line_survives_reading_and_writing():
     assert [json.dumps(Prompt.from_metadata(json.loads(line)).to_metadata()) for line in LINES] == LINES
 
 
-def test_every_published_prompt_is_said_anew_from_its_clauses():
+def test_every_published_prompt_is_built_again_from_its_clauses():
     prompts = [Prompt.from_metadata(json.loads(line)) for line in LINES]
     assert list(map(rebuilt, prompts)) == prompts
     assert len(prompts) == 553

@@ -1,4 +1,4 @@
-"""One update against a loss written out for one image and one step at a time, and the canaries."""
+"""One update against a loss written out for one image and one step at a time, and the sanity checks."""
 
 from __future__ import annotations
 
@@ -320,7 +320,7 @@ def test_nothing_that_is_no_number_reaches_weights_optimiser_or_metrics(policy):
     assert outcome.metrics["policy/ratio_mean"] == 1 and outcome.metrics["optim/grad_norm"] == 0
 
 
-def test_log_prob_of_the_rollout_that_is_no_number_is_no_failed_canary(policy):
+def test_log_prob_of_the_rollout_that_is_no_number_is_no_failed_sanity_check(policy):
     batch = rolled_out(policy)
     batch.trajectory.log_probs_NK[2, 0] = math.nan
     outcome = updated(policy, adamw(policy), batch, objective_for(policy))

@@ -34,7 +34,7 @@ def policy(make) -> Policy:
 
 
 def inputs(policy: Policy):
-    """Gives states, noise levels and conditioning of three images."""
+    """Return states, noise levels and conditioning of three images."""
     latents = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
     return latents, torch.tensor([0.9, 0.5, 0.1]), policy.encode(TEXTS)
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from sfgrpo.config.pretrain_schema import TransformerConfig
-from sfgrpo.pretraining.flow import PADDING_TOKENS, FlowTraining, encode_tokens, tokenize
+from sfgrpo.pretraining.flow import PADDING_TOKENS, FlowTraining, encode_tokens, tokenize_captions
 from tests.support.tiny import make_tiny_pipeline, make_tiny_policy, tiny_prompts
 
 PROMPTS = tuple(tiny_prompts(4))
@@ -46,7 +46,7 @@ def steps_of(flow: FlowTraining) -> Iterator[float]:
     index = np.arange(16) % len(PROMPTS)
     generator = torch.Generator().manual_seed(6)
     latents = torch.from_numpy(index).view(-1, 1, 1, 1) - 1.5 + 0.1 * torch.randn(16, 4, 8, 8, generator=generator)
-    return (loss for _, loss in flow.run(latents, index, tokenize(flow.pipeline, PROMPTS), seed=3))
+    return (loss for _, loss in flow.run(latents, index, tokenize_captions(flow.pipeline, PROMPTS), seed=3))
 
 
 def run(flow: FlowTraining, num_steps: int | None = None) -> list[float]:
@@ -67,13 +67,13 @@ def test_training_encodes_text_as_sampling_does():
     policy = make_tiny_policy()
     expected = policy.encode([*(prompt.text for prompt in PROMPTS), ""])
     with torch.no_grad():
-        tokens, pooled = encode_tokens(policy.pipeline, tokenize(policy.pipeline, PROMPTS))
+        tokens, pooled = encode_tokens(policy.pipeline, tokenize_captions(policy.pipeline, PROMPTS))
     assert torch.equal(tokens, expected.tokens) and torch.equal(pooled, expected.pooled)
 
 
 def test_loss_is_the_error_of_the_velocity():
     flow, latents = training(), torch.randn(5, 4, 8, 8)
-    ids = tokenize(flow.pipeline, PROMPTS)
+    ids = tokenize_captions(flow.pipeline, PROMPTS)
     loss = flow.loss(latents, ids, 0, torch.Generator().manual_seed(1))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     # The untrained transformer predicts zeros.
@@ -149,7 +149,7 @@ def test_learning_rate_rises_stays_and_falls(step, factor):
 
 def test_captions_are_dropped_and_padded_as_configured(monkeypatch):
     flow = training(caption_dropout=1.0)
-    empty, seen = tokenize(flow.pipeline, PROMPTS)[-1], []
+    empty, seen = tokenize_captions(flow.pipeline, PROMPTS)[-1], []
     original = flow.loss
 
     def watched(latents, token_ids, padding_tokens, generator):

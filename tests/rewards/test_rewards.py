@@ -28,7 +28,7 @@ def seen(name: str, score: float = 1.0, box: Box = LEFT, color: str | None = Non
 
 
 class Constant(Reward):
-    """Gives the same tensor, or raises the same error, whatever it sees."""
+    """Return the same tensor, or raises the same error, whatever it sees."""
 
     def __init__(self, outcome: torch.Tensor | Exception, name: str = "constant") -> None:
         self._outcome, self._name = outcome, name

@@ -25,25 +25,25 @@ class GaussianData:
     std: float
 
     def marginal(self, t: float) -> tuple[float, float]:
-        """Gives mean and variance of x_t."""
+        """Return mean and variance of x_t."""
         return (1 - t) * self.mean, (1 - t) ** 2 * self.std**2 + t**2
 
     def clean(self, x: Array, t: float) -> Array:
-        """Gives E[x0 | x_t = x], from the covariance of x0 and x_t."""
+        """Return E[x0 | x_t = x], from the covariance of x0 and x_t."""
         mean, variance = self.marginal(t)
         return self.mean + (1 - t) * self.std**2 / variance * (x - mean)
 
     def noise(self, x: Array, t: float) -> Array:
-        """Gives E[x1 | x_t = x], from the covariance of x1 and x_t."""
+        """Return E[x1 | x_t = x], from the covariance of x1 and x_t."""
         mean, variance = self.marginal(t)
         return t / variance * (x - mean)
 
     def velocity(self, x: Array, t: float) -> Array:
-        """Gives the ideal velocity E[x1 - x0 | x_t = x]."""
+        """Return the ideal velocity E[x1 - x0 | x_t = x]."""
         return self.noise(x, t) - self.clean(x, t)
 
     def ode_end(self, x: Array, t: float) -> Array:
-        """Gives the image at which the exact ODE from x_t = x ends: it keeps the number of deviations."""
+        """Return the image at which the exact ODE from x_t = x ends: it keeps the number of deviations."""
         mean, variance = self.marginal(t)
         return self.mean + self.std * (x - mean) / math.sqrt(variance)
 
