@@ -1,17 +1,4 @@
-"""Every error that a caller of sfgrpo may want to catch.
-
-SfgrpoError
-    ConfigError     also a ValueError: a wrong value, or a wrong key, in the parameters
-    IntegrityError  a file is not the one that was recorded
-    RewardError     a reward could not be computed
-    SanityCheckError     training runs, but does not do what it claims
-    NumericsError   too many updates had a number that is not finite
-    MemoryExhaustedError
-                    a phase needed more memory than there is
-    TrackingError   the tracking store is away, or refuses a record
-    MirrorError     the bucket that mirrors a run cannot be used
-    Preempted       the run was told to stop before it was done; starting it again goes on
-"""
+"""Errors that a caller of sfgrpo may want to catch, and the exit status of commands."""
 
 from __future__ import annotations
 
@@ -20,18 +7,18 @@ from pathlib import Path
 
 
 class SfgrpoError(Exception):
-    """Root of the errors that sfgrpo raises on its own account."""
+    """Base class of sfgrpo's errors."""
 
 
 class ConfigError(SfgrpoError, ValueError):
-    """A parameter has a value, or a name, that is not allowed; the message gives its dotted path."""
+    """A parameter, or its value, is not allowed; the message starts with its dotted path."""
 
 
 class IntegrityError(SfgrpoError):
-    """A file's digest is not the expected one; the message gives the file, the expected digest and the found one."""
+    """A file is not the one that was recorded."""
 
     def __init__(self, path: Path, expected: str, found: str) -> None:
-        """Takes the file and both contents; all reach `Exception`, so that the error survives pickling."""
+        # All arguments reach `Exception`, so that the error survives pickling.
         super().__init__(path, expected, found)
         self.path = path
         self.expected = expected
@@ -42,7 +29,7 @@ class IntegrityError(SfgrpoError):
 
 
 class RewardError(SfgrpoError):
-    """A reward could not score an image, or gave something that is not a number."""
+    """A reward could not score an image, or returned something that is not a number."""
 
 
 class SanityCheckError(SfgrpoError):
@@ -58,19 +45,19 @@ class MemoryExhaustedError(SfgrpoError):
 
 
 class Preempted(SfgrpoError):
-    """The run was told to stop and is not done; the message says what is saved, and starting it again goes on."""
+    """The run was told to stop before it was done; starting it again resumes it."""
 
 
 class TrackingError(SfgrpoError):
-    """A run could not be recorded: the store did not answer in time, or refuses what the run records."""
+    """The tracking store did not answer in time, or refused a record."""
 
 
 class MirrorError(SfgrpoError):
-    """The bucket that mirrors a run does not exist, refuses, or cannot be reached; the message gives its address."""
+    """The bucket that mirrors a run does not exist, refuses access, or cannot be reached."""
 
 
 class ExitStatus(enum.IntEnum):
-    """How a stage ended."""
+    """How a command ended."""
 
     DONE = 0
     FAILED = 1
@@ -78,4 +65,4 @@ class ExitStatus(enum.IntEnum):
     WRONG_CONFIGURATION = 2
     """Parameters or environment are wrong; another attempt does not help."""
     RESUMABLE = 75
-    """Told to stop, or cut off from the other nodes: starting it again goes on. It is EX_TEMPFAIL of sysexits.h."""
+    """Told to stop, or cut off from the other nodes; starting it again resumes it. EX_TEMPFAIL of sysexits.h."""

@@ -1,4 +1,4 @@
-"""Judges one snapshot of a training in a process of its own, on a device of its own, while the training goes on."""
+"""Evaluate one snapshot of a training, in a process and on a device of its own, while the training goes on."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sfgrpo.training.fingerprint import INPUTS, evaluation_fingerprint
 
 
 def evaluate_snapshot(folder: Path, update: int, environment: Environment) -> None:
-    """Puts the evaluation of a run's snapshot into the store, unless it is there or another process is at it.
+    """Evaluate a snapshot of a run and store the result, unless that was done or another process does it.
 
     Raises:
-        SfgrpoError: the run has no snapshot of that update.
-        ConfigError: here the evaluation would be another one: other code, models or kind of device.
+        SfgrpoError: The run has no snapshot of that update.
+        ConfigError: Code, models or kind of device differ from those of the training.
     """
     snapshot = _snapshot_of(folder, update)
     store = folder.parent / EVALUATIONS
@@ -30,18 +30,18 @@ def evaluate_snapshot(folder: Path, update: int, environment: Environment) -> No
         elif read_metrics(store, snapshot.key) is not None:
             print(f"update {update} is evaluated")
         else:
-            _judge(folder, snapshot, store, environment)
+            _evaluate(folder, snapshot, store, environment)
 
 
 def _snapshot_of(folder: Path, update: int) -> Snapshot:
     snapshots = {snapshot.update: snapshot for snapshot in list_snapshots(folder)}
     if update not in snapshots:
-        there_are = f"those of updates {', '.join(map(str, snapshots))}" if snapshots else "none at all"
-        raise SfgrpoError(f"{folder} has no snapshot of update {update}, but {there_are}; name one that there is")
+        cure = f"use one of {', '.join(map(str, snapshots))}" if snapshots else "it has none yet"
+        raise SfgrpoError(f"{folder} has no snapshot of update {update}; {cure}")
     return snapshots[update]
 
 
-def _judge(folder: Path, snapshot: Snapshot, store: Path, environment: Environment) -> None:
+def _evaluate(folder: Path, snapshot: Snapshot, store: Path, environment: Environment) -> None:
     config = load_config(TrainStage, folder / INPUTS / PARAMS)
     prompts = read_prompts(folder / INPUTS / EVALUATION_PROMPTS.name)
     adapter = read_snapshot(folder, snapshot.update)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sfgrpo.config.stages import (
-    RegisterStage,
-)
+from sfgrpo.config.stages import RegisterStage
 from sfgrpo.errors import SfgrpoError
 from sfgrpo.paths import EVALUATE_REPORT, POLICY, REGISTRATION, TRAINING_PROMPTS
 from sfgrpo.runtime.environment import Environment
@@ -16,11 +14,11 @@ from sfgrpo.training.run import EXPERIMENT
 from sfgrpo.types import TAGS
 
 SCORES = ("geneval/overall", *(f"geneval/{tag}" for tag in TAGS))
-"""What a version says of itself."""
+"""Metrics that a version carries as tags."""
 
 
 def register(config: RegisterStage, environment: Environment) -> None:
-    """Registers the trained policy as a model version; the same adapter at the same commit is registered once."""
+    """Register the trained policy as a model version; the same adapter at the same commit is registered once."""
     from sfgrpo.registry.register import ServingDefaults, TrainedAdapter, register_version
 
     report = EVALUATE_REPORT / "metrics.json"
@@ -35,7 +33,7 @@ def register(config: RegisterStage, environment: Environment) -> None:
         registry=config.registry,
         adapter=TrainedAdapter(
             folder=POLICY / "adapter",
-            # A task of which the evaluation has no prompts has no score.
+            # A task without evaluation prompts has no score.
             metrics={name: metrics[name] for name in SCORES if name in metrics},
             provenance=provenance_tags(Path.cwd(), TRAINING_PROMPTS) | flow_tags(environment, Path.cwd()),
             run_id=record["mlflow_run_id"],

@@ -374,9 +374,9 @@ def test_command_refuses_what_it_cannot_evaluate(project, monkeypatch, capsys):
     assert main(["train"]) == 0
     run = run_of(project)
     assert main(["evaluate_snapshot", str(run), "1"]) == 1
-    assert "has no snapshot of update 1, but those of updates 0, 2, 3; name one" in capsys.readouterr().err
+    assert "has no snapshot of update 1; use one of 0, 2, 3" in capsys.readouterr().err
     assert main(["evaluate_snapshot", str(project), "1"]) == 1
-    assert "has no snapshot of update 1, but none at all; name one" in capsys.readouterr().err
+    assert "has no snapshot of update 1; it has none yet" in capsys.readouterr().err
     (snapshot, *_) = list_snapshots(run)
     with claimed_evaluation(run.parent / "evaluations", snapshot.key):
         assert main(["evaluate_snapshot", str(run), "0"]) == 0
