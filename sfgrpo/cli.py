@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from sfgrpo.config.stages import load_config, to_flat_dict
 from sfgrpo.errors import ConfigError
 from sfgrpo.paths import PARAMS
 from sfgrpo.runtime.entry_point import run_guarded, set_up_logging
-from sfgrpo.runtime.environment import read_environment
+from sfgrpo.runtime.environment import Environment, read_environment
 from sfgrpo.runtime.rank import die_with_launcher, is_rank
 from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S, GracefulShutdown
 
@@ -29,26 +28,24 @@ RENAMED = {"sweep": "close_stale_runs"}
 """Former names of commands."""
 
 
-def _stage(schema: type[stages.Stage], function: str) -> Callable[[argparse.Namespace], None]:
+def _stage(schema: type[stages.Stage], function: str) -> Callable[[argparse.Namespace, Environment], None]:
     """Return a command that calls `function` of `sfgrpo.commands` with its configuration and the environment."""
 
-    def run(args: argparse.Namespace) -> None:
-        config, environment = load_config(schema, args.params), read_environment()
+    def run(args: argparse.Namespace, environment: Environment) -> None:
+        config = load_config(schema, args.params)
         pkgutil.resolve_name(f"sfgrpo.commands.{function}")(config, environment)
 
     return run
 
 
-def _prompts(args: argparse.Namespace) -> None:
+def _prompts(args: argparse.Namespace, _: Environment) -> None:
     config = load_config(stages.PromptsStage, args.params)
-    # No setting matters here, but a misspelt variable is refused by every stage.
-    read_environment()
     from sfgrpo.commands.prompts import prompts
 
     prompts(config)
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace, environment: Environment) -> None:
     """Train in this process, or launch the ranks that do.
 
     A resumed run goes on with its own parameters; those of `--params` then only say how it is launched.
@@ -56,7 +53,6 @@ def _train(args: argparse.Namespace) -> None:
     if args.accept_code_change and args.resume is None:
         raise ConfigError("--accept-code-change is about a run that is resumed; name it by --resume RUN")
     launch = load_config(stages.LaunchStage, args.params).launch
-    environment = read_environment()
     if is_rank():
         die_with_launcher()
     from sfgrpo.training.run import find_inputs, train_policy
@@ -76,18 +72,16 @@ def _train(args: argparse.Namespace) -> None:
         launch_ranks(launch, environment, command, shutdown)
 
 
-def _evaluate_snapshot(args: argparse.Namespace) -> None:
-    environment = read_environment()
+def _evaluate_snapshot(args: argparse.Namespace, environment: Environment) -> None:
     from sfgrpo.commands.evaluate_snapshot import evaluate_snapshot
 
     evaluate_snapshot(args.folder, args.update, environment)
 
 
-def _promote(args: argparse.Namespace) -> None:
+def _promote(args: argparse.Namespace, environment: Environment) -> None:
     if args.apply and (args.model or args.version):
         raise ConfigError("--apply RUN is about the version that was judged; leave --model and --version out")
     config = None if args.apply else load_config(stages.PromoteStage, args.params)
-    environment = read_environment()
     from sfgrpo.commands import promote
 
     if config is None:
@@ -96,15 +90,15 @@ def _promote(args: argparse.Namespace) -> None:
         promote.promote(config, environment, model=args.model, number=args.version, judge_only=args.judge_only)
 
 
-def _rollback(args: argparse.Namespace) -> None:
-    model, environment = _model_name(args), read_environment()
+def _rollback(args: argparse.Namespace, environment: Environment) -> None:
+    model = _model_name(args)
     from sfgrpo.commands.promote import rollback
 
     rollback(environment, model)
 
 
-def _recheck(args: argparse.Namespace) -> None:
-    model, environment = _model_name(args), read_environment()
+def _recheck(args: argparse.Namespace, environment: Environment) -> None:
+    model = _model_name(args)
     from sfgrpo.commands.recheck import recheck
 
     recheck(environment, model)
@@ -114,8 +108,7 @@ def _model_name(args: argparse.Namespace) -> str:
     return args.model or load_config(stages.RegistryStage, args.params).registry.model_name
 
 
-def _sample(args: argparse.Namespace) -> None:
-    environment = read_environment()
+def _sample(args: argparse.Namespace, environment: Environment) -> None:
     from sfgrpo.commands.sample import sample
 
     given = {"seed": args.seed, "num_inference_steps": args.steps, "guidance_scale": args.guidance}
@@ -123,31 +116,29 @@ def _sample(args: argparse.Namespace) -> None:
     sample(environment, args.model, args.prompt, args.out, params)
 
 
-def _close_stale_runs(args: argparse.Namespace) -> None:
-    environment = read_environment()
+def _close_stale_runs(args: argparse.Namespace, environment: Environment) -> None:
     from sfgrpo.commands.close_stale_runs import close_stale_runs
 
     close_stale_runs(environment, args.quiet_h * 3600, args.report)
 
 
-def _retention(args: argparse.Namespace) -> None:
-    environment = read_environment()
+def _retention(args: argparse.Namespace, environment: Environment) -> None:
     from sfgrpo.commands.retention import retention
 
     retention(environment, args.days, args.report, rehearsal=args.rehearse)
 
 
-def _show(args: argparse.Namespace) -> None:
+def _show(args: argparse.Namespace, _: Environment) -> None:
     config, launch = load_config(stages.TrainStage, args.params), load_config(stages.LaunchStage, args.params)
     for key, value in {**to_flat_dict(config), **to_flat_dict(launch)}.items():
         print(f"{key:32}{value}")
     print(f"\n{BatchArithmetic(config=config, num_processes=launch.launch.world_size).explain()}")
 
 
-def _study(args: argparse.Namespace) -> None:
+def _study(args: argparse.Namespace, environment: Environment) -> None:
     from sfgrpo.study.config import load_plan
 
-    plan, environment = load_plan(args.preset), read_environment()
+    plan = load_plan(args.preset)
     if args.action == "report":
         from sfgrpo.study.report import write_report
 
@@ -223,7 +214,7 @@ class Command:
     """One word after `python -m sfgrpo`."""
 
     help: str
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace, Environment], None]
     add_arguments: Callable[[argparse.ArgumentParser], None] = _add_params_argument
 
 
@@ -300,4 +291,4 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"the command {arguments[0]} is now {RENAMED[arguments[0]]}; use that name")
     args = parser.parse_args(arguments)
     set_up_logging()
-    return run_guarded(functools.partial(args.run, args))
+    return run_guarded(lambda: args.run(args, read_environment()))

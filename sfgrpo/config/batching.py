@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from sfgrpo.config.stages import TrainStage
+from sfgrpo.config.stages import TrainStage, micro_batch_conflicts
 from sfgrpo.errors import ConfigError
 
 
@@ -25,17 +25,8 @@ class BatchArithmetic:
                 f"does not divide rollout.prompts_per_update * rollout.group_size = {product} = {rollout.num_images}; "
                 "every process takes as many images of every optimiser step as any other, so change one of these"
             )
-        share = self.images_per_optimiser_step
-        for path, micro_batch in (
-            ("rollout", rollout.micro_batch_size),
-            ("update", self.config.update.micro_batch_size),
-        ):
-            if micro_batch < share and share % micro_batch:
-                raise ConfigError(
-                    f"{path}.micro_batch_size: {micro_batch} does not divide rollout.prompts_per_update * "
-                    f"rollout.group_size / update.steps_per_update / processes = {product} / {steps} / "
-                    f"{self.num_processes} = {share}; use a divisor of {share}, or {share} and more for all at once"
-                )
+        if conflicts := list(micro_batch_conflicts(self.config, self.num_processes)):
+            raise ConfigError("\n".join(conflicts))
 
     @property
     def images_per_process(self) -> int:

@@ -234,14 +234,21 @@ def _batch_conflicts(config: TrainStage) -> Iterator[str]:
         total = rollout.prompts_per_update
         yield _indivisible("update.steps_per_update", update.steps_per_update, "rollout.prompts_per_update", total)
         return
-    images_per_step = rollout.num_images // update.steps_per_update
+    yield from micro_batch_conflicts(config, num_processes=1)
+
+
+def micro_batch_conflicts(config: TrainStage, num_processes: int) -> Iterator[str]:
+    """Yield every micro-batch size that does not divide the images of one process and optimiser step."""
+    rollout, update = config.rollout, config.update
+    share = rollout.num_images // update.steps_per_update // num_processes
+    names, numbers = (" / processes", f" / {num_processes}") if num_processes > 1 else ("", "")
     quotient = (
-        f"rollout.prompts_per_update * rollout.group_size / update.steps_per_update = {rollout.prompts_per_update} * "
-        f"{rollout.group_size} / {update.steps_per_update}"
+        f"rollout.prompts_per_update * rollout.group_size / update.steps_per_update{names} = "
+        f"{rollout.prompts_per_update} * {rollout.group_size} / {update.steps_per_update}{numbers}"
     )
     for path, micro_batch in (("rollout", rollout.micro_batch_size), ("update", update.micro_batch_size)):
-        if micro_batch < images_per_step and images_per_step % micro_batch:
-            yield _indivisible(f"{path}.micro_batch_size", micro_batch, quotient, images_per_step)
+        if micro_batch < share and share % micro_batch:
+            yield _indivisible(f"{path}.micro_batch_size", micro_batch, quotient, share)
 
 
 def _schedule_conflicts(config: TrainStage) -> Iterator[str]:

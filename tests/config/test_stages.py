@@ -334,7 +334,7 @@ def test_processes_that_do_not_divide_the_images_are_refused_with_the_equation(t
 
 def test_micro_batch_that_does_not_divide_the_share_of_a_process_is_refused_with_the_equation(tmp_path):
     config = load(tmp_path, {"update.micro_batch_size": 32})
-    equation = r"update\.micro_batch_size: 32 does not divide .* = 8 \* 24 / 2 / 2 = 48; use a divisor of 48"
+    equation = r"update\.micro_batch_size: 32 does not divide .* = 8 \* 24 / 2 / 2 = 48; use 24 or 48"
     with pytest.raises(ConfigError, match=equation):
         BatchArithmetic(config=config, num_processes=2)
 
