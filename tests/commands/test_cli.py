@@ -1,4 +1,4 @@
-"""The command line: it explains itself, takes one option, and tells a wrong configuration before anything loads."""
+"""The command line: help, options, and wrong configurations, which are reported before anything heavy loads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ loaded = {{name.partition(".")[0] for name in sys.modules}}
 print(*sorted(loaded.intersection({HEAVY})), sep=",")
 sys.exit(status)
 """
-"""Runs the command line, then lists which of the slow libraries it loaded."""
+"""Run the command line, then list which of the slow libraries it loaded."""
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "misspelt key": (
@@ -56,11 +56,11 @@ OPTIONS = {
     "close_stale_runs": ("--quiet-h", "--report"),
     "retention": ("--days", "--rehearse", "--report"),
 }
-"""Options of commands, where that is not the parameter file alone."""
+"""Options of commands that have others than the parameter file."""
 
 
 def run_python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs Python in a folder, with the project on its path and none of our own variables."""
+    """Run Python in a folder, with the project on its path and none of our own variables."""
     ours = [str(field.validation_alias) for field in Environment.model_fields.values()]
     environment = {key: value for key, value in os.environ.items() if key not in ours} | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
@@ -102,14 +102,14 @@ def test_former_name_of_a_command_is_refused_with_the_new_one(capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["tarin"], ["train", "--learning-rate", "1"]])
-def test_unknown_words_are_a_wrong_configuration(arguments, capsys):
+def test_unknown_commands_and_options_are_a_wrong_configuration(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "usage: python -m sfgrpo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_parameters_are_told_before_anything_loads(tmp_path, case):
+def test_wrong_parameters_are_reported_before_anything_loads(tmp_path, case):
     stage, changes, complaint = WRONG[case]
     write_params(tmp_path, changes)
     run = run_python("-c", PROBE, stage, folder=tmp_path)
@@ -119,14 +119,14 @@ def test_wrong_parameters_are_told_before_anything_loads(tmp_path, case):
     assert run.stdout == "\n"
 
 
-def test_absent_parameter_file_is_told_before_anything_loads(tmp_path):
+def test_absent_parameter_file_is_reported_before_anything_loads(tmp_path):
     run = run_python("-c", PROBE, "train", "--params", "absent.yaml", folder=tmp_path)
     assert run.returncode == 2
     assert "error: absent.yaml: cannot be read (No such file or directory); give the parameter file" in run.stderr
     assert run.stdout == "\n"
 
 
-def test_all_wrong_parameters_are_told_at_once(tmp_path, capsys):
+def test_all_wrong_parameters_are_reported_at_once(tmp_path, capsys):
     write_params(tmp_path, {"ema.decay": 2.0, "policy.lora_rang": 4, "reward": {}})
     assert main(["train", "--params", str(tmp_path / "params.yaml")]) == 2
     told = capsys.readouterr().err
@@ -174,7 +174,9 @@ def test_full_scale_parameters_load(stage):
         ({"launch.num_processes": 3}, {"SFGRPO_GRACE_S": "soon"}, "SFGRPO_GRACE_S: 'soon'"),
     ],
 )
-def test_wrong_launch_is_told_before_anything_starts(tmp_path, monkeypatch, capsys, changes, environment, complaint):
+def test_wrong_launch_is_reported_before_anything_starts(
+    tmp_path, monkeypatch, capsys, changes, environment, complaint
+):
     monkeypatch.chdir(tmp_path)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -51,7 +51,7 @@ EXAMPLE = {
 
 
 def load(tmp_path: Path, changes: dict[str, Any], stage: type[StageType] = TrainStage) -> StageType:
-    """Loads the example parameters with values replaced by dotted path."""
+    """Load the example parameters with values replaced by dotted path."""
     values = copy.deepcopy(EXAMPLE)
     for path, value in changes.items():
         *parents, key = path.split(".")

@@ -63,7 +63,7 @@ class Run:
         )
 
     def pid(self, rank: int, attempt: int = 0) -> int:
-        """Waits until a rank is up."""
+        """Wait until a rank is up; return its process id."""
         return int(self.wait_for(f"pid_{attempt}_{rank}").read_text())
 
     def wait_for(self, name: str) -> Path:
@@ -75,7 +75,7 @@ class Run:
         return self.folder / name
 
     def end(self, timeout: float = 30) -> tuple[int, str]:
-        """Waits for the launcher; gives its status and all output."""
+        """Wait for the launcher; return its exit status and all output."""
         output, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, output
 
@@ -88,7 +88,7 @@ Launch = Callable[..., Run]
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Launches stand-ins, and sees that none stays behind."""
+    """Launch stand-ins; end those that are left."""
     runs: list[Run] = []
 
     def launch(
@@ -255,7 +255,7 @@ def test_ranks_that_start_again_find_one_another(launch):
     assert output.count("rank 1 was killed by SIGKILL") == 1
 
 
-def test_rank_that_fails_too_often_is_named(launch):
+def test_rank_that_fails_too_often_is_reported(launch):
     run = launch(max_restarts=0)
     run.pid(0), run.pid(1)
     os.kill(run.pid(1), signal.SIGKILL)
@@ -269,7 +269,7 @@ def test_rank_that_fails_too_often_is_named(launch):
     assert "Traceback" not in output
 
 
-def test_error_of_a_failed_rank_is_told(launch, tmp_path):
+def test_error_of_a_failed_rank_is_reported(launch, tmp_path):
     (tmp_path / "fail_1").touch()
     run = launch()
     status, output = run.end()
@@ -308,7 +308,7 @@ def meeting() -> dict[str, str]:
 
 @pytest.fixture
 def nodes(launch: Launch, meeting: dict[str, str]) -> tuple[Run, Run]:
-    """Two nodes with a rank each; the first is where they meet."""
+    """Two nodes with a rank each; the first has the rendezvous."""
     settings = {"num_nodes": 2, "num_processes": 1, "environment": {**meeting, "SFGRPO_GRACE_S": "3"}}
     host = launch(**settings)
     deadline = time.monotonic() + 60
@@ -327,7 +327,7 @@ def _listens(endpoint: str) -> bool:
 
 
 @pytest.mark.parametrize("missing", ["PET_RDZV_ENDPOINT", "PET_RDZV_ID"])
-def test_several_nodes_need_a_place_to_meet_and_a_name_of_their_own(missing):
+def test_several_nodes_need_an_endpoint_and_an_id_of_the_rendezvous(missing):
     environ = {"PET_RDZV_ENDPOINT": "node-a:29400", "PET_RDZV_ID": "run-1"}
     del environ[missing]
     with pytest.raises(ConfigError, match=r"launch\.num_nodes: 2 nodes need a rendezvous; set PET_RDZV_ENDPOINT"):

@@ -1,4 +1,4 @@
-"""The high-water mark rises with what is allocated and starts anew; a failed allocation is told from other errors."""
+"""Peak memory follows allocations and can be reset; failed allocations are told apart from other errors."""
 
 from __future__ import annotations
 

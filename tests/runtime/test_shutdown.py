@@ -1,4 +1,4 @@
-"""Processes that are told to stop: what they save, how they leave, and when they are made to."""
+"""Processes that are told to stop: what they save, how they leave, and when they are killed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a process that waits for a signal, and sees that none stays behind."""
+    """Start processes that wait for a signal; end those that are left."""
     started: list[subprocess.Popen[str]] = []
 
     def start(body: str, grace_s: float = 10.0, after: str = "", command: tuple[str, ...] = ()) -> Any:
@@ -176,7 +176,7 @@ def test_block_without_a_signal_leaves_everything_as_it_was():
     assert "graceful-shutdown" not in [thread.name for thread in threading.enumerate() if thread.is_alive()]
 
 
-def test_other_threads_get_no_notice():
+def test_other_threads_are_never_told_to_stop():
     given: list[bool] = []
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""The clock adds up what the phases take, keeps their peak, waits for the device, and words a lack of memory."""
+"""The clock sums seconds of phases, keeps their peak memory, waits for the device and reports failed allocations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_phase_keeps_the_highest_peak_of_its_blocks_and_not_that_of_others() -> 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lists what a GPU, of which there is none, is asked for."""
+    """Record the calls to a GPU that is not there."""
     order: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: order.append("forget"))
@@ -68,7 +68,7 @@ def test_lack_of_gpu_memory_names_phase_use_and_parameter(cuda: list[str]) -> No
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
 
 
-def test_lack_of_memory_in_a_phase_without_a_parameter_is_still_told() -> None:
+def test_lack_of_memory_in_a_phase_without_a_parameter_is_still_reported() -> None:
     with pytest.raises(MemoryExhaustedError, match="use a larger device or smaller batches"), PhaseClock()("update"):
         raise MemoryError
 
@@ -91,7 +91,7 @@ except MemoryExhaustedError as error:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit that is kept")
-def test_lack_of_memory_on_a_cpu_is_told_for_real() -> None:
+def test_real_lack_of_memory_on_a_cpu_is_reported() -> None:
     answer = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True, timeout=60)
     assert answer.stdout.startswith("the phase rollout ran out of memory on cpu with "), answer.stderr
     assert answer.stdout.rstrip().endswith("lower rollout.micro_batch_size, which is 300000")
