@@ -20,7 +20,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory that becomes `path` when the block ends, and is removed when it raises.
 
     All content is on the disk before the name appears. An existing directory at `path` is replaced; a crash exactly
-    between the two renames leaves none. What killed writers left beside `path` is removed first.
+    between the two renames leaves none. What killed writers left beside `path` is removed first. Files in it are
+    written plainly: `atomic_write` would wait for the lock that this block holds.
     """
     with _partial_beside(path, Path.mkdir) as partial:
         yield partial
