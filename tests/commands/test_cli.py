@@ -46,7 +46,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 OPTIONS = {
-    "train": ("--params", "--resume"),
+    "train": ("--params", "--resume", "--accept-code-change"),
     "evaluate_snapshot": (),
     "study": (),
     "promote": ("--params", "--model", "--version", "--judge-only", "--apply"),
