@@ -199,14 +199,14 @@ def train_clip(
     optimizers = _optimizers(model, config)
     for step in range(config.num_steps):
         rows, strangers = batches.draw(step, np.random.default_rng((seed, step)))
-        asked, shown = pictures.prompt_index[rows], pictures.prompt_index[strangers]
-        same = meanings[asked][:, None] == meanings[asked]
-        alike = objects[asked][:, None] == objects[shown]
+        own, other = pictures.prompt_index[rows], pictures.prompt_index[strangers]
+        same = meanings[own][:, None] == meanings[own]
+        alike = objects[own][:, None] == objects[other]
         excused = torch.from_numpy(np.concatenate([same, alike], axis=1))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         clean = to_pixels(pictures.images[np.concatenate([rows, strangers])])
         pixels = degrade(clean, step / config.num_steps, generator)
-        unique, inverse = np.unique(asked, return_inverse=True)
+        unique, inverse = np.unique(own, return_inverse=True)
         texts = embed_texts(model, token_ids[torch.from_numpy(unique)])[torch.from_numpy(inverse)]
         loss = contrastive_loss(texts, embed_images(model, pixels), excused)
         loss.backward()

@@ -42,7 +42,7 @@ class LikenessReward(Reward):
 
     For every object that the include clauses ask for (class, count, colour; relations are not looked at) the best
     normalised cross-correlation over all radii and places is taken, in turn, and its silhouette counts as explained.
-    Correlations run over a matte of the asked colour, or of any palette colour where none is asked.
+    Correlations use a matte of the clause's colour, or of any palette colour if it names none.
     """
 
     name = "likeness"
