@@ -1,4 +1,4 @@
-"""What a checkpoint takes to S3 and back: `python -m benchmarks.bucket`.
+"""Time a checkpoint's way to S3 and back: `python -m benchmarks.bucket`.
 
 Sends 200 MB of random bytes to the local S3 server and fetches them, by boto3 alone with its own defaults, which proves
 nothing, and by `Bucket` with its proofs: digests before, while and after. Both take turns, and medians are printed,
@@ -7,6 +7,7 @@ because machines are noisy. The last column is the CPU time of this process, whi
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import tempfile
@@ -25,7 +26,7 @@ Way = tuple[Callable[[Path], object], Callable[[Path], object]]
 
 
 def by_boto3() -> Way:
-    """Gives upload and download as boto3 does them."""
+    """Return upload and download by boto3 alone."""
     import boto3
 
     client = boto3.session.Session().client("s3")
@@ -42,7 +43,7 @@ def by_boto3() -> Way:
 
 
 def by_bucket(sha256: str) -> Way:
-    """Gives upload and download as the mirror of a run does them; checkpoints bring their digests."""
+    """Return upload and download as the mirror of a run does them; checkpoints bring their digests."""
     bucket = Bucket(f"s3://{BUCKET}/proven")
 
     def send(path: Path) -> None:
@@ -58,14 +59,15 @@ def by_bucket(sha256: str) -> Way:
 
 
 def clocked(work: Callable[[Path], object], path: Path) -> tuple[float, float]:
-    """Gives the seconds that the work took, and those of the processor in this process."""
+    """Return the seconds that the work took, and the CPU seconds of this process."""
     started, computed = time.perf_counter(), time.process_time()
     work(path)
     return time.perf_counter() - started, time.process_time() - computed
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
+    argparse.ArgumentParser(prog="python -m benchmarks.bucket", description=str(__doc__).split("\n\n")[1]).parse_args()
     seconds: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         source, target = Path(name, "source"), Path(name, "target")

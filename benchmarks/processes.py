@@ -1,12 +1,13 @@
-"""What more processes bring on one machine: `python -m benchmarks.processes`.
+"""Time a training by one and by several processes on one machine: `python -m benchmarks.processes`.
 
 Trains the shapes by the shipped parameters, a few updates each, with one process of one thread, one of as many threads
 as there are cores, and as many processes of one thread. Variants take turns, and medians are printed, because machines
-are noisy. Then every run is started again for one more update, to tell how long a resume takes.
+are noisy. Then every run is started again for one more update, to time a resume.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ VARIANTS: Mapping[str, tuple[int, int]] = {
 
 
 def lay_out(folder: Path, num_processes: int) -> None:
-    """Makes a folder in which the training runs, and saves after every update but the first."""
+    """Create a folder in which the training runs, and saves after every update but the first."""
     (folder / "models").mkdir()
     (folder / "models/shapes-base").symlink_to(ROOT / "models/shapes-base")
     params = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
@@ -44,7 +45,7 @@ def lay_out(folder: Path, num_processes: int) -> None:
 
 
 def run(folder: Path, stage: str, num_threads: int) -> float:
-    """Runs a stage and gives the seconds until its first update was done, or until its end without one."""
+    """Run a stage and return the seconds until its first update, or until its end if it has none."""
     threads = {"OMP_NUM_THREADS": str(num_threads), "SFGRPO_NUM_THREADS": str(num_threads)}
     environment = {**os.environ, **threads, "PYTHONPATH": str(ROOT), "SFGRPO_DEVICE": "cpu"}
     started, first = time.monotonic(), 0.0
@@ -65,7 +66,7 @@ def run(folder: Path, stage: str, num_threads: int) -> float:
 
 
 def measure(num_processes: int, num_threads: int) -> tuple[float, float, float]:
-    """Gives images per second, and the seconds from launch to the first update of a new run and of a resumed one."""
+    """Return images per second, and the seconds from launch to the first update of a new and of a resumed run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lay_out(folder, num_processes)
@@ -81,7 +82,10 @@ def measure(num_processes: int, num_threads: int) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    """Measures all variants in turn and prints the medians."""
+    """Measure all variants in turn and print the medians."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.processes", description=str(__doc__).split("\n\n")[1]
+    ).parse_args()
     rounds = [{name: measure(*variant) for name, variant in VARIANTS.items()} for _ in range(ROUNDS)]
     print("| | images/s | x the first | first update after s | resumed after s |\n|---|---:|---:|---:|---:|")
     base = 0.0

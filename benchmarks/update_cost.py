@@ -1,4 +1,4 @@
-"""What one update costs, phase by phase, and what each saving saves: `python -m benchmarks.update_cost [ROW]`.
+"""Time an update with and without each saving of the method: `python -m benchmarks.update_cost [ROW]`.
 
 ROW is a parameter file of experiments/shapes. The naive update scores every state of every image by itself, always with
 all substeps, from a velocity of its own, and encodes the prompts anew; the savings are then switched on one after the
@@ -7,10 +7,10 @@ other. Variants take turns, and medians over the rounds are printed, because mac
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
@@ -40,7 +40,7 @@ SUBSTEPS = 5
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """Which savings an update makes."""
+    """The savings that an update makes."""
 
     stepwise: bool = True
     num_substeps: int = SUBSTEPS
@@ -68,7 +68,7 @@ SAVINGS: Mapping[str, Mapping[str, object]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """Everything an update needs."""
+    """The inputs of an update."""
 
     config: TrainStage
     policy: Policy
@@ -76,7 +76,7 @@ class Bench:
     prompts: Sequence[Prompt]
 
     def run(self, variant: Variant) -> dict[str, float]:
-        """Does one update and gives the seconds of its phases."""
+        """Do one update and return the seconds of its phases."""
         config, policy, clock = self.config, self.policy, PhaseClock()
         sampling = config.sampling
         texts = [prompt.text for prompt in self.prompts]
@@ -170,7 +170,7 @@ class Bench:
 
 @contextlib.contextmanager
 def _substeps(capped: bool) -> Iterator[None]:
-    """Lets estimates run as many substeps as asked for, also where fewer schedule steps remain."""
+    """Unless capped, estimates take all substeps even if fewer schedule steps remain."""
 
     def uncapped(sigmas_S: Tensor, num_substeps: int) -> list[Tensor]:
         return [sigma * torch.linspace(1, 0, num_substeps + 1) for sigma in sigmas_S[:-1]]
@@ -180,7 +180,7 @@ def _substeps(capped: bool) -> Iterator[None]:
 
 
 def variants(states: tuple[int, ...] | None) -> dict[str, Variant]:
-    """Lists what is compared: Flow-GRPO, naive Stepwise, the savings added up, and cheaper estimates on top."""
+    """Return the variants: Flow-GRPO, naive Stepwise, the savings added up, and cheaper estimates on top."""
     named = {"Flow-GRPO": Variant(stepwise=False), f"Stepwise, T' = {SUBSTEPS}, naive": NAIVE}
     saved = NAIVE
     for name, change in SAVINGS.items():
@@ -195,7 +195,7 @@ def variants(states: tuple[int, ...] | None) -> dict[str, Variant]:
 
 
 def table(seconds: Mapping[str, Mapping[str, float]]) -> str:
-    """Lays the seconds out as Markdown, with the ratio to the first row."""
+    """Lay the seconds out as Markdown, with the ratio to the first row."""
     base = sum(next(iter(seconds.values())).values())
     lines = [["Update", *PHASES, "total s", "x Flow-GRPO"], ["---", *["---:"] * (len(PHASES) + 2)]]
     for name, phases in seconds.items():
@@ -206,7 +206,7 @@ def table(seconds: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def measured(run: Callable[[Variant], dict[str, float]], named: Mapping[str, Variant]) -> dict[str, dict[str, float]]:
-    """Runs all variants in turn, `ROUNDS` times after a warm-up, and gives the median seconds of every phase."""
+    """Run all variants in turn, `ROUNDS` times after a warm-up, and return the median seconds of every phase."""
     run(next(iter(named.values())))
     rounds = [{name: run(variant) for name, variant in named.items()} for _ in range(ROUNDS)]
     return {
@@ -214,9 +214,13 @@ def measured(run: Callable[[Variant], dict[str, float]], named: Mapping[str, Var
     }
 
 
-def main(row: str = "stepwise_unguided_geneval") -> None:
-    """Measures and prints."""
-    path, environment = Path("experiments/shapes") / f"{row}.yaml", read_environment()
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.update_cost", description=str(__doc__).split("\n\n")[1])
+    parser.add_argument(
+        "row", nargs="?", default="stepwise_unguided_geneval", help="of experiments/shapes (%(default)s)"
+    )
+    path, environment = Path("experiments/shapes") / f"{parser.parse_args().row}.yaml", read_environment()
     config = load_config(TrainStage, path)
     use_threads(environment)
     pool, _ = make_prompts(load_config(PromptsStage, path))
@@ -231,4 +235,4 @@ def main(row: str = "stepwise_unguided_geneval") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main()

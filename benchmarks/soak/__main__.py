@@ -1,8 +1,8 @@
-"""The soak: a training under fire must end where an undisturbed one ends: `python -m benchmarks.soak`.
+"""Soak test: a disturbed training must end where an undisturbed one ends: `python -m benchmarks.soak`.
 
-A small training of the shapes world by two processes runs once undisturbed and once, recorded by an MLflow server and
-mirrored to an S3 server, while processes and servers are killed, stopped and frozen at random. Both have to leave the
-same behind, bit for bit, and record and mirror have to be complete. Exit status 0 says that all of this holds.
+A small training of the shapes world by two processes runs twice: undisturbed, and then, with an MLflow server and a
+mirror on an S3 server, while processes and servers are killed, stopped and frozen at random. Both must end with the
+same files, bit for bit, and record and mirror must be complete. Exit status 0 means that all of this holds.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from sfgrpo.runtime.shutdown import sigterm_as_exit
 
 CALIBRATION_UPDATES = 8
 WORK_SHARE = 0.5
-"""The share of the disturbed run that is spent on updates which last; the rest is starting again and replaying."""
+"""The share of the disturbed run spent on updates that last; the rest is restarts and replays."""
 FAULTS_PER_MINUTE = 25 / 30
 MARGIN = 1.2
-"""Planned faults for each that is demanded."""
+"""Planned faults for each demanded one."""
 
 
 def main() -> int:
-    """Runs the soak and returns the exit status."""
+    """Run the soak and return the exit status."""
     arguments = _arguments()
     folder: Path = arguments.folder.resolve()
     folder.mkdir(parents=True)
     for name in [name for name in os.environ if name.startswith(CLEAN)]:
         del os.environ[name]
-    print(f"the soak is in {folder}", flush=True)
+    print(f"soak folder: {folder}", flush=True)
     with sigterm_as_exit(), ExitStack() as ending:
         ending.callback(lambda: end_processes(lambda: processes_where(**{MARK: str(folder)}), 0.0))
         try:
             text, holds = _soak(folder, arguments.minutes, arguments.seed, ending)
         except SoakError as error:
-            text, holds = f"The soak was broken off: {error}", False
+            text, holds = f"The soak was aborted: {error}", False
     (folder / "summary.md").write_text(f"{text}\n", encoding="utf-8")
     print(f"\n{text}")
     return 0 if holds else 1
@@ -100,7 +100,7 @@ def _soak(folder: Path, minutes: float, seed: int, ending: ExitStack) -> tuple[s
 
 
 def _calibrated(folder: Path, ending: ExitStack) -> float:
-    """Measures the seconds of an update."""
+    """Measure the seconds of an update."""
     lay_out(folder / "calibration", CALIBRATION_UPDATES)
     training = ending.enter_context(Training(folder / "calibration", CALIBRATION_UPDATES))
     training.finish()

@@ -1,4 +1,4 @@
-"""What is done to the training and its servers, at random moments."""
+"""Faults of the training and its servers, injected at random moments."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S
 from sfgrpo.storage.s3 import Bucket
 
 EARLY_SHARE = 0.25
-"""The share of faults that do not wait until the training has recovered from the last one."""
+"""The share of faults injected before the training has recovered from the last one."""
 EARLY_S = (0.5, 15.0)
 FIRST_WORK_S = 5.0
-"""The least that other faults let the training work after it has recovered."""
+"""The least time that other faults leave the recovered training."""
 FROZEN_S = 10.0
 OUTAGE_S = (5.0, 30.0)
 GONE_S = 10.0
@@ -36,16 +36,16 @@ DELETED = "run killed, its state deleted"
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Fault:
-    """One thing that was done; times are those of `time.monotonic`."""
+    """One injected fault; times are those of `time.monotonic`."""
 
     kind: str
     update: int
-    """The last one before it."""
+    """The last update before it."""
     at: float
     over: float
-    """When what it ends had ended; updates from then on are those of whoever came after."""
+    """When the processes that it ends had ended; later updates are those of their successors."""
     floor: int | None = None
-    """The update after which the training has to go on, or a later one."""
+    """The earliest update after which the training may resume."""
 
 
 class Chaos:
@@ -79,7 +79,7 @@ class Chaos:
         self._timers: list[threading.Timer] = []
 
     def run(self) -> None:
-        """Goes on until the training is done, and all servers are back."""
+        """Inject faults until the training is done and all servers are back."""
         training, chance = self._training, self._chance
         while training.done_at is None:
             if self.faults and chance.random() < EARLY_SHARE:
@@ -96,7 +96,7 @@ class Chaos:
             timer.join()
 
     def stop(self) -> None:
-        """Calls off what is still to come."""
+        """Cancel the scheduled restarts."""
         for timer in self._timers:
             timer.cancel()
 
@@ -105,7 +105,7 @@ class Chaos:
         return bool(updates) and (not self.faults or updates[-1][0] > self.faults[-1].over)
 
     def _inject(self) -> None:
-        # Every kind comes up once before any comes up again, unless it is impossible at the moment.
+        # Every kind comes once before any comes again, unless it is impossible at the moment.
         self._deck = self._deck or self._chance.sample(list(self._kinds), len(self._kinds))
         # Without ranks, the launcher is still being imported.
         has_ranks = bool(self._training.ranks())
@@ -121,7 +121,7 @@ class Chaos:
         try:
             self._kinds[kind](fault)
         except (psutil.Error, IndexError):
-            print("           it was gone already, which does not count", flush=True)
+            print("           it was gone already; not counted", flush=True)
             self.faults.remove(fault)
         self._training.touched = time.monotonic()
 
@@ -139,10 +139,10 @@ class Chaos:
         self._require_gone(ranks, fault)
 
     def _tell(self, process: psutil.Process, number: signal.Signals, fault: Fault) -> None:
-        """Tells the launcher or a rank to stop, upon which the whole run has to save its state and leave."""
+        """Ask the launcher or a rank to stop; the whole run must then save its state and exit."""
         training, launch, ranks = self._training, self._training.launches[-1], self._training.ranks()
         num_rank_restarts = len(training.rank_restarts)
-        # What was done since the last time that something happened to the processes must not be lost.
+        # Updates since the last fault of a process must not be lost.
         started = [at for at, _ in training.resumed[-1:]] + [launch.started]
         started += [earlier.at for earlier in self.faults[:-1] if earlier.kind not in self._services]
         fault.floor = max((update for at, update in training.updates if at > max(started)), default=None)

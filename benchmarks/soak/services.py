@@ -1,4 +1,4 @@
-"""The servers that the training depends on: MLflow and S3, real ones, which can be killed and started again."""
+"""Real MLflow and S3 servers, which can be killed and started again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Service:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts it and waits until it answers."""
+        """Start the server and wait until it answers."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, cwd=ROOT, env=self._environment, stdout=log, stderr=log, start_new_session=True
@@ -47,7 +47,7 @@ class Service:
         self.up = True
 
     def kill(self) -> None:
-        """Ends it as a crash would."""
+        """Kill the server, as a crash would."""
         self.up = False
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -64,7 +64,7 @@ class Service:
 
 
 def mlflow_server(folder: Path) -> Service:
-    """Prepares MLflow on a SQLite database, with its artifacts in a folder."""
+    """Prepare MLflow on a SQLite database, with its artifacts in a folder."""
     folder.mkdir()
     database, port = f"sqlite:///{folder}/mlflow.db", _free_port()
     connect(database).search_experiments()
@@ -75,7 +75,7 @@ def mlflow_server(folder: Path) -> Service:
 
 
 def s3_server(folder: Path) -> tuple[Service, dict[str, str]]:
-    """Prepares the local S3 server; also gives the variables by which clients find it."""
+    """Prepare the local S3 server; also return the environment variables that its clients need."""
     if not S3_PYTHON.exists():
         raise SoakError(f"{S3_PYTHON} is missing, the Python of the local S3 server; run `make s3-server`")
     folder.mkdir()
@@ -88,7 +88,7 @@ def s3_server(folder: Path) -> tuple[Service, dict[str, str]]:
 
 
 def make_bucket() -> str:
-    """Makes the bucket on the server that the environment names, and gives the address for `SFGRPO_MIRROR`."""
+    """Create the bucket on the server that the environment names, and return the address for `SFGRPO_MIRROR`."""
     import boto3
 
     boto3.session.Session().client("s3").create_bucket(Bucket=BUCKET)

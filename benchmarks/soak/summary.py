@@ -1,4 +1,4 @@
-"""What a soak found, as Markdown."""
+"""The results of a soak as Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.soak.verdicts import Verdict
 
 
 def summary(undisturbed: Training, training: Training, faults: Sequence[Fault], found: Sequence[Verdict]) -> str:
-    """Words verdicts, costs and faults."""
+    """Format verdicts, costs and faults."""
     launches, started = training.launches, training.launches[0].started
     statuses = Counter(str(launch.status) for launch in launches)
     waits = [_first_update(training, launch.started, launch.ended) for launch in launches[1:]]
@@ -45,13 +45,13 @@ def summary(undisturbed: Training, training: Training, faults: Sequence[Fault], 
 
 
 def recovery_complaints(training: Training, faults: Sequence[Fault]) -> Iterator[str]:
-    """Lists the faults after which the training went on from too early an update."""
+    """Yield a complaint for every fault after which the training resumed too early."""
     for number, fault in enumerate(faults):
         resumed_at, update = next((each for each in training.resumed if each[0] > fault.over), (0.0, 0))
-        # A run whose state is deleted before it comes back owes nothing to an earlier fault.
+        # If the state is deleted before the run resumes, no earlier update is demanded of it.
         deleted = any(later.kind == DELETED and later.at < resumed_at for later in faults[number + 1 :])
         if fault.floor is not None and not deleted and update < fault.floor:
-            yield f"{fault.kind}: went on after update {update}, not {fault.floor}"
+            yield f"{fault.kind}: resumed after update {update}, not {fault.floor}"
 
 
 def _rows(training: Training, faults: Sequence[Fault]) -> Iterator[str]:
@@ -70,7 +70,7 @@ def _wait(training: Training, fault: Fault) -> float | None:
 
 
 def _outcome(training: Training, fault: Fault) -> str:
-    """Tells what happened between a fault and the next update."""
+    """Describe what happened between a fault and the next update."""
     until = fault.at + (_wait(training, fault) or float("inf"))
     ended = [launch.status for launch in training.launches if launch.ended and fault.at < launch.ended < until]
     if ended and ended[0] != 0:
@@ -81,7 +81,7 @@ def _outcome(training: Training, fault: Fault) -> str:
 
 
 def _first_update(training: Training, after: float, before: float | None) -> float | None:
-    """Gives the seconds from one moment to the next update, if that is before another moment."""
+    """Return the seconds from one moment to the next update; None if that is not before another moment."""
     at = next((at for at, _ in training.updates if at > after), None)
     return None if at is None or (before is not None and at > before) else at - after
 

@@ -22,14 +22,14 @@ import psutil
 from sfgrpo.errors import ExitStatus
 from sfgrpo.runtime.process import is_running
 from sfgrpo.runtime.rank import LAUNCHER
+from sfgrpo.types import TAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "SOAK_FOLDER"
 """Environment variable of every process that a soak starts."""
 STALL_S = 120.0
-"""A training without an update for so long, while nothing is done to it, has failed."""
+"""A training without an update for this long after the last fault has failed."""
 GRACE_S = 20.0
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 CLEAN = ("MLFLOW_", "SFGRPO_", "AWS_", "PET_", "TORCHELASTIC_")
 
 
@@ -38,7 +38,7 @@ class SoakError(Exception):
 
 
 def lay_out(folder: Path, num_updates: int) -> None:
-    """Makes a working folder with the shipped model, in which `python -m sfgrpo train` takes a second per update.
+    """Create a working folder with the shipped model, in which `python -m sfgrpo train` takes a second per update.
 
     The code is a copy, beside the folder: editing the repository must not disturb the soak.
     """
@@ -50,7 +50,7 @@ def lay_out(folder: Path, num_updates: int) -> None:
     (folder / "models/shapes-base").symlink_to(ROOT / "models/shapes-base")
     params = {
         "extends": "../code/params.yaml",
-        "prompts": {"num_evaluation": dict.fromkeys(TASKS, 4)},
+        "prompts": {"num_evaluation": dict.fromkeys(TAGS, 4)},
         "rollout": {"prompts_per_update": 4, "group_size": 8, "micro_batch_size": 8},
         "estimates": {"num_substeps": 1},
         "update": {"num_updates": num_updates, "micro_batch_size": 8},
@@ -68,7 +68,7 @@ def lay_out(folder: Path, num_updates: int) -> None:
 
 
 def environment_of(folder: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Makes the environment of what runs in a working folder: the copied code, one thread, nothing from outside."""
+    """Return the environment of a process in a working folder: copied code, one thread, nothing of the caller."""
     # A launcher that is killed leaves its temporary folder behind.
     temporary = folder.parent / "tmp"
     temporary.mkdir(exist_ok=True)
@@ -83,7 +83,7 @@ def environment_of(folder: Path, more: Mapping[str, str] | None = None) -> dict[
 
 
 def processes_where(**variables: str) -> list[psutil.Process]:
-    """Lists the living processes whose environment has these values."""
+    """Return the living processes whose environment has these values."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.Error, OSError):
@@ -103,20 +103,20 @@ class Launch:
 
 
 class Training:
-    """A training that is started again whenever it ends by a signal, by an error or told to stop; times are seconds."""
+    """A training that is restarted whenever a signal, an error or a request ends it; times are in seconds."""
 
     def __init__(self, folder: Path, num_updates: int, more: Mapping[str, str] | None = None) -> None:
         self.folder, self.num_updates = folder, num_updates
         self.launches: list[Launch] = []
         self.updates: list[tuple[float, int]] = []
-        """When which update was done, replayed ones again."""
+        """When each update was done; replayed updates appear again."""
         self.resumed: list[tuple[float, int]] = []
-        """When a rank went on after which update."""
+        """When a rank resumed, and after which update."""
         self.rank_restarts: list[float] = []
         self.held = threading.Lock()
-        """Whoever has it keeps the training from being started again."""
+        """Held to keep the training from being restarted."""
         self.touched = time.monotonic()
-        """When something was last done to the training, or it did something."""
+        """When the last fault was injected or the last update done."""
         self.done_at: float | None = None
         self._environment = environment_of(folder, more)
         self._log = folder.parent / f"{folder.name}.log"
@@ -128,7 +128,7 @@ class Training:
 
     @property
     def launcher(self) -> psutil.Process:
-        """The process of the last launch, which may be dead; raises `psutil.NoSuchProcess` once it was waited for."""
+        """The process of the last launch, which may be dead; raises `psutil.NoSuchProcess` once it was reaped."""
         return psutil.Process(self.launches[-1].process.pid)
 
     @property
@@ -136,15 +136,15 @@ class Training:
         return self.updates[-1][1] if self.updates else 0
 
     def ranks(self) -> list[psutil.Process]:
-        """Lists the ranks of the last launch, also when their launcher is dead."""
+        """Return the ranks of the last launch, even if their launcher is dead."""
         if not self.launches:
             return []
         launched = processes_where(**{LAUNCHER: str(self.launches[-1].process.pid), MARK: str(self.folder.parent)})
-        # They start other programs now and then.
+        # Ranks start other programs now and then, which inherit their environment.
         return [process for process in launched if "sfgrpo" in (process.info["cmdline"] or ())]
 
     def wait(self, condition: Callable[[], object], timeout_s: float = float("inf")) -> bool:
-        """Waits until the condition holds, the training is done or the time is up; tells whether the condition holds.
+        """Wait until the condition holds, the training is done or the time is up; return whether the condition holds.
 
         Raises:
             SoakError: the training failed or makes no progress.
@@ -159,7 +159,7 @@ class Training:
         return bool(held)
 
     def finish(self) -> None:
-        """Waits until the training is done."""
+        """Wait until the training is done."""
         self.wait(lambda: False)
 
     @property
@@ -177,7 +177,7 @@ class Training:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Lets the training not be started again; what runs has to be ended by its mark."""
+        """Stop restarting the training; the caller ends running processes by `MARK`."""
         with self.held:
             self._stopping = True
 

@@ -1,4 +1,4 @@
-"""Compares a training that was disturbed with one that was not, and with what the servers hold of it."""
+"""Compares a disturbed training with an undisturbed one, and with its records on the servers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sfgrpo.storage.s3 import Bucket
 from sfgrpo.tracking.mlflow_client import connect
 
 MACHINE = ("time/", "memory/")
-"""Metrics that say nothing about the training itself."""
+"""Prefixes of metrics that depend on the machine."""
 GONE_S = 10.0
 Verdict = tuple[str, str]
-"""What should be, and why it is not; empty where it is."""
+"""What must hold, and the complaint if it does not; empty if it does."""
 
 
 def verdicts(undisturbed: Path, disturbed: Path, uri: str, mirror: str, num_updates: int) -> Iterator[Verdict]:
-    """Compares everything that a training leaves behind."""
+    """Compare everything that a training leaves behind."""
     (expected_folder,), (folder,) = (list(path.glob(".scratch/train-*")) for path in (undisturbed, disturbed))
     yield "same work", _unless(folder.name == expected_folder.name, "the run keys differ")
     expected, state = _final(expected_folder), _final(folder)
@@ -51,7 +51,7 @@ def verdicts(undisturbed: Path, disturbed: Path, uri: str, mirror: str, num_upda
 
 
 def no_process_left(folder: Path) -> Verdict:
-    """Looks for processes of the soak in this folder."""
+    """Check that no process of the soak in this folder is left."""
     deadline = time.monotonic() + GONE_S
     while (left := processes_where(**{MARK: str(folder)})) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -59,7 +59,7 @@ def no_process_left(folder: Path) -> Verdict:
 
 
 def _recorded(disturbed: Path, state: TrainingState, uri: str) -> Iterator[Verdict]:
-    """Compares the record in MLflow with the final checkpoint."""
+    """Compare the record in MLflow with the final checkpoint."""
     client = connect(uri)
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     yield "MLflow: one run", _unless(len(runs) == 1, f"there are {len(runs)}")
@@ -95,7 +95,7 @@ def _recorded(disturbed: Path, state: TrainingState, uri: str) -> Iterator[Verdi
 
 
 def _mirrored(empty: Path, folder: Path, mirror: str) -> Iterator[Verdict]:
-    """Restores the run from the bucket and compares; looks for anything else there."""
+    """Restore the run from the bucket, compare it, and check that nothing else is there."""
     restored = empty / folder.name
     restored.mkdir(parents=True)
     restore_run(mirror, restored)
@@ -115,7 +115,7 @@ def _final(folder: Path) -> TrainingState:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Compares nested values; tensors bit for bit, and NaN equals itself."""
+    """Return whether nested values are equal: tensors bit for bit, and NaN equal to itself."""
     if isinstance(one, torch.Tensor):
         same = isinstance(other, torch.Tensor) and (one.dtype, one.shape) == (other.dtype, other.shape)
         return same and one.numpy().tobytes() == other.numpy().tobytes()
@@ -128,7 +128,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _same_files(one: Path, other: Path, name: str) -> bool:
-    """Compares a file, or all files below a folder, in two places."""
+    """Return whether a file, or all files below a folder, are the same in two places."""
     return _contents(one / name) == _contents(other / name) != {}
 
 

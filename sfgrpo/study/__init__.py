@@ -1,1 +1,1 @@
-"""The study: both methods over rows and seeds, measured, drawn and written up."""
+"""Trains both methods over rows and seeds, and reports how they compare."""

@@ -1,4 +1,4 @@
-"""What a study compares: rows (one parameter file each), seeds, and the questions that pairs and groups answer."""
+"""What a study compares: rows (one parameter file each), seeds, pairs of the two methods, and ablations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = EXPERIMENTS / "shapes"
 
 @section
 class Pair:
-    """Two rows that differ in the credit switch alone."""
+    """Two rows that differ in `advantage.credit` only."""
 
     title: Name
     """What both have in common."""
@@ -40,7 +40,7 @@ class Ablation:
     title: Name
     """The lever."""
     question: Name
-    """What is asked of it, in one sentence."""
+    """The question that it answers, in one sentence."""
     rows: Annotated[tuple[Name, ...], MinLen(2)]
     """The rows, the default first."""
 
@@ -58,7 +58,7 @@ class Plan:
     evaluate_every_num_updates: PositiveInt
     """Updates between two evaluations, and between two checkpoints."""
     rows: Annotated[dict[Name, Name], MinLen(1)]
-    """Parameter files in `ROWS`, without their ending, with what people call them; in the order in which they run."""
+    """Parameter files in `ROWS`, without their ending, with their labels, in the order in which they run."""
     pairs: tuple[Pair, ...]
     """Comparisons of the two methods."""
     ablations: tuple[Ablation, ...]

@@ -44,7 +44,7 @@ SAMPLES_PER_PROMPT = 4
 
 
 def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None:
-    """Trains one run and writes its results to `STUDY`; a killed one goes on from its last checkpoint."""
+    """Train one run and write its results to `STUDY`; a killed run resumes from its last checkpoint."""
     prompts_stage, config = stages_of_run(plan, row, seed)
     accelerator, reward = make_accelerator(config, environment), make_reward(config.reward)
     check_pretrained(config.policy)
@@ -120,7 +120,7 @@ def parent_run(plan: Plan, environment: Environment) -> MlflowTracker:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """Images [P * G, H, W, 3] of a few prompts, and GenEval's verdict on each, [P, G]."""
+    """Images [P * G, H, W, 3] of a few prompts, and whether each is correct by GenEval, [P, G]."""
 
     images: NDArray[np.uint8]
     correct: NDArray[np.bool_]
@@ -143,7 +143,6 @@ def _description(config: TrainStage, row: str, label: str, run_id: str | None) -
         "guidance_scale": config.sampling.guidance_scale,
         "reward": config.reward.name,
         "sampler": config.sampling.sampler,
-        "credit": config.advantage.credit,
         "num_substeps": config.estimates.num_substeps,
         "num_steps": config.sampling.num_steps,
         "num_updates": config.update.num_updates,

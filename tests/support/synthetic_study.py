@@ -34,7 +34,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def make_plan(seeds: tuple[int, ...] = SEEDS) -> Any:
-    """Gives a plan over all rows."""
+    """Return a plan over all rows."""
     pairs = (
         SimpleNamespace(
             title="CLIP reward, guidance 1",
@@ -70,7 +70,7 @@ def make_plan(seeds: tuple[int, ...] = SEEDS) -> Any:
 
 
 def write_study(folder: Path, rows: tuple[str, ...] = tuple(ROWS), seeds: tuple[int, ...] = SEEDS) -> Path:
-    """Writes the runs of some rows and seeds; a run does not depend on what else is written."""
+    """Write the runs of some rows and seeds; a run does not depend on what else is written."""
     for row in rows:
         for seed in seeds:
             write_run(folder / row / str(seed), row, seed)
@@ -78,7 +78,7 @@ def write_study(folder: Path, rows: tuple[str, ...] = tuple(ROWS), seeds: tuple[
 
 
 def write_run(path: Path, row: str, seed: int) -> None:
-    """Writes one finished run."""
+    """Write one finished run."""
     path.mkdir(parents=True)
     run = describe(row, seed)
     generator = np.random.default_rng([seed, list(ROWS).index(row)])
@@ -91,7 +91,7 @@ def write_run(path: Path, row: str, seed: int) -> None:
 
 
 def describe(row: str, seed: int) -> dict[str, Any]:
-    """Gives the `run.json` of a row."""
+    """Return the `run.json` of a row."""
     look = ROWS[row]
     stepwise = row.startswith("stepwise")
     sampler, guidance = look.get("sampler", "flow_sde"), look.get("guidance", 1.0)
@@ -122,14 +122,14 @@ def describe(row: str, seed: int) -> dict[str, Any]:
 
 
 def level(run: dict[str, Any], update: np.ndarray | float) -> Any:
-    """Gives the reward that a policy has at an update, without noise."""
+    """Return the reward that a policy has at an update, without noise."""
     speed = ROWS[run["row"]]["speed"]
     rise = RISE[run["reward"]] * (1.0 + 0.12 * (speed - 1.0))
     return BASE[run["reward"]] + rise * (1.0 - np.exp(-np.asarray(update) * speed / 45.0))
 
 
 def make_history(run: dict[str, Any], generator: Any, shared: Any) -> list[dict[str, Any]]:
-    """Gives the `history.json` of a run: prompts are easy or hard in the same updates of all rows."""
+    """Return the `history.json` of a run: prompts are easy or hard in the same updates of all rows."""
     noise = RISE[run["reward"]]
     history = []
     for update in range(1, UPDATES + 1):
@@ -147,14 +147,14 @@ def make_history(run: dict[str, Any], generator: Any, shared: Any) -> list[dict[
 
 
 def phase_seconds(run: dict[str, Any], phase: str, seconds: float) -> float:
-    """Gives what a phase costs: estimates in proportion to their substeps, none of it where credit is terminal."""
+    """Return what a phase costs: estimates in proportion to their substeps, none of it where credit is terminal."""
     if run["method"] == "flow_grpo":
         return {"estimates": 0.0, "decode": seconds / 8.0, "reward": seconds / 8.0}.get(phase, seconds)
     return seconds * (run["num_substeps"] - 1) if phase == "estimates" else seconds
 
 
 def make_evaluations(run: dict[str, Any], generator: Any) -> list[dict[str, Any]]:
-    """Gives the `evaluations.json` of a run."""
+    """Return the `evaluations.json` of a run."""
     size, evaluations = RISE[run["reward"]], []
     for update in range(0, UPDATES + 1, EVERY):
         progress = float(level(run, update) - BASE[run["reward"]]) / size
@@ -175,7 +175,7 @@ def make_evaluations(run: dict[str, Any], generator: Any) -> list[dict[str, Any]
 
 
 def make_samples(run: dict[str, Any], generator: Any) -> dict[str, Any]:
-    """Gives the `samples.npz` of a run: a disc of a colour, in the right place more often after training."""
+    """Return the `samples.npz` of a run: a disc of a colour, in the right place more often after training."""
     texts = [f"a photo of {thing}" for thing in THINGS]
     places = np.random.default_rng(5).uniform(8, 24, (len(texts) * 4, 2))
     height, width = np.mgrid[0:32, 0:32]
