@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from sfgrpo.runtime.environment import Environment
-from sfgrpo.tracking.stale_runs import sweep_runs
+from sfgrpo.runtime.files import write_json
+from sfgrpo.tracking import stale_runs
 
 
 def close_stale_runs(environment: Environment, quiet_s: float, report: Path | None = None) -> None:
     """Close the runs of processes that died on this machine; print the findings, and write them to `report`."""
-    found = sweep_runs(environment, quiet_s)
+    found = stale_runs.close_stale_runs(environment, quiet_s)
     if report is not None:
-        found.write(report)
+        write_json(report, dataclasses.asdict(found))
     for run in found.closed:
         print(f"closed {run.name}: {run.owner} is gone")
     for run in found.silent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import secrets
@@ -40,6 +41,11 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         _synchronise(partial)
         partial.replace(path)
     _synchronise(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON; readers see the old file or the complete new one."""
+    atomic_write(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ from sfgrpo.checkpoint.state import CHECKPOINTS, checkpoint_path, saved_updates
 from sfgrpo.errors import IntegrityError, SfgrpoError
 from sfgrpo.runtime.files import PARTIAL_SUFFIX
 from sfgrpo.runtime.manifest import MANIFEST, manifest_digests, verify_manifest
-from sfgrpo.storage.s3 import Bucket, sha256_of
+from sfgrpo.storage.parts import sha256_of
+from sfgrpo.storage.s3 import Bucket
 
 logger = logging.getLogger(__name__)
 

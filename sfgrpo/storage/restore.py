@@ -12,7 +12,8 @@ from sfgrpo.checkpoint.state import CHECKPOINTS, checkpoint_path, latest_checkpo
 from sfgrpo.errors import IntegrityError, MirrorError
 from sfgrpo.runtime.files import PARTIAL_SUFFIX, atomic_directory
 from sfgrpo.runtime.manifest import MANIFEST, verify_manifest
-from sfgrpo.storage.s3 import Bucket, ObjectAbsentError, sha256_of
+from sfgrpo.storage.parts import sha256_of
+from sfgrpo.storage.s3 import Bucket, ObjectAbsentError
 
 logger = logging.getLogger(__name__)
 

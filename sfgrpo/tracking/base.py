@@ -1,4 +1,4 @@
-"""What it takes to record a run, and two trackers that need no store: one for tests, one that records nothing."""
+"""Interface of run trackers, and a tracker that logs nothing."""
 
 from __future__ import annotations
 
@@ -11,110 +11,67 @@ from typing import Any, Literal, TypeAlias
 
 from sfgrpo.config.stages import flatten
 from sfgrpo.errors import Preempted
-from sfgrpo.runtime.manifest import sha256_of_file
 
 RunStatus: TypeAlias = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Tracker(abc.ABC):
-    """Records one run: what it was told, what it measured, what it made.
+    """Logs parameters, metrics and artifacts of one run.
 
-    A call returns before its record is delivered, so an outage of the store stops nobody; what the store refuses for
-    good is raised by a later call.
+    Calls return before the record is delivered, so an outage of the store blocks nothing; a record that the store
+    refuses is raised by a later call.
 
-    A run that is tracked again after a crash goes on where it stopped: a metric or an image whose step was already
-    recorded is left out. Whoever resumes a run may therefore record its whole history again, and what was lost on the
-    way is filled in.
+    A resumed run may log its whole history again: metrics and images of steps that the store already has are skipped,
+    and what a crash had lost is filled in.
     """
 
     @property
     @abc.abstractmethod
     def run_id(self) -> str | None:
-        """Names the run; None until the store has it."""
+        """The id of the run; None until the store has it."""
 
     @abc.abstractmethod
     def open(self) -> None:
-        """Waits until the store has the run and all that was recorded so far; raises `TrackingError` if it is away.
+        """Wait until every record is delivered; raise `TrackingError` if the store does not answer.
 
-        Called at the start of a run that is new, so that nothing expensive is done for a store that is not there.
+        Call this at the start of a new run, before anything expensive is computed for a store that is unreachable.
         """
 
     @abc.abstractmethod
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Records parameters; nested mappings become dotted names."""
+        """Log parameters; nested mappings become dotted names."""
 
     @abc.abstractmethod
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Records numbers at an update; the updates of a key ascend."""
+        """Log metrics at an update; the steps of a metric must ascend."""
 
     @abc.abstractmethod
     def log_image(self, path: Path, key: str, step: int) -> None:
-        """Records a PNG file as the state of `key` at an update; the file may go when the call returns."""
+        """Log a PNG file under `key` at an update; the file may be removed when the call returns."""
 
     @abc.abstractmethod
     def log_text(self, text: str, name: str) -> None:
-        """Records a text, such as a Markdown table, as the file `name`, replacing an earlier one."""
+        """Log a text, such as a Markdown table, as the file `name`, replacing an earlier one."""
 
     @abc.abstractmethod
     def log_prompts(self, path: Path, name: str, context: Literal["training", "evaluation"]) -> None:
-        """Records a prompt file as a data set that the run reads; its digest identifies it."""
+        """Log a prompt file as an input data set, identified by its digest."""
 
     @abc.abstractmethod
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Labels the run."""
+        """Set tags of the run."""
 
     @abc.abstractmethod
     def finish(self, status: RunStatus) -> None:
-        """Delivers what is left and ends the run; does nothing if nothing was recorded.
+        """Deliver the remaining records and end the run; do nothing if nothing was logged.
 
-        Raises `TrackingError` if a FINISHED run is not recorded in full; one that ended otherwise is only warned about.
+        Raises:
+            TrackingError: a FINISHED run is not recorded in full. For any other status that is only a warning.
         """
-
-
-class RecordingTracker(Tracker):
-    """Keeps everything in public lists and dicts, for tests."""
-
-    def __init__(self) -> None:
-        self.params: dict[str, str] = {}
-        self.metrics: dict[str, list[tuple[int, float]]] = {}
-        self.images: list[tuple[str, int, Path]] = []
-        self.texts: dict[str, str] = {}
-        self.prompts: list[tuple[str, str, str]] = []
-        self.tags: dict[str, str] = {}
-        self.status: RunStatus | None = None
-
-    @property
-    def run_id(self) -> str:
-        return "recorded"
-
-    def open(self) -> None:
-        pass
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        self.params |= param_texts(params)
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        for key, value in metrics.items():
-            self.metrics.setdefault(key, []).append((step, float(value)))
-
-    def log_image(self, path: Path, key: str, step: int) -> None:
-        self.images.append((key, step, path))
-
-    def log_text(self, text: str, name: str) -> None:
-        self.texts[name] = text
-
-    def log_prompts(self, path: Path, name: str, context: Literal["training", "evaluation"]) -> None:
-        self.prompts.append((name, context, sha256_of_file(path)))
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        self.tags |= tags
-
-    def finish(self, status: RunStatus) -> None:
-        self.status = status
 
 
 class SilentTracker(Tracker):
-    """Records nothing: for all processes of a distributed run but the one that records."""
+    """Logs nothing: for all processes of a distributed run but the first."""
 
     @property
     def run_id(self) -> None:
@@ -147,10 +104,10 @@ class SilentTracker(Tracker):
 
 @contextlib.contextmanager
 def ending(tracker: Tracker) -> Iterator[Tracker]:
-    """Ends the run of `tracker` with the block: FINISHED, FAILED by an error, KILLED when it was told to stop.
+    """End the run of `tracker` with the block: FINISHED, FAILED after an error, KILLED when told to stop.
 
-    MLflow itself leaves the run of a process that was told to stop as RUNNING for ever. A signal has to arrive as an
-    exception; `sigterm_as_exit` makes SIGTERM one.
+    MLflow alone would leave the run of a process that was told to stop RUNNING for ever. A signal has to arrive as an
+    exception, as SIGTERM does within `sigterm_as_exit`.
     """
     try:
         yield tracker

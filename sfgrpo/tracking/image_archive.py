@@ -1,4 +1,4 @@
-"""All images of an evaluation in one tar of PNG files, the same bytes for the same images."""
+"""Reproducible tar of all images of an evaluation, as PNG files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sfgrpo.types import Prompt
 
 
 class ImageArchive:
-    """A tar that takes images as they are drawn, so that never more than a batch of them is held."""
+    """A tar that is written batch by batch, so that no more than a batch of images is in memory."""
 
     def __init__(self, tar: tarfile.TarFile) -> None:
         self._tar = tar
@@ -24,16 +24,17 @@ class ImageArchive:
     def add(
         self, model: str, prompts: Sequence[Prompt], images_per_prompt: int, first: int, images: NDArray[np.uint8]
     ) -> None:
-        """Adds images [n, H, W, 3] of a model, of which `first` is the number: image g of prompt p is p * G + g.
+        """Append images of a model as `<model>/<position of the prompt>-<task>/<image>.png`.
 
-        They are called `<model>/<position of the prompt>-<task>/<image>.png`. Given in ascending order, and models by
-        the alphabet, they are sorted by name.
+        Args:
+            first: number of the first image; image g of prompt p has number p * G + g.
+            images: [n, H, W, 3], in ascending order of their numbers.
         """
         for number, image in enumerate(images, first):
             position, index = divmod(number, images_per_prompt)
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "PNG")
-            # ProcessIdentity, mode and time are those of TarInfo, and always the same.
+            # Owner, mode and time stay at TarInfo's constant defaults, so equal images give equal bytes.
             entry = tarfile.TarInfo(f"{model}/{position:05d}-{prompts[position].tag}/{index:03d}.png")
             entry.size = buffer.tell()
             buffer.seek(0)
@@ -42,6 +43,6 @@ class ImageArchive:
 
 @contextlib.contextmanager
 def image_archive(path: Path) -> Iterator[ImageArchive]:
-    """Makes a tar of images, which is whole when the block ends."""
+    """Create a tar of images, complete when the block ends."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         yield ImageArchive(tar)

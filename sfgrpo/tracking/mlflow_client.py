@@ -1,4 +1,4 @@
-"""Opens MLflow stores, finds what is in them, and tells their outages from their refusals."""
+"""Connections to MLflow stores, look-ups in them, and the difference between an outage and a refusal."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ import contextlib
 import logging
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sfgrpo.errors import TrackingError
+from sfgrpo.runtime.process import ProcessIdentity, this_process
+from sfgrpo.tracking.delivery import first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Makes MLflow's pages show runs and curves first, rather than traces and judges of language models."""
+KEY_TAG = "sfgrpo.key"
+"""Marks the runs of this project; its value identifies the work."""
+OWNER_HOST_TAG = "sfgrpo.owner_host"
+OWNER_PROCESS_TAG = "sfgrpo.owner_process"
+"""The process that records a run; if it dies, `close_stale_runs` finds the run by these."""
+PAGE_SIZE = 1000
+
+
 def load_mlflow() -> None:
-    """Imports MLflow, which takes seconds, without its telemetry and the least of its messages."""
-    # All have to be set before the import.
+    """Import MLflow, which takes seconds, without telemetry and with few log messages."""
+    # All must be set before the import.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -27,28 +41,41 @@ def load_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Makes MLflow's pages show runs and their curves first, and not traces and judges of language models."""
-
-
 def connect(uri: str) -> MlflowClient:
-    """Opens the tracking store at `uri`, which is also the model registry; makes a SQLite one if it is absent."""
+    """Connect to the tracking store at `uri`, which is also the model registry; create a missing SQLite one."""
     load_mlflow()
     from mlflow import MlflowClient
 
     database = sqlite_path(uri)
     if database is not None and not database.exists():
-        # With a write-ahead log the 65 tables are made in less than half the time, and a reader blocks no writer.
+        # A write-ahead log halves the time to create the 65 tables, and its readers block no writer.
         database.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(sqlite3.connect(database)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def find_or_create_experiment(client: MlflowClient, uri: str, name: str, tags: Mapping[str, str] | None = None) -> str:
-    """Returns the experiment's id; beside a SQLite store its files go to the folder `mlartifacts`.
+@contextlib.contextmanager
+def reachable(uri: str, consequence: str) -> Iterator[MlflowClient]:
+    """Connect to the store at `uri` for a block of requests; raise `TrackingError` if it does not answer them.
 
-    An experiment that is created gets `tags` together with its name, in one transaction.
+    Args:
+        consequence: end of the error message: what follows from the outage, and what to do.
+    """
+    try:
+        yield connect(uri)
+    except Exception as error:
+        if not is_outage(error):
+            raise
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI {uri} does not answer ({first_line(error)}); {consequence}"
+        ) from error
+
+
+def find_or_create_experiment(client: MlflowClient, uri: str, name: str, tags: Mapping[str, str] | None = None) -> str:
+    """Return the experiment's id; its files are kept in the folder `mlartifacts` beside a SQLite store.
+
+    A new experiment gets its name and `tags` in one transaction.
     """
     from mlflow.exceptions import MlflowException
 
@@ -60,7 +87,7 @@ def find_or_create_experiment(client: MlflowClient, uri: str, name: str, tags: M
     try:
         return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS | dict(tags or {})))
     except MlflowException as error:
-        # Another process was faster, or this one was without hearing of it.
+        # Another process was faster, or the response to an earlier request of this one was lost.
         experiment = client.get_experiment_by_name(name)
         if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
             raise
@@ -68,7 +95,7 @@ def find_or_create_experiment(client: MlflowClient, uri: str, name: str, tags: M
 
 
 def find_run(client: MlflowClient, run_id: str) -> Run | None:
-    """Looks a run up; None when the store never had it or it was deleted."""
+    """Return a run, or None if the store has none of this id or it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -80,23 +107,47 @@ def find_run(client: MlflowClient, run_id: str) -> Run | None:
     return run if run.info.lifecycle_stage == "active" else None
 
 
+def project_runs(client: MlflowClient, condition: str = "") -> Iterator[Run]:
+    """Yield the runs of this project in all experiments that meet a condition of MLflow's search syntax."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    token: str | None = None
+    while experiments:
+        page = client.search_runs(experiments, condition, max_results=PAGE_SIZE, page_token=token)
+        yield from (run for run in page if KEY_TAG in run.data.tags)
+        token = page.token
+        if not token:
+            return
+
+
+def owner_tags() -> dict[str, str]:
+    """Return tags that identify this process; none where nobody could check later whether it still runs."""
+    owner = this_process()
+    return {} if owner is None else {OWNER_HOST_TAG: owner.host, OWNER_PROCESS_TAG: owner.process}
+
+
+def owner_of(run: Run) -> ProcessIdentity | None:
+    """Return the process that recorded a run last, or None if its tags do not identify one."""
+    host, process = run.data.tags.get(OWNER_HOST_TAG), run.data.tags.get(OWNER_PROCESS_TAG)
+    return None if host is None or process is None else ProcessIdentity.from_text(host, process)
+
+
 def is_outage(error: Exception) -> bool:
-    """Tells whether another try may succeed, as against a request that MLflow refuses or a mistake of ours."""
+    """Return whether a retry may succeed: the error is neither a refusal by MLflow nor a bug here."""
     import requests
     from mlflow.exceptions import MlflowException
 
     status: int | None = None
     if isinstance(error, MlflowException):
-        status = error.get_http_status_code()  # type: ignore[no-untyped-call]
+        status = error.get_http_status_code()  # type: ignore[no-untyped-call]  # not annotated in MLflow
     elif isinstance(error, requests.HTTPError) and error.response is not None:
         status = error.response.status_code
     if status is not None:
         return status in (408, 429) or status >= 500
-    # Databases and object stores have errors of their own, with no root but `Exception`.
-    mistakes = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
-    return isinstance(error, OSError) or not isinstance(error, mistakes)
+    # Errors of databases and object stores have no common base class but `Exception`.
+    bugs = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+    return isinstance(error, OSError) or not isinstance(error, bugs)
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """Returns the file of a SQLite store, and None for any other store."""
+    """Return the file of a SQLite store, or None for any other store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None

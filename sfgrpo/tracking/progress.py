@@ -1,4 +1,4 @@
-"""The one line that a training run shows for each update: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a training, one line an update: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "policy/clip_fraction": ("clip", ".2f"),
     "optim/grad_norm": ("grad", ".2f"),
 }
-"""Metrics that are shown when they are there, with label and format."""
+"""Metrics that are shown if present, with label and format."""
 
 
 def progress_line(update: int, num_updates: int, metrics: Mapping[str, float]) -> str:
-    """Words an update, counted from 1: `update 12/60  reward 0.412  clip 0.12`."""
+    """Return the line of an update, counted from 1: `update 12/60  reward 0.412  clip 0.12`."""
     shown = [f"{label} {metrics[key]:{form}}" for key, (label, form) in COLUMNS.items() if key in metrics]
     return "  ".join((f"update {update}/{num_updates}", *shown))
 
 
 class Progress:
-    """Shows the updates of a run; a context, because a bar has to be closed.
+    """Shows the updates of a run; a context manager, because a bar must be closed.
 
-    `first_update` counts those done before a resume: they cost this process no time. Only a terminal gets a bar. Of
-    many processes one has its updates `shown`.
+    Args:
+        first_update: updates done before a resume, which took this process no time.
+        shown: False in all processes of a distributed run but the first.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Progress:
             self._bar.stop()
 
     def show(self, update_index: int, metrics: Mapping[str, float]) -> None:
-        """Shows that the update of this index is done."""
+        """Show that the update of this index is done."""
         done = update_index + 1
         seconds_per_update = (self._clock() - self._started) / (done - self._first_update)
         images_per_s = self._images_per_update / max(seconds_per_update, 1e-9)

@@ -1,4 +1,4 @@
-"""Says which code and which data something was made from."""
+"""Tags that identify the code and data of a run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ COMMIT_TAG = "run_commit"
 
 
 def provenance_tags(root: Path, prompts: Path) -> dict[str, str]:
-    """Names what a run was made from: commit, whether tracked files differ from it, prompt file, `dvc.lock`.
+    """Return the commit, whether tracked files differ from it, and the digests of the prompt file and `dvc.lock`.
 
-    `dvc.lock` does not count as a difference, since the pipeline itself rewrites it; it has a digest of its own.
+    A changed `dvc.lock` is no difference, because the pipeline itself rewrites it.
     """
     commit = _git(root, "rev-parse", "HEAD")
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
@@ -29,10 +29,7 @@ def provenance_tags(root: Path, prompts: Path) -> dict[str, str]:
 
 
 def flow_tags(environment: Environment, root: Path) -> dict[str, str]:
-    """Names the Prefect flow run on whose behalf this process works, and the branch that keeps what it leaves in git.
-
-    Each only where there is one.
-    """
+    """Return the Prefect flow run that started this process and the git branch for its results, where there are any."""
     commit = None if environment.branch is None else _git(root, "rev-parse", "--verify", "--quiet", environment.branch)
     named = {
         "prefect.flow_run_id": environment.flow_run_id,

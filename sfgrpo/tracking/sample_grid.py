@@ -1,4 +1,4 @@
-"""Pictures of what a policy draws: labelled grids as PNG."""
+"""Labelled grid of sample images."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def sample_grid(
     correct: Mapping[str, NDArray[np.bool_]],
     rows: Sequence[int],
 ) -> Image.Image:
-    """Lays out one row per prompt and one block of columns per model; a correct image has a green frame.
+    """Draw one row per prompt and one block of columns per model; a correct image has a green frame.
 
     Args:
-        images: of each model and the prompts in `rows`, [len(rows) * G, H, W, 3], those of a prompt side by side.
-        correct: verdicts of each model, [P, G].
+        images: for each model, those of the prompts in `rows`, [len(rows) * G, H, W, 3], grouped by prompt.
+        correct: for each model, whether an image shows its prompt, [P, G].
         rows: positions of the prompts to show.
     """
     per_prompt = next(iter(correct.values())).shape[1]

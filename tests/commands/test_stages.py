@@ -21,10 +21,10 @@ from sfgrpo.paths import run_lock
 from sfgrpo.prompts import read_prompts
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.manifest import verify_manifest
-from sfgrpo.tracking.base import RecordingTracker
 from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.training import run as training_run
 from sfgrpo.types import TAGS, Prompt
+from tests.support.recording import RecordingTracker
 from tests.support.tiny_run import (
     RECORD,
     ROOT,

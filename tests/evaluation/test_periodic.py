@@ -33,10 +33,10 @@ from sfgrpo.evaluation.store import claimed_evaluation, read_metrics
 from sfgrpo.policies.base import use_adapter
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.shutdown import GracefulShutdown
-from sfgrpo.tracking.base import RecordingTracker
 from sfgrpo.training.trainer import Trainer
 from tests.support.comparing import assert_same
 from tests.support.paths import ROOT
+from tests.support.recording import RecordingTracker
 from tests.support.tiny import Light, disturb, make_tiny_policy
 from tests.support.tiny_run import build_tiny_project, inside
 from tests.support.trainings import EVALUATION, Stopping, adapter_of, make_evaluator, small_config, timeless, trainer_in

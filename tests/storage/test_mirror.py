@@ -24,6 +24,7 @@ from sfgrpo.runtime.manifest import verify_manifest, write_manifest
 from sfgrpo.runtime.redaction import without_secrets
 from sfgrpo.storage import mirror, s3
 from sfgrpo.storage.mirror import Mirror
+from sfgrpo.storage.parts import PART_SIZE
 from sfgrpo.storage.restore import require_run, restore_run, run_names
 from sfgrpo.storage.s3 import Bucket
 from tests.support.faulty_proxy import FaultyProxy
@@ -31,7 +32,7 @@ from tests.support.published import publish
 from tests.support.s3 import BUCKET, PROGRAM, PYTHON, S3Server
 
 WAIT_S = 60.0
-BIG = s3.PART_SIZE + 1
+BIG = PART_SIZE + 1
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_bare_machine_gets_the_folder_bit_for_bit(uri, folder, tmp_path):
 
 
 def test_file_of_many_parts_comes_back_bit_for_bit(uri, folder, tmp_path):
-    path = save(folder, 10, size=2 * s3.PART_SIZE + 12345)
+    path = save(folder, 10, size=2 * PART_SIZE + 12345)
     sent(uri, folder)
     assert restore_run(uri, tmp_path / "bare" / "run")
     assert content(tmp_path / "bare" / "run" / "checkpoints" / path.name) == content(path)
@@ -391,7 +392,7 @@ def test_request_returns_at_once(uri, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["status", "cut_request"])
-def test_outage_is_told_once_and_its_end_too(s3_server, uri, folder, proxy, monkeypatch, caplog, mode):
+def test_outage_and_its_end_are_logged_once_each(s3_server, uri, folder, proxy, monkeypatch, caplog, mode):
     monkeypatch.setattr(mirror, "FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(mirror, "LONGEST_PAUSE_S", 0.1)
     save(folder, 1)
@@ -424,7 +425,7 @@ def test_upload_that_arrives_changed_is_seen(uri, folder, monkeypatch):
     monkeypatch.setattr(
         target._client, "put_object", lambda **which: transfer(**which | {"Body": flipped(which["Body"])})
     )
-    with pytest.raises(MirrorError, match="file does not hold what was sent"):
+    with pytest.raises(MirrorError, match="file is not what was sent"):
         target.put("file", io.BytesIO(b"content"))
 
 
@@ -434,7 +435,7 @@ def test_part_that_arrives_changed_is_seen(uri, monkeypatch):
     monkeypatch.setattr(
         target._client, "upload_part", lambda **which: transfer(**which | {"Body": flipped(which["Body"])})
     )
-    with pytest.raises(MirrorError, match="file does not hold what was sent"):
+    with pytest.raises(MirrorError, match="file is not what was sent"):
         target.put("file", io.BytesIO(bytes(BIG)))
 
 
@@ -449,7 +450,7 @@ def test_upload_under_an_etag_that_is_no_md5_is_read_back(uri, proxy, monkeypatc
     assert ("GET" in {method for method, _ in proxy.requests}) == (size > 0)
 
 
-@pytest.mark.parametrize("size", [0, 1, s3.PART_SIZE - 1, s3.PART_SIZE, s3.PART_SIZE + 1])
+@pytest.mark.parametrize("size", [0, 1, PART_SIZE - 1, PART_SIZE, PART_SIZE + 1])
 def test_etag_of_the_server_is_proof_enough(uri, proxy, size):
     file, came = io.BytesIO(os.urandom(size)), io.BytesIO()
     target = Bucket(uri)
@@ -473,7 +474,7 @@ def test_file_that_changes_while_it_is_uploaded_is_an_error(uri):
             return super().read(*arguments)
 
     was_read: list[bool] = []
-    with pytest.raises(MirrorError, match=r"file was changed while it was uploaded; upload it again$"):
+    with pytest.raises(MirrorError, match=r"file changed during its upload; upload it again$"):
         Bucket(uri).put("file", Changing(b"before"))
 
 
@@ -526,7 +527,7 @@ def test_missing_bucket_is_a_clear_error(uri, folder):
 
 @pytest.mark.parametrize("wrong", ["runs", "s3://", "s3://key:secret@runs/prefix", "https://runs/prefix", "s3:/runs"])
 def test_address_of_no_bucket_is_refused(tmp_path, wrong):
-    with pytest.raises(ConfigError, match="is no address of a bucket; give one like s3://bucket/prefix") as caught:
+    with pytest.raises(ConfigError, match="is not the address of a bucket; use one like s3://bucket/prefix") as caught:
         Mirror(wrong, tmp_path)
     assert "secret" not in str(caught.value)
 

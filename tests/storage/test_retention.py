@@ -15,8 +15,7 @@ from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.storage.retention import remove_finished
 from sfgrpo.storage.s3 import Bucket
-from sfgrpo.tracking.mlflow_client import connect
-from sfgrpo.tracking.mlflow_tracker import KEY_TAG
+from sfgrpo.tracking.mlflow_client import KEY_TAG, connect
 from tests.support.s3 import BUCKET, S3Server
 
 # Not ours to mend: SQLAlchemy's and MLflow's own deprecations.
@@ -121,7 +120,7 @@ def test_branches_of_versions_with_an_alias_are_in_use(uri, tmp_path):
     assert remove_finished(environment(uri, tmp_path), days=14, rehearsal=True).branches == ["runs/second"]
 
 
-def test_command_tells_and_writes_what_it_removed(uri, tmp_path, monkeypatch, capsys):
+def test_command_prints_and_writes_what_it_removed(uri, tmp_path, monkeypatch, capsys):
     make_states(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("SFGRPO_SCRATCH", str(tmp_path))

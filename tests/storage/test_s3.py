@@ -17,13 +17,14 @@ from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.storage import s3
 from sfgrpo.storage.mirror import Mirror
+from sfgrpo.storage.parts import PART_SIZE
 from sfgrpo.storage.restore import restore_run
 from sfgrpo.storage.s3 import Bucket
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.s3 import BUCKET, S3Server
 
 PARTS = 3
-CONTENT = os.urandom(PARTS * s3.PART_SIZE + 12345)
+CONTENT = os.urandom(PARTS * PART_SIZE + 12345)
 SMALL = CONTENT[:5000]
 KEY = "arn:aws:kms:us-east-1:123456789012:key/11111111-2222-3333-4444-555555555555"
 
@@ -185,7 +186,7 @@ def test_object_that_is_replaced_during_its_download_is_not_mixed(uri, monkeypat
         return read(**which)
 
     monkeypatch.setattr(target._client, "get_object", replaced)
-    with pytest.raises(s3.ObjectAbsentError, match="or has another one there"):
+    with pytest.raises(s3.ObjectAbsentError, match="was removed or replaced meanwhile"):
         target.fetch("file", io.BytesIO())
 
 

@@ -12,7 +12,7 @@ import pytest
 from sfgrpo.cli import main
 from sfgrpo.rewards import REWARDS
 from sfgrpo.tracking.mlflow_client import connect
-from sfgrpo.tracking.mlflow_tracker import PARENT_TAG
+from sfgrpo.tracking.mlflow_run import PARENT_TAG
 from tests.support.tiny import Light
 from tests.support.tiny_run import build_tiny_project
 

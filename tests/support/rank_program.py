@@ -19,8 +19,9 @@ from sfgrpo.evaluation.periodic import EvaluationPaths
 from sfgrpo.grpo.advantages import Advantages
 from sfgrpo.grpo.distributed import agree
 from sfgrpo.runtime.shutdown import GracefulShutdown
-from sfgrpo.tracking.base import RecordingTracker, SilentTracker
+from sfgrpo.tracking.base import SilentTracker
 from sfgrpo.training.trainer import Trainer, TrainerInputs
+from tests.support.recording import RecordingTracker
 from tests.support.tiny import Light, make_tiny_policy
 from tests.support.trainings import EVALUATION, GROUP_SIZE, TRAINING, Half, make_evaluator, small_config
 

@@ -23,9 +23,9 @@ from sfgrpo.cli import main
 from sfgrpo.rewards import REWARDS, Reward
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.tracking import mlflow_tracker
-from sfgrpo.tracking.base import RecordingTracker
 from sfgrpo.types import TAGS, Prompt
 from tests.support.paths import ROOT
+from tests.support.recording import RecordingTracker
 from tests.support.tiny import LORA_TARGETS, Light, build_tiny_pipeline
 
 RECORD = Path(__file__).parents[1] / "data" / "tiny_training.json"

@@ -21,9 +21,10 @@ from sfgrpo.rewards.base import Reward
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.shapes.prompt_sets import all_prompts
-from sfgrpo.tracking.base import RecordingTracker, Tracker
+from sfgrpo.tracking.base import Tracker
 from sfgrpo.training.trainer import Trainer, TrainerInputs
 from tests.support.paths import ROOT
+from tests.support.recording import RecordingTracker
 from tests.support.tiny import LORA_TARGETS, Light, build_tiny_pipeline, make_tiny_policy, tiny_prompts
 
 NUM_UPDATES, NUM_STEPS, GROUP_SIZE, NUM_IMAGES = 5, 3, 3, 6

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from sfgrpo.errors import Preempted
-from sfgrpo.tracking.base import RecordingTracker, SilentTracker, ending, param_texts
+from sfgrpo.tracking.base import SilentTracker, ending, param_texts
 from sfgrpo.tracking.provenance import provenance_tags
+from tests.support.recording import RecordingTracker
 
 
 @pytest.mark.parametrize(

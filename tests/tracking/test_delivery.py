@@ -35,7 +35,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "FIRST_DELAY_S", 0.001)
 
 
-def make_outbox() -> DeliveryQueue:
+def make_queue() -> DeliveryQueue:
     return DeliveryQueue("the store", lambda error: isinstance(error, OSError))
 
 
@@ -43,81 +43,81 @@ def soon() -> float:
     return time.monotonic() + 5
 
 
-def fill(box: DeliveryQueue, receiver: Receiver, numbers: range) -> None:
+def fill(queue: DeliveryQueue, receiver: Receiver, numbers: range) -> None:
     for number in numbers:
-        box.put(partial(receiver.take, number))
+        queue.put(partial(receiver.take, number))
 
 
 def test_everything_is_sent_in_order():
-    box, receiver = make_outbox(), Receiver()
-    fill(box, receiver, range(100))
-    assert box.drained(soon())
+    queue, receiver = make_queue(), Receiver()
+    fill(queue, receiver, range(100))
+    assert queue.wait_until_empty(soon())
     assert receiver.taken == list(range(100))
 
 
 def test_outage_delays_but_neither_loses_nor_reorders():
-    box, receiver = make_outbox(), Receiver(tries_away=5)
-    fill(box, receiver, range(10))
-    assert box.drained(soon())
+    queue, receiver = make_queue(), Receiver(tries_away=5)
+    fill(queue, receiver, range(10))
+    assert queue.wait_until_empty(soon())
     assert receiver.taken == list(range(10))
-    assert box.outage is None
+    assert queue.outage is None
 
 
-def test_outage_is_told_once_and_so_is_its_end(caplog):
+def test_outage_and_its_end_are_logged_once_each(caplog):
     caplog.set_level(logging.INFO)
-    box = make_outbox()
+    queue = make_queue()
     for _ in range(2):
-        fill(box, Receiver(tries_away=4), range(3))
-        assert box.drained(soon())
-    told = [record.message for record in caplog.records]
-    assert told[0] == "the store takes no records (nobody there); they wait until it does"
-    assert [message.split(" (")[0].split(";")[0] for message in told] == [
-        "the store takes no records",
+        fill(queue, Receiver(tries_away=4), range(3))
+        assert queue.wait_until_empty(soon())
+    logged = [record.message for record in caplog.records]
+    assert logged[0] == "the store does not answer (nobody there); records are kept until it does"
+    assert [message.split(" (")[0].split(";")[0] for message in logged] == [
+        "the store does not answer",
         "the store is back",
     ] * 2
 
 
 def test_putting_does_not_wait_for_the_receiver():
-    box, release = make_outbox(), threading.Event()
-    box.put(release.wait)
+    queue, release = make_queue(), threading.Event()
+    queue.put(release.wait)
     started = time.monotonic()
-    fill(box, Receiver(), range(1000))
+    fill(queue, Receiver(), range(1000))
     assert time.monotonic() - started < 0.5
-    assert not box.drained(time.monotonic() + 0.01)
+    assert not queue.wait_until_empty(time.monotonic() + 0.01)
     release.set()
-    assert box.drained(soon())
+    assert queue.wait_until_empty(soon())
 
 
 def test_refusal_stops_the_queue_and_waits_to_be_taken():
-    box, receiver, release = make_outbox(), Receiver(refused=3), threading.Event()
-    box.put(release.wait)
-    fill(box, receiver, range(6))
+    queue, receiver, release = make_queue(), Receiver(refused=3), threading.Event()
+    queue.put(release.wait)
+    fill(queue, receiver, range(6))
     release.set()
-    assert box.drained(soon())
+    assert queue.wait_until_empty(soon())
     assert receiver.taken == [0, 1, 2]
-    assert str(box.take_refusal()) == "3 is no number"
-    assert box.take_refusal() is None
+    assert str(queue.take_refusal()) == "3 is no number"
+    assert queue.take_refusal() is None
 
 
-def test_queue_goes_on_when_its_refusal_was_taken():
-    box, receiver = make_outbox(), Receiver(refused=0)
-    fill(box, receiver, range(1))
-    assert box.drained(soon()) and box.take_refusal()
-    fill(box, receiver, range(1, 3))
-    assert box.drained(soon())
+def test_queue_continues_when_its_refusal_was_taken():
+    queue, receiver = make_queue(), Receiver(refused=0)
+    fill(queue, receiver, range(1))
+    assert queue.wait_until_empty(soon()) and queue.take_refusal()
+    fill(queue, receiver, range(1, 3))
+    assert queue.wait_until_empty(soon())
     assert receiver.taken == [1, 2]
 
 
-def test_discarded_records_are_not_sent():
-    box, receiver, release = make_outbox(), Receiver(), threading.Event()
-    box.put(release.wait)
-    fill(box, receiver, range(3))
-    box.discard()
-    fill(box, receiver, range(7, 8))
+def test_cleared_requests_are_not_sent():
+    queue, receiver, release = make_queue(), Receiver(), threading.Event()
+    queue.put(release.wait)
+    fill(queue, receiver, range(3))
+    queue.clear()
+    fill(queue, receiver, range(7, 8))
     release.set()
-    assert box.drained(soon())
+    assert queue.wait_until_empty(soon())
     assert receiver.taken == [7]
 
 
-def test_error_without_a_message_is_worded_by_its_kind():
+def test_error_without_a_message_is_described_by_its_type():
     assert first_line(TimeoutError()) == "TimeoutError"

@@ -22,6 +22,7 @@ from sfgrpo.errors import TrackingError
 from sfgrpo.tracking import mlflow_tracker
 from sfgrpo.tracking.base import ending
 from sfgrpo.tracking.mlflow_client import connect, find_run, is_outage
+from sfgrpo.tracking.mlflow_run import MlflowRun
 from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 from sfgrpo.tracking.provenance import provenance_tags
 from tests.support.paths import ROOT
@@ -374,7 +375,7 @@ def test_refused_record_is_raised_by_the_next_call(uri):
     run.log_params({"seed": 1})
     run.log_params({"seed": 2})
     run.log_metrics({"later": 1.0}, 1)
-    with pytest.raises(TrackingError, match=r"refuses to record the run \(.*seed.*; mend that, then start the run"):
+    with pytest.raises(TrackingError, match=r"refuses to record the run \(.*seed.*; fix that and start the run"):
         run.open()
     run.finish("FAILED")
     assert connect(uri).get_run(run.run_id).info.status == "FAILED"
@@ -404,8 +405,8 @@ def test_new_run_without_a_server_says_what_to_do(monkeypatch):
 
 
 def test_opening_bears_with_a_backlog_that_gets_shorter(uri, impatient, monkeypatch):
-    send = MlflowTracker._send_tags
-    monkeypatch.setattr(MlflowTracker, "_send_tags", lambda run, tags: (time.sleep(0.15), send(run, tags)))
+    send = MlflowRun.set_tags
+    monkeypatch.setattr(MlflowRun, "set_tags", lambda run, tags: (time.sleep(0.15), send(run, tags)))
     run = tracker(uri)
     for _ in range(10):
         run.set_tags({"a": "b"})
@@ -416,7 +417,7 @@ def test_opening_bears_with_a_backlog_that_gets_shorter(uri, impatient, monkeypa
 def test_run_that_cannot_be_recorded_ends_with_a_warning_or_does_not_finish(impatient, caplog):
     run = tracker(f"http://127.0.0.1:{free_port()}")
     run.log_metrics({"x": 1.0}, 1)
-    wait_until(lambda: "takes no records" in caplog.text)
+    wait_until(lambda: "does not answer" in caplog.text)
     for status in ("FAILED", "KILLED"):
         run.finish(status)
         assert "did not take" in caplog.messages[-1]
@@ -425,7 +426,7 @@ def test_run_that_cannot_be_recorded_ends_with_a_warning_or_does_not_finish(impa
     ):
         run.finish("FINISHED")
     assert run.run_id is None
-    assert len([message for message in caplog.messages if "takes no records" in message]) == 1
+    assert len([message for message in caplog.messages if "does not answer" in message]) == 1
 
 
 def test_process_that_leaves_records_behind_exits_all_the_same():
@@ -551,7 +552,7 @@ def test_server_that_is_killed_and_started_again_misses_nothing(server, picture,
     log(40, 60)
     resumed = tracker(server.uri, key="resumed during the outage")
     resumed.log_metrics({"x": 0.0}, 0)
-    wait_until(lambda: "takes no records" in caplog.text)
+    wait_until(lambda: "does not answer" in caplog.text)
     assert resumed.run_id is None
     server.start()
     log(60, 70)
@@ -564,5 +565,5 @@ def test_server_that_is_killed_and_started_again_misses_nothing(server, picture,
     assert len(images(server.uri, run.run_id)) == 2 * 7
     assert history(server.uri, resumed.run_id, "x") == [(0, 0.0)]
     assert connect(server.uri).get_run(run.run_id).info.status == "FINISHED"
-    for told in ("takes no records", "is back"):
+    for told in ("does not answer", "is back"):
         assert len([message for message in caplog.messages if told in message]) == 2, "one for each tracker"

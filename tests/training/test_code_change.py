@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sfgrpo.cli import main
-from sfgrpo.tracking.base import RecordingTracker
 from sfgrpo.training import fingerprint
+from tests.support.recording import RecordingTracker
 from tests.support.tiny_run import RECORD, build_tiny_project, failing, inside, numbers_of
 
 # Not ours to mend: deprecations of diffusers and of what it imports.

@@ -26,11 +26,11 @@ from sfgrpo.evaluation.evaluate import draw_images, protocol_of
 from sfgrpo.policies.base import Policy
 from sfgrpo.rewards.base import Reward
 from sfgrpo.runtime.shutdown import GracefulShutdown
-from sfgrpo.tracking.base import RecordingTracker
 from sfgrpo.training.trainer import Trainer
 from sfgrpo.types import Prompt
 from tests.support.comparing import assert_same
 from tests.support.paths import ROOT
+from tests.support.recording import RecordingTracker
 from tests.support.tiny import Light, counted_passes, make_tiny_policy
 from tests.support.trainings import (
     EVALUATION,
