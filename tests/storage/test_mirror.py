@@ -211,7 +211,7 @@ def processes_with(argument: str) -> list[int]:
     ("arguments", "message"),
     [
         (["--access-key", "nocolon"], "the access key 'nocolon' is not of the form account:name"),
-        (["--access-key", "a:b"], "the secret key is not of at least 8 letters, digits and"),
+        (["--access-key", "a:b"], "the secret key must have at least 8 letters, digits and"),
     ],
 )
 def test_server_refuses_keys_that_it_cannot_have(tmp_path, arguments, message):
