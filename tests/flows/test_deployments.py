@@ -231,7 +231,7 @@ def ended(client: SyncPrefectClient, platform: Platform, run_id: UUID) -> FlowRu
 
 @contextlib.contextmanager
 def held(platform: Platform) -> Iterator[None]:
-    """Keeps trainings from ending within the block."""
+    """Keep trainings from ending within the block."""
     hold = platform.project / "hold"
     hold.touch()
     try:
@@ -241,7 +241,7 @@ def held(platform: Platform) -> Iterator[None]:
 
 
 def flow_processes(run_id: UUID) -> list[psutil.Process]:
-    """Lists the processes of the flow itself, by the variable that the worker gives it; not those of its stages."""
+    """List the processes of the flow itself, by the variable that the worker gives it; not those of its stages."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -320,7 +320,7 @@ def test_a_deployment_under_an_earlier_name_is_removed(platform, client):
 
 
 def everything(client: SyncPrefectClient) -> dict[str, Any]:
-    """Lists what a deployment is to leave as it is."""
+    """List everything that deploying again must not change."""
     deployments = {
         f"{client.read_flow(found.flow_id).name}/{found.name}": {
             "id": found.id,
@@ -415,7 +415,7 @@ def calls_so_far(platform: Platform) -> list[str]:
 
 
 def artifact(client: SyncPrefectClient, run_id: UUID) -> str:
-    """Gives the only page that a run made."""
+    """Return the only Markdown artifact of a run."""
     (found,) = client.read_artifacts(
         artifact_filter=ArtifactFilter(
             flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]), type=ArtifactFilterType(any_=["markdown"])

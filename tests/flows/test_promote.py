@@ -37,7 +37,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def answering(answer: dict[str, Any], waited: list[str]) -> threading.Thread:
-    """Answers the next run that waits for a person."""
+    """Answer the next run that waits for a person."""
 
     def answer_it() -> None:
         paused = FlowRunFilter.model_validate({"state": {"type": {"any_": ["PAUSED"]}}})

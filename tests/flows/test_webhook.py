@@ -43,7 +43,7 @@ def hmac_by_hand(key: bytes, message: bytes) -> bytes:
 
 
 def headers(body: bytes, *, secret: str = SECRET, delivery: str = "d-1", age_s: float = 0.0) -> dict[str, str]:
-    """Gives what MLflow sends with a message."""
+    """Return what MLflow sends with a message."""
     timestamp = str(int(time.time() - age_s))
     signature = hmac_by_hand(secret.encode(), f"{delivery}.{timestamp}.".encode() + body)
     return {

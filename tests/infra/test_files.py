@@ -84,7 +84,7 @@ def load(path: Path) -> list[Any]:
 
 
 def run_tool(name: str, *arguments: str | Path) -> str:
-    """Runs one of the tools; returns nothing if it found nothing."""
+    """Run one of the tools; return nothing if it found nothing."""
     program = TOOLS / name
     if not program.exists():
         pytest.fail(f"{program} is missing; run `make infra-tools`")
@@ -256,7 +256,7 @@ def base_files(path: Path) -> str:
 
 
 def trainer_files(path: Path) -> str:
-    """Checks Kubeflow's objects, and the Jobs inside by the rules for Jobs."""
+    """Check Kubeflow's objects, and the Jobs inside by the rules for Jobs."""
     documents = load(path)
     folder = path.parent
     for document in documents:

@@ -77,7 +77,7 @@ class Terraform:
         }
 
     def __call__(self, *arguments: str, status: int = 0) -> str:
-        """Runs a command; fails with what it printed unless it ends with `status`."""
+        """Run a command; fail with what it printed unless it ends with `status`."""
         command = ["terraform", *arguments]
         done = subprocess.run(
             command,
@@ -97,7 +97,7 @@ class Terraform:
 
 
 def plugin_folder() -> Path:
-    """Gives the folder of plugins; tests contact nobody but this machine, so it has to be there."""
+    """Return the folder of plugins; tests contact nobody but this machine, so it has to be there."""
     if given := os.environ.get("TF_PLUGIN_DIR"):
         assert Path(given, PROVIDER).is_dir(), f"TF_PLUGIN_DIR is {given}, which has no {PROVIDER}"
         return Path(given)
@@ -132,7 +132,7 @@ class Cloud:
         return boto3.session.Session().client(service, endpoint_url=self.url, region_name=REGION, **keys)
 
     def network(self) -> dict[str, Any]:
-        """Makes what the database takes for granted."""
+        """Make what the database takes for granted."""
         ec2 = self.client("ec2")
         subnets = ec2.describe_subnets()["Subnets"]
         vpc = subnets[0]["VpcId"]
@@ -267,7 +267,7 @@ def test_outputs_are_what_the_programs_are_given(cloud: Cloud) -> None:
 
 @contextlib.contextmanager
 def without_tls(cloud: Cloud) -> Iterator[None]:
-    """Takes away the bucket policy, which demands TLS; the mock speaks none."""
+    """Take away the bucket policy, which demands TLS; the mock speaks none."""
     s3 = cloud.client("s3")
     policy = s3.get_bucket_policy(Bucket=BUCKET)["Policy"]
     s3.delete_bucket_policy(Bucket=BUCKET)
@@ -279,7 +279,7 @@ def without_tls(cloud: Cloud) -> Iterator[None]:
 
 @contextlib.contextmanager
 def rights_enforced() -> Iterator[None]:
-    """Lets the mock refuse what policies do not grant, also to the administrator."""
+    """Let the mock refuse what policies do not grant, also to the administrator."""
     from moto import settings
 
     off, settings.INITIAL_NO_AUTH_ACTION_COUNT = settings.INITIAL_NO_AUTH_ACTION_COUNT, 0
@@ -358,7 +358,7 @@ def test_the_mirror_says_so_where_the_role_does_not_do(
 
 
 def use(monkeypatch: pytest.MonkeyPatch, cloud: Cloud, role: str) -> None:
-    """Puts the address of the mock and the credentials of the role where every S3 client looks."""
+    """Put the address of the mock and the credentials of the role where every S3 client looks."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", cloud.url)
     monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
     for name, value in cloud.credentials(role).items():

@@ -83,7 +83,7 @@ def guarded() -> Iterator[Stack]:
 
 
 def run_script(script: str, *arguments: str | Path, environment: Mapping[str, str]) -> str:
-    """Runs Python code as a user of the stack does; returns the last line that it prints."""
+    """Run Python code as a user of the stack does; return the last line that it prints."""
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     done = subprocess.run(command, env=dict(environment), capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -104,7 +104,7 @@ def s3_of(stack: Stack) -> Any:
 
 
 def status_of(url: str, question: bytes | None = None) -> int:
-    """Asks without credentials; returns the HTTP status."""
+    """Ask without credentials; return the HTTP status."""
     request = urllib.request.Request(url, data=question, headers={"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:

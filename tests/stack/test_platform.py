@@ -106,7 +106,7 @@ def line(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Line:
 
 
 def build_blind_model(pretrained: Path, folder: Path) -> Path:
-    """Copies a base model without its eyes for the prompt, so that any policy with eyes is better beyond doubt."""
+    """Copy a base model without its eyes for the prompt, so that any policy with eyes is better beyond doubt."""
     shutil.copytree(pretrained, folder)
     weights = folder / "transformer/diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
@@ -124,12 +124,12 @@ def undisturbed(platform: Platform, line: Line) -> Outcome:
 
 
 def disturbed(platform: Platform, keep: int) -> UUID:
-    """Schedules a training that starts from nothing and ends as the undisturbed one does."""
+    """Schedule a training that starts from nothing and ends as the undisturbed one does."""
     return platform.schedule({"changes": {"checkpoint.keep": keep}, "promote": False})
 
 
 def check_nothing_lost(platform: Platform, run_id: UUID, undisturbed: Outcome) -> Outcome:
-    """Checks that a disturbed training is what the undisturbed one is, and that nothing of it goes on."""
+    """Check that a disturbed training is what the undisturbed one is, and that nothing of it goes on."""
     outcome = platform.outcome(run_id)
     assert outcome.adapter_sha256 == undisturbed.adapter_sha256
     assert outcome.version != undisturbed.version
@@ -322,7 +322,7 @@ def test_no_secret_is_anywhere_but_where_it_belongs(platform: Platform, undistur
 
 
 def dumped(stack: Stack, database: str, password: str) -> str:
-    """Reads a whole database of the stack as text."""
+    """Read a whole database of the stack as text."""
     program = binaries(stack.folder.data("postgres") / "cluster") / "pg_dump"
     address = ["--host", "127.0.0.1", "--port", stack.variables["STACK_POSTGRES_PORT"], "--username", SUPERUSER]
     done = subprocess.run(

@@ -65,7 +65,7 @@ class FaultyProxy:
             self._listen(self.port)
 
     def close(self) -> None:
-        """Stops listening, and lets go of what hangs."""
+        """Stop listening, and release hanging requests."""
         if self.mode != "refuse":
             self.mode = "refuse"
 
@@ -98,14 +98,14 @@ class FaultyProxy:
         return self._mode
 
     def hang(self) -> None:
-        """Returns when the mode has changed."""
+        """Return when the mode has changed."""
         with self._changed:
             self._changed.wait_for(lambda: self._mode != "hang")
 
     def forward(
         self, method: str, path: str, body: bytes, headers: Mapping[str, str]
     ) -> tuple[int, dict[str, str], bytes]:
-        """Gives the status, the headers and the body of the real server's answer."""
+        """Return the status, the headers and the body of the real server's answer."""
         connection = http.client.HTTPConnection(HOST, self._target, timeout=UPSTREAM_TIMEOUT_S)
         try:
             # The signature covers the host, which is passed on as it is.

@@ -42,7 +42,7 @@ class Network:
     """A switch and its hosts; the block removes them, with every process that is left on them."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """Takes a folder for what the network itself needs; makes nothing until the block is entered."""
+        """Take a folder for the network's own files; make nothing until the block is entered."""
         self._prefix = f"{NAMESPACES}-{os.getpid()}-{next(_numbers)}"
         self._namespaces: list[str] = []
         self._hosts_file = folder / "etc-hosts"
@@ -83,7 +83,7 @@ class Network:
 
     @contextlib.contextmanager
     def exposed(self, port: int) -> Iterator[str]:
-        """Lets the hosts reach, within the block, what listens on this port of the real machine; gives host:port."""
+        """Let the hosts reach a port of the real machine within the block; yield host:port."""
         with self._listener() as listener:
             thread = threading.Thread(target=_accept, args=(listener, ("127.0.0.1", port)), daemon=True)
             thread.start()
@@ -94,7 +94,7 @@ class Network:
                 thread.join()
 
     def _listener(self) -> socket.socket:
-        """Makes a socket that listens on the switch; a socket stays in the namespace in which it was made."""
+        """Make a socket that listens on the switch; a socket stays in the namespace in which it was made."""
         libc = ctypes.CDLL(None, use_errno=True)
         with Path("/proc/thread-self/ns/net").open() as own, Path("/var/run/netns", self._switch).open() as other:
             if libc.setns(other.fileno(), CLONE_NEWNET) != 0:
@@ -130,7 +130,7 @@ class Host:
     def start(
         self, command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path
     ) -> subprocess.Popen[bytes]:
-        """Starts a program in a folder, which dies with this process; its output is appended to a log."""
+        """Start a program in a folder, which dies with this process; its output is appended to a log."""
         # The mounts are the namespace's own, by `ip netns exec`, and so is the host's name, by unshare.
         enter = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
         isolated = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "setpriv", "--pdeathsig", "KILL"]
@@ -146,11 +146,11 @@ class Host:
             )
 
     def processes(self) -> list[int]:
-        """Lists all that runs on the host."""
+        """List the processes of the host."""
         return [int(line) for line in _ip(f"netns pids {self.namespace}").split()]
 
     def kill(self) -> None:
-        """Ends all that runs on the host at once, and with SIGKILL."""
+        """Kill all processes of the host at once."""
         deadline = time.monotonic() + KILL_TIMEOUT_S
         while pids := self.processes():
             assert time.monotonic() < deadline, f"{self.name} has processes that cannot be killed: {pids}"
@@ -175,7 +175,7 @@ class Node:
     def __init__(
         self, host: Host, command: Sequence[str], folder: Path, environment: Mapping[str, str], pause_s: float
     ) -> None:
-        """Starts nothing yet; after `pause_s` seconds a program that has to is started again."""
+        """Start nothing yet; a program that has to be restarted is so after `pause_s` seconds."""
         self.host = host
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}.log")
@@ -191,7 +191,7 @@ class Node:
         return self._process is None and self._start_at is None
 
     def supervise(self) -> None:
-        """Does what a service manager does when it looks in."""
+        """Do one round of a service manager."""
         if self._process is not None and (status := self._process.poll()) is not None:
             self._note(f"the node has ended with exit status {status}")
             self.statuses.append(status)
@@ -204,7 +204,7 @@ class Node:
             self._start_at = None
 
     def stop(self) -> None:
-        """Ends everything on the host, for good."""
+        """End all processes of the host, for good."""
         self._start_at = None
         self.host.kill()
         if self._process is not None:
@@ -212,7 +212,7 @@ class Node:
             self._process = None
 
     def kill(self) -> None:
-        """Kills everything on the host; the service manager then starts the program again."""
+        """Kill all processes of the host; the service manager then restarts the program."""
         self._note("all that runs here is killed")
         self.host.kill()
 
@@ -223,7 +223,7 @@ class Node:
         lay_out(self.folder)
 
     def output(self) -> str:
-        """Reads what the program has said, over all its starts."""
+        """Return the output of the program, over all its starts."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def _note(self, event: str) -> None:
@@ -232,7 +232,7 @@ class Node:
 
 
 def wait_until(condition: Callable[[], bool], nodes: Sequence[Node], what: str, timeout_s: float) -> None:
-    """Keeps the nodes' service managers at work until something is so; fails with the nodes' output if it never is."""
+    """Run the nodes' service managers until a condition holds; fail with the nodes' output if it never does."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         for node in nodes:
@@ -242,18 +242,18 @@ def wait_until(condition: Callable[[], bool], nodes: Sequence[Node], what: str, 
 
 
 def wait_for(seconds: float, nodes: Sequence[Node]) -> None:
-    """Keeps the nodes' service managers at work for so long."""
+    """Run the nodes' service managers for so many seconds."""
     end = time.monotonic() + seconds
     wait_until(lambda: time.monotonic() >= end, nodes, "the end of a pause", 2 * seconds + 1)
 
 
 def outputs(nodes: Sequence[Node]) -> str:
-    """Gives what all nodes have said, node by node."""
+    """Return the output of all nodes, node by node."""
     return "\n".join(f"======== {node.host.name}, exit statuses {node.statuses}\n{node.output()}" for node in nodes)
 
 
 def _remove_stale() -> None:
-    """Removes the namespaces of test processes that were killed; what ran in them has died with these."""
+    """Remove the namespaces of test processes that were killed; their processes have died with these."""
     for line in _ip("netns list").splitlines():
         name = line.split()[0]
         if (match := re.fullmatch(rf"{NAMESPACES}-(\d+)-.*", name)) and not Path("/proc", match[1]).exists():
@@ -261,7 +261,7 @@ def _remove_stale() -> None:
 
 
 def _accept(listener: socket.socket, target: tuple[str, int]) -> None:
-    """Passes on every connection until the listener is shut down."""
+    """Pass on every connection until the listener is shut down."""
     while True:
         try:
             client, _ = listener.accept()

@@ -1,4 +1,4 @@
-"""Runs the deployments of a clone of the repository on a local stack, and finds out what came of them."""
+"""Deployments of a clone of the repository on a local stack, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Platform:
         )
 
     def keys(self, bucket: str) -> list[str]:
-        """Lists the objects of a bucket."""
+        """List the objects of a bucket."""
         pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket)
         return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
 
@@ -93,7 +93,7 @@ class Platform:
             yield client
 
     def command(self, *arguments: str) -> str:
-        """Runs `python -m ...` in the clone; returns what it prints, once it has succeeded."""
+        """Run `python -m ...` in the clone; return its output; fail unless it succeeds."""
         done = subprocess.run(
             [sys.executable, "-m", *arguments],
             cwd=self.folder,
@@ -111,7 +111,7 @@ class Platform:
         return done.stdout.strip()
 
     def schedule(self, parameters: dict[str, Any], *, in_s: float = 0.0) -> UUID:
-        """Schedules a training for so many seconds from now, below 0 for one that was missed."""
+        """Schedule a training for so many seconds from now, below 0 for one that was missed."""
         when = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=in_s)
         with self.prefect() as client:
             deployment = client.read_deployment_by_name(TRAINING)
@@ -123,7 +123,7 @@ class Platform:
             return client.read_flow_run(run_id)
 
     def wait(self, run_id: UUID, condition: Callable[[FlowRun], bool], what: str, timeout_s: float = RUN_S) -> FlowRun:
-        """Waits until something is so of a flow run; fails with the last lines of its logs if it never is."""
+        """Wait until a condition holds for a flow run; fail with the last lines of its logs if it never does."""
         deadline = time.monotonic() + timeout_s
         while not condition(run := self.read(run_id)):
             assert time.monotonic() < deadline, f"not {what} within {timeout_s:.0f} s\n{self.told(run_id)}"
@@ -134,7 +134,7 @@ class Platform:
         return self.wait(run_id, lambda run: run.state_name in names, " or ".join(names), timeout_s)
 
     def completed(self, run_id: UUID) -> FlowRun:
-        """Waits until a run has ended for good; fails unless it is completed."""
+        """Wait until a run has ended for good; fail unless it is completed."""
         # One that crashed is started again, unless that was done too often.
         run = self.wait(run_id, lambda run: run.state_name in ("Completed", "Failed", "Cancelled"), "done")
         assert run.state_name == "Completed", self.told(run_id)
@@ -144,7 +144,7 @@ class Platform:
         return self.folder / ".worktrees" / str(run_id)
 
     def saved_update(self, run_id: UUID) -> int:
-        """Counts the updates that the newest checkpoint of a run's training holds; 0 without any."""
+        """Count the updates that the newest checkpoint of a run's training holds; 0 without any."""
         try:
             training = json.loads((self.worktree(run_id) / "reports/training.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -152,7 +152,7 @@ class Platform:
         return max(map(update_of, Path(training["folder"]).glob("checkpoints/update-*")), default=0)
 
     def wait_for_update(self, run_id: UUID, after: int = 0, timeout_s: float = RUN_S) -> int:
-        """Waits until a run's training has saved more than so many updates; returns how many. Asks no server."""
+        """Wait until a run's training has saved more than so many updates; return how many. No server is asked."""
         deadline = time.monotonic() + timeout_s
         while (saved := self.saved_update(run_id)) <= after:
             assert time.monotonic() < deadline, (
@@ -162,14 +162,14 @@ class Platform:
         return saved
 
     def trained(self, run_id: UUID) -> Run:
-        """Finds the MLflow run that a flow run trained last."""
+        """Find the MLflow run that a flow run trained last."""
         experiment = self.mlflow.get_experiment_by_name("sfgrpo")
         query = f"tags.`prefect.flow_run_id` = '{run_id}'"
         (found,) = self.mlflow.search_runs([experiment.experiment_id], query)
         return found
 
     def outcome(self, run_id: UUID) -> Outcome:
-        """Finds the version that a run registered, by the MLflow run that it trained."""
+        """Find the version that a run registered, by the MLflow run that it trained."""
         trained = self.trained(run_id).info.run_id
         query = f"name = '{self.model}' and tags.parent_run_id = '{trained}'"
         (version,) = self.mlflow.search_model_versions(query)
@@ -178,7 +178,7 @@ class Platform:
         )
 
     def sample(self, prompt: str) -> bytes:
-        """Has the champion draw an image; returns the PNG file."""
+        """Sample an image from the champion; return the PNG file."""
         out = self.folder / "sample.png"
         self.command("sfgrpo", "sample", "--model", f"models:/{self.model}@champion", "--out", str(out), prompt)
         image = out.read_bytes()
@@ -186,14 +186,14 @@ class Platform:
         return image
 
     def curve(self, mlflow_run_id: str, metric: str) -> list[tuple[int, float]]:
-        """Lists all that was recorded of a metric, as steps with values, in the order of the steps."""
+        """List the recorded steps and values of a metric, in the order of the steps."""
         return sorted((entry.step, entry.value) for entry in self.mlflow.get_metric_history(mlflow_run_id, metric))
 
     def alias(self, name: str) -> int:
         return int(self.mlflow.get_model_version_by_alias(self.model, name).version)
 
     def processes(self) -> list[psutil.Process]:
-        """Lists the processes of flow runs of the stack, and all others that work in the clone or below it."""
+        """List the processes of flow runs of the stack, and all others that work in the clone or below it."""
         address = self.environment["PREFECT_API_URL"]
         found = []
         for process in psutil.process_iter():
@@ -205,7 +205,7 @@ class Platform:
         return found
 
     def flow_processes(self, run_id: UUID) -> list[psutil.Process]:
-        """Lists the processes of a flow itself, not those of its stages."""
+        """List the processes of a flow itself, not those of its stages."""
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error, OSError):
@@ -216,7 +216,7 @@ class Platform:
         return found
 
     def trainers(self) -> list[psutil.Process]:
-        """Lists the processes that train."""
+        """List the processes that train."""
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error, OSError):
@@ -226,7 +226,7 @@ class Platform:
 
     @contextlib.contextmanager
     def trainers_held(self) -> Iterator[None]:
-        """Lets nobody train within the block, so that a training of seconds outlasts what takes longer."""
+        """Suspend all trainings within the block, so that a training of seconds outlasts a longer operation."""
         trainers = self.trainers()
         for trainer in trainers:
             trainer.send_signal(signal.SIGSTOP)
@@ -238,7 +238,7 @@ class Platform:
                     trainer.send_signal(signal.SIGCONT)
 
     def wait_for_end(self, processes: Sequence[psutil.Process]) -> float:
-        """Waits until none of some processes runs any more; returns after how many seconds that was so."""
+        """Wait until none of the processes runs any more; return the seconds that it took."""
         begin = time.monotonic()
         while remaining := [process for process in processes if is_running(process)]:
             assert time.monotonic() < begin + ORPHAN_S, f"still there after {ORPHAN_S:.0f} s: {remaining}"
@@ -246,18 +246,18 @@ class Platform:
         return time.monotonic() - begin
 
     def running_in_mlflow(self) -> list[str]:
-        """Lists the MLflow runs that say RUNNING, in all experiments."""
+        """List the MLflow runs that say RUNNING, in all experiments."""
         experiments = [experiment.experiment_id for experiment in self.mlflow.search_experiments()]
         return [run.info.run_name for run in self.mlflow.search_runs(experiments, "attributes.status = 'RUNNING'")]
 
     def taken_slots(self) -> dict[str, int]:
-        """Counts the slots that are taken of each limit that Prefect has; those that are free are left out."""
+        """Count the taken slots of each of Prefect's limits; leave out limits without any."""
         with self.prefect() as client:
             limits = client.read_global_concurrency_limits(limit=200, offset=0)
         return {limit.name: limit.active_slots for limit in limits if limit.active_slots}
 
     def told(self, run_id: UUID) -> str:
-        """Collects what there is to see of a run that went wrong."""
+        """Collect state, processes and logs of a failed run."""
         lines = [f"state: {self.read(run_id).state}", f"processes: {self.processes()}"]
         with self.prefect() as client:
             wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id]))
@@ -270,6 +270,6 @@ class Platform:
 
 
 def environment_of(stack: Stack) -> dict[str, str]:
-    """Gives the environment of a user who has activated the virtual environment and sourced the stack's file."""
+    """Return the environment of a user who has activated the virtual environment and sourced the stack's file."""
     variables = stack.environment
     return variables | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])}

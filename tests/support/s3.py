@@ -1,4 +1,4 @@
-"""Runs the local S3 server of `infra/s3_server`, for tests and for whatever else needs one that can be killed."""
+"""The local S3 server of `infra/s3_server`, for tests that kill and restart it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class S3Server:
         }
 
     def client(self) -> Any:
-        """Makes a boto3 client of this server, whatever the environment says."""
+        """Make a boto3 client of this server, independent of the environment."""
         import boto3
 
         return boto3.session.Session().client(
@@ -65,7 +65,7 @@ class S3Server:
         )
 
     def start(self) -> None:
-        """Starts the server, with the data of the last time, and waits until it answers."""
+        """Start the server, with the data of the last run, and wait until it answers."""
         assert self._process is None, "the server runs already"
         if not PYTHON.exists():
             raise FileNotFoundError(f"{PYTHON} is missing, the Python of the local S3 server; run `make s3-server`")
@@ -83,14 +83,14 @@ class S3Server:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """Ends the server as a crash of the machine would; a server that is not running is left so."""
+        """End the server like a crash of the machine; do nothing if it does not run."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def stop(self) -> None:
-        """Ends the server in good order; a server that is not running is left so."""
+        """Shut the server down; do nothing if it does not run."""
         if self._process is not None:
             self._process.terminate()
             try:

@@ -1,4 +1,4 @@
-"""Looks for secrets wherever a run may have left them: files, databases, buckets, command lines of processes.
+"""Search for secrets in everything that a run leaves behind: files, databases, buckets, command lines of processes.
 
 A secret counts as found in any of the forms that programs make of it: as it is, quoted for an address, in base64 at
 each of the three places where it may begin, or in hex. Compressed files are looked into as well.
@@ -22,7 +22,7 @@ SQLITE = b"SQLite format 3\x00"
 
 
 def forms_of(secret: str) -> dict[bytes, str]:
-    """Gives what to look for, each with the name of its form."""
+    """Return the forms of a secret to search for, by name."""
     if len(secret) < SHORTEST:
         raise ValueError(f"a secret of {len(secret)} characters would be found by chance; take {SHORTEST} or more")
     plain = secret.encode()
@@ -42,12 +42,12 @@ def forms_of(secret: str) -> dict[bytes, str]:
 
 
 def in_bytes(content: bytes, secrets: Mapping[str, str]) -> set[str]:
-    """Names the secrets, given by name, that the content holds in any form."""
+    """Return the secrets, given by name, that the content holds in any form."""
     return {name for name, secret in secrets.items() if any(form in content for form in forms_of(secret))}
 
 
 def in_folder(folder: Path, secrets: Mapping[str, str], but: Collection[str] = ()) -> list[str]:
-    """Lists where below a folder there is a secret: files, names, compressed content, rows of SQLite databases.
+    """List the places below a folder that hold a secret: files, names, compressed content, rows of SQLite databases.
 
     `but` names files, relative to the folder, that may hold them.
     """
@@ -64,7 +64,7 @@ def in_folder(folder: Path, secrets: Mapping[str, str], but: Collection[str] = (
 
 
 def in_sqlite(path: Path, secrets: Mapping[str, str]) -> list[str]:
-    """Lists the tables and columns of a SQLite database, with what its log still holds, that have a secret."""
+    """List the tables and columns of a SQLite database, including its log, that have a secret."""
     found = set()
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
     try:
@@ -82,7 +82,7 @@ def in_sqlite(path: Path, secrets: Mapping[str, str]) -> list[str]:
 
 
 def in_text(place: str, text: str, secrets: Mapping[str, str]) -> list[str]:
-    """Lists the lines of a text, such as a dump of a database, that have a secret; never shows the line itself."""
+    """List the lines of a text, such as a dump of a database, that have a secret, by number and never by content."""
     return [
         f"{place}, line {number}: {secret}"
         for number, line in enumerate(text.splitlines(), start=1)
@@ -91,7 +91,7 @@ def in_text(place: str, text: str, secrets: Mapping[str, str]) -> list[str]:
 
 
 def in_command_lines(secrets: Mapping[str, str]) -> list[str]:
-    """Lists the processes of this machine whose arguments, which anybody can read, have a secret."""
+    """List the processes of this machine whose arguments, which everybody can read, have a secret."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -103,7 +103,7 @@ def in_command_lines(secrets: Mapping[str, str]) -> list[str]:
 
 
 def in_bucket(client: Any, bucket: str, secrets: Mapping[str, str]) -> list[str]:
-    """Lists the objects of a bucket that have a secret in their key, their metadata or their content."""
+    """List the objects of a bucket that have a secret in their key, their metadata or their content."""
     found = []
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
         for entry in page.get("Contents", ()):
@@ -120,7 +120,7 @@ def in_bucket(client: Any, bucket: str, secrets: Mapping[str, str]) -> list[str]
 
 
 def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Gives a file as it is, and what is packed in it."""
+    """Return a file as it is, and what is packed in it."""
     content = path.read_bytes()
     yield str(path), content
     if content.startswith(SQLITE):

@@ -1,4 +1,4 @@
-"""Runs the local stack of `infra/stack` as a user does, for tests that need all of it or kill a part of it."""
+"""The local stack of `infra/stack`, run as a user runs it, for tests that need all of it or kill a part of it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Stack:
     """A stack in a folder of its own below /tmp, on free ports; a context that starts it and removes everything."""
 
     def __init__(self, **variables: str) -> None:
-        """Starts nothing yet; takes further STACK_ variables."""
+        """Start nothing yet; take further STACK_ variables."""
         # Short, since it holds a socket, and open, since PostgreSQL's user passes through.
         self.parent = Path(tempfile.mkdtemp(prefix="stack-", dir="/tmp"))
         self.parent.chmod(0o711)
@@ -66,7 +66,7 @@ class Stack:
         return dict(entry.split("=", 1) for entry in done.stdout.decode().split("\0") if entry)
 
     def command(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs `python -m infra.stack ...`, with further variables, and returns whatever came of it."""
+        """Run `python -m infra.stack ...`, with further variables, and return the finished process."""
         return subprocess.run(
             [sys.executable, "-m", "infra.stack", *arguments],
             cwd=ROOT,
@@ -77,36 +77,36 @@ class Stack:
         )
 
     def start(self) -> str:
-        """Starts what does not run; returns what is printed, once everything is healthy."""
+        """Start everything that does not run and wait until it is healthy; return the output."""
         return _succeeded(self.command("up"))
 
     def stop(self) -> str:
-        """Stops everything; returns what is printed."""
+        """Stop everything; return the output."""
         return _succeeded(self.command("down"))
 
     def remove(self) -> None:
-        """Stops everything and removes the data."""
+        """Stop everything and remove the data."""
         try:
             self.stop()
         finally:
             shutil.rmtree(self.parent)
 
     def status(self) -> dict[str, dict[str, Any]]:
-        """Asks for the state of each program, by its name."""
+        """Ask for the state of each program, by its name."""
         return {entry["program"]: entry for entry in json.loads(self.command("status", "--json").stdout)}
 
     def pid(self, program: str) -> int:
-        """Gives the process id of a program, 0 when it does not run."""
+        """Return the process id of a program; 0 if it does not run."""
         supervisor = running_supervisor(self.folder)
         assert supervisor is not None, "the stack does not run"
         return supervisor.processes()[program].pid
 
     def kill(self, program: str) -> None:
-        """Kills a program as a crash would, without waiting for anything."""
+        """Kill a program as a crash would, without waiting for anything."""
         os.kill(self.pid(program), signal.SIGKILL)
 
     def wait_until_healthy(self, timeout_s: float = HEALTH_TIMEOUT_S) -> dict[str, dict[str, Any]]:
-        """Waits until all programs are healthy; returns their states."""
+        """Wait until all programs are healthy; return their states."""
         found = self.status()
         deadline = time.monotonic() + timeout_s
         while any(entry["health"] != "healthy" for entry in found.values()):
@@ -116,24 +116,24 @@ class Stack:
         return found
 
     def kill_and_heal(self, program: str) -> dict[str, dict[str, Any]]:
-        """Kills a program and waits until all are healthy, it with another process; returns their states."""
+        """Kill a program; wait until it has a new process and all are healthy; return their states."""
         killed = self.pid(program)
         self.kill(program)
         return self.wait_until_healed(program, killed)
 
     def wait_until_healed(self, program: str, killed: int) -> dict[str, dict[str, Any]]:
-        """Waits until all are healthy, and a program has another process than the one killed; returns their states."""
+        """Wait until a killed program has a new process and all are healthy; return their states."""
         wait_until(lambda: self.pid(program) not in (0, killed), f"{program} is not started again")
         return self.wait_until_healthy()
 
     def processes(self) -> list[psutil.Process]:
-        """Lists every process of the stack, supervisord among them."""
+        """List every process of the stack, including supervisord."""
         supervisor = running_supervisor(self.folder)
         return processes(self.folder) + ([] if supervisor is None else [psutil.Process(supervisor.pid)])
 
 
 def wait_until(condition: Callable[[], bool], failure: str, timeout_s: float = HEALTH_TIMEOUT_S) -> None:
-    """Waits until something is so; fails if it never is."""
+    """Wait until a condition holds; fail if it never does."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"{failure} within {timeout_s:.0f} s"
@@ -141,7 +141,7 @@ def wait_until(condition: Callable[[], bool], failure: str, timeout_s: float = H
 
 
 def free_ports(count: int) -> list[int]:
-    """Finds ports of this machine on which nothing listens."""
+    """Return free ports of this machine."""
     found: set[int] = set()
     while len(found) < count:
         port = random.choice(BELOW_EPHEMERAL)

@@ -28,20 +28,20 @@ def make_versions(client: MlflowClient, name: str, count: int) -> None:
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """Copies a store, which is faster than making one."""
+    """Copy a store, which is faster than making one."""
     with contextlib.closing(sqlite3.connect(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
         old.backup(new)
 
 
 def free_port() -> int:
-    """Finds a port of the loopback interface that nobody uses."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def wait_for_answer(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Waits until a server that was started answers."""
+    """Wait until a started server answers."""
     deadline = time.monotonic() + START_S
     while True:
         try:
@@ -55,7 +55,7 @@ def wait_for_answer(url: str, process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def mlflow_server(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Starts a tracking server and registry with a database and artifacts in `folder`; gives its address."""
+    """Start a tracking server and registry with a database and artifacts in `folder`; return its address."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]

@@ -53,7 +53,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def started(here: Path) -> Path:
-    """Makes the folder of a training that runs here."""
+    """Make the folder of a training that runs here."""
     run = here / ".scratch/train-1"
     run.mkdir(parents=True, exist_ok=True)
     TRAINING.write_text(json.dumps({"folder": str(run)}))
@@ -61,7 +61,7 @@ def started(here: Path) -> Path:
 
 
 def shown(flow_run_name: str) -> tuple[dict[str, str], list[str]]:
-    """Gives the states of a flow run's tasks by name, and its Markdown artifacts, oldest first."""
+    """Return the states of a flow run's tasks by name, and its Markdown artifacts, oldest first."""
     with get_client(sync_client=True) as client:
         (run,) = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[flow_run_name])))
         tasks: list[Any] = []

@@ -22,7 +22,7 @@ class Clock:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, str]]:
-    """Stands for the server, whose own behaviour the tests of deployments see."""
+    """A stub of the server, whose real behaviour the tests of deployments check."""
     messages: list[tuple[str, float, str]] = []
 
     def create(percent, key, description):
