@@ -81,13 +81,13 @@ def flip_a_byte(path: Path) -> None:
 
 
 def assert_error(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
-    """Checks that what was printed ends with one error, and with which."""
+    """Check that the output ends with one error, and with which."""
     printed = capsys.readouterr().err
     assert re.search(f"error: .*{complaint}", printed.splitlines()[-1]), printed
 
 
 def prompt_sets(folder: Path) -> tuple[list[Prompt], list[Prompt]]:
-    """Reads the training and the evaluation prompts."""
+    """Read the training and the evaluation prompts."""
     return read_prompts(folder / "data/prompts/train.jsonl"), read_prompts(folder / "data/prompts/evaluation.jsonl")
 
 
@@ -271,7 +271,7 @@ def test_run_goes_on_with_smaller_micro_batches(folder, tracker, caplog):
 
 
 class Away:
-    """A mirror whose bucket is out of reach; it remembers how often it was asked to catch up."""
+    """A mirror whose bucket is out of reach; it counts the requests to upload."""
 
     num_syncs = 0
 

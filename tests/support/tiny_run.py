@@ -79,7 +79,7 @@ TINY: Mapping[str, Any] = {
 
 
 def write_params(folder: Path, changes: Mapping[str, Any]) -> None:
-    """Writes the shipped parameters with other values at some dotted paths, or with other keys."""
+    """Write the shipped parameters with other values at some dotted paths, or with other keys."""
     params = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
     for path, value in changes.items():
         *sections, name = path.split(".")
@@ -92,7 +92,7 @@ def write_params(folder: Path, changes: Mapping[str, Any]) -> None:
 
 
 def build_tiny_project(folder: Path) -> None:
-    """Makes the folder: base model, parameters, prompts."""
+    """Make the folder: base model, parameters, prompts."""
     build_tiny_pipeline(folder / "models/tiny", blobs=True)
     write_manifest(folder / "models/tiny")
     write_params(folder, TINY)
@@ -102,7 +102,7 @@ def build_tiny_project(folder: Path) -> None:
 
 @contextlib.contextmanager
 def inside(folder: Path, reward: type[Reward] = Light) -> Iterator[RecordingTracker]:
-    """Lets the stages run in the folder, know the reward "light", and track in memory."""
+    """Run stages in the folder, with the reward "light" and a tracker in memory."""
     tracker = RecordingTracker()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -130,7 +130,7 @@ def failing(kind: str) -> type[Light]:
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
-    """Reads the metrics of every update of a finished training, without times and memory."""
+    """Read the metrics of every update of a finished training, without times and memory."""
     history = json.loads((folder / "reports/train/history.json").read_text())
     return [
         {key: value for key, value in metrics.items() if not key.startswith(("time/", "memory/"))}
@@ -139,12 +139,12 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 
 def numbers_of(folder: Path) -> list[dict[str, float]]:
-    """Picks the numbers that a change of the code without a change of the method leaves as they are."""
+    """Return the numbers that must not change unless the method does."""
     return [{key: metrics[key] for key in RECORDED} for metrics in read_history(folder)]
 
 
 def record() -> None:
-    """Trains and writes the numbers to `RECORD`."""
+    """Train and write the numbers to `RECORD`."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
