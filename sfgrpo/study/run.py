@@ -84,15 +84,12 @@ def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None
             trainer.run()
         with trainer.averaged():
             after = _samples(policy, asked, config)
-        texts = np.array([asked[index].text for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK)])
-        evaluations = [{"update": each["update"], **each["metrics"]} for each in trainer.evaluations]
         with atomic_directory(STUDY / plan.preset / row / str(seed)) as partial:
             _write_json(partial / "run.json", _description(config, row, plan.rows[row], tracker.run_id))
-            _write_json(partial / "history.json", trainer.history)
-            _write_json(partial / "evaluations.json", evaluations)
+            _write_trained(partial, trainer)
             np.savez_compressed(
                 partial / "samples.npz",
-                texts=texts,
+                texts=np.array([asked[index].text for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK)]),
                 before=before.images,
                 after=after.images,
                 correct_before=before.correct,
@@ -151,6 +148,12 @@ def _description(config: TrainStage, row: str, label: str, run_id: str | None) -
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
         "params": to_flat_dict(config),
     }
+
+
+def _write_trained(folder: Path, trainer: Trainer) -> None:
+    evaluations = [{"update": each["update"], **each["metrics"]} for each in trainer.evaluations]
+    _write_json(folder / "history.json", trainer.history)
+    _write_json(folder / "evaluations.json", evaluations)
 
 
 def _write_json(path: Path, content: object) -> None:
