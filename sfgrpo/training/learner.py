@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from sfgrpo.config.stages import TrainStage
 from sfgrpo.grpo.update import make_scaler
 from sfgrpo.policies.base import Policy
-from sfgrpo.training.ema import Ema
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,8 @@ class Learner:
     policy: Policy
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: Ema
+    ema: EMAModel
+    """Average of the adapter; the decay of update n is min(ema.decay, n / (9 + n)), and 0 for the first."""
 
     @classmethod
     def of(cls, policy: Policy, config: TrainStage) -> Self:
@@ -39,22 +40,32 @@ class Learner:
             policy=policy,
             optimizer=optimizer,
             scaler=make_scaler(config.policy.dtype, policy.device),
-            ema=Ema(policy.adapter_parameters(), config.ema.decay),
+            ema=EMAModel(policy.adapter_parameters().values(), decay=config.ema.decay),
         )
 
     def average(self) -> None:
         """Update the moving average with the adapter as it is now."""
-        self.ema.update(self.policy.adapter_parameters())
+        self.ema.step(self.policy.adapter_parameters().values())
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """Put the averaged adapter, which is what gets published, into the policy for a block."""
-        return self.ema.swapped_in(self.policy.module)
+        parameters = list(self.policy.adapter_parameters().values())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
 
     def state(self) -> dict[str, Any]:
         """Return this object's fields of `TrainingState`."""
         return {
             "adapter": {name: value.detach() for name, value in self.policy.adapter_parameters().items()},
-            "ema": self.ema.state_dict(),
+            "ema": {
+                "num_updates": self.ema.optimization_step,
+                "averages": dict(zip(self.policy.adapter_parameters(), self.ema.shadow_params, strict=True)),
+            },
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -63,7 +74,7 @@ class Learner:
         self,
         *,
         adapter: Mapping[str, Tensor],
-        ema: Mapping[str, Tensor],
+        ema: Mapping[str, Any],
         optimizer: Mapping[str, Any],
         scaler: Mapping[str, Any],
     ) -> None:
@@ -71,6 +82,8 @@ class Learner:
         with torch.no_grad():
             for name, parameter in self.policy.adapter_parameters().items():
                 parameter.copy_(adapter[name])
-        self.ema.load_state_dict(ema)
+            for name, average in zip(self.policy.adapter_parameters(), self.ema.shadow_params, strict=True):
+                average.copy_(ema["averages"][name])
+        self.ema.optimization_step = ema["num_updates"]
         self.optimizer.load_state_dict(dict(optimizer))
         self.scaler.load_state_dict(dict(scaler))

@@ -21,7 +21,6 @@ from sfgrpo.checkpoint.snapshots import list_snapshots
 from sfgrpo.checkpoint.state import TrainingState, checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from sfgrpo.errors import ConfigError, IntegrityError
 from sfgrpo.runtime.manifest import write_manifest
-from sfgrpo.training.ema import Ema
 from tests.support.comparing import assert_same
 from tests.support.published import publish
 
@@ -65,7 +64,7 @@ def test_every_field_comes_back_bit_for_bit(tmp_path):
             "transposed": torch.arange(6.0).view(2, 3).T,
             "empty": torch.empty(0, 3),
         },
-        ema=Ema(dict(module.named_parameters()), decay=0.9).state_dict(),
+        ema={"num_updates": 3, "averages": dict(module.state_dict())},
         optimizer=optimizer.state_dict(),
         rng={"noise": torch.Generator().manual_seed(7).get_state(), "seed": 2**63},
         config={"update.betas": [0.9, 0.999], "policy.revision": None, "seed": 0},

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 
 from sfgrpo.checkpoint.state import TrainingState, latest_checkpoint, load_checkpoint
 from sfgrpo.errors import ExitStatus
-from tests.support.comparing import distance
+from tests.support.comparing import assert_same, distance
 from tests.support.paths import ROOT
 from tests.support.s3 import S3Server
 from tests.support.trainings import NUM_LONG_UPDATES, lay_out
@@ -122,8 +122,7 @@ def assert_same_end(folder: Path, expected: Path) -> None:
     ours, theirs = end_of(folder), end_of(expected)
     assert ours.update_index == theirs.update_index == NUM_LONG_UPDATES
     for field in ("adapter", "ema", "best"):
-        one, other = getattr(ours, field), getattr(theirs, field)
-        assert all(torch.equal(one[name], other[name]) for name in other), field
+        assert_same(getattr(ours, field), getattr(theirs, field))
     moments = [state.optimizer["state"] for state in (ours, theirs)]
     assert all(torch.equal(moments[0][key]["exp_avg"], moments[1][key]["exp_avg"]) for key in moments[1])
     (published,), (wanted,) = ((place / "models/policy/adapter").iterdir() for place in (folder, expected))
