@@ -1,4 +1,4 @@
-"""Builds what a stage works with from its configuration: prompts, policy, rewards, trainer."""
+"""Builds what a stage works with from its configuration: processes, policy, rewards, device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sfgrpo.config.batching import BatchArithmetic
 from sfgrpo.config.loading import as_config_error
-from sfgrpo.config.schema import PolicyConfig, RewardConfig
+from sfgrpo.config.schema import LaunchConfig, PolicyConfig, RewardConfig
 from sfgrpo.config.stages import TrainStage
 from sfgrpo.errors import ConfigError
 from sfgrpo.runtime.environment import Environment
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def make_accelerator(config: TrainStage, environment: Environment) -> Accelerator:
-    """Joins the processes of the run, before anything expensive; refuses work that does not divide among them."""
+    """Join the processes of the run, before anything expensive; refuse work that does not divide among them."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -43,7 +43,7 @@ def make_accelerator(config: TrainStage, environment: Environment) -> Accelerato
 
 
 def make_reward(config: RewardConfig) -> Reward:
-    """Makes the training reward."""
+    """Make the training reward."""
     from sfgrpo.rewards import build_reward
 
     with as_config_error("reward"):
@@ -53,7 +53,7 @@ def make_reward(config: RewardConfig) -> Reward:
 def make_policy(
     config: PolicyConfig, seed: int, environment: Environment, sharding: Literal["none", "full"] = "none"
 ) -> SD3Policy:
-    """Loads the pipeline onto the device, with a fresh adapter of the seed; `full` sharding needs other processes."""
+    """Load the pipeline onto the device, with a fresh adapter of the seed; `full` sharding needs other processes."""
     from diffusers.utils.logging import disable_progress_bar
 
     from sfgrpo.policies.sd3 import SD3Policy
@@ -79,7 +79,7 @@ def make_policy(
 
 
 def device_of(environment: Environment) -> str:
-    """Chooses the device: where nothing else is asked for, each process of a node has a GPU of its own."""
+    """Return the device of this process: by default each process of a node has a GPU of its own."""
     import torch
 
     if environment.device not in ("auto", "cuda"):
@@ -89,8 +89,28 @@ def device_of(environment: Environment) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
+def check_sharding(launch: LaunchConfig, accelerator: Accelerator) -> None:
+    """Refuse to shard a model over a single process."""
+    if launch.sharding == "full" and accelerator.num_processes == 1:
+        raise ConfigError(
+            "launch.sharding: full spreads the frozen weights over processes, and there is one; use none, or a "
+            "launch.num_processes of 2 or more"
+        )
+
+
+def evaluates_in_background(environment: Environment) -> bool:
+    """Return whether evaluations have a device of their own; refuse one on which metrics would differ."""
+    kind, wanted = device_of(environment).partition(":")[0], environment.evaluation_device
+    if wanted is not None and wanted.partition(":")[0] != kind:
+        raise ConfigError(
+            f"environment: SFGRPO_EVALUATION_DEVICE: {wanted} is no device of the training's kind, {kind}, and would "
+            f"give other figures; use {kind} and a number, or unset the variable"
+        )
+    return wanted is not None
+
+
 def check_pretrained(config: PolicyConfig) -> None:
-    """Refuses a base model folder that is absent or damaged; a hub name, which has a revision, is diffusers' matter."""
+    """Refuse a base model folder that is absent or damaged; diffusers checks those of the hub, with a revision."""
     folder = Path(config.pretrained)
     if (folder / "manifest.json").exists():
         verify_manifest(folder)
@@ -102,7 +122,7 @@ def check_pretrained(config: PolicyConfig) -> None:
 
 
 def use_threads(environment: Environment) -> None:
-    """Sets torch's CPU threads, where the environment asks for a number."""
+    """Set torch's CPU threads, where the environment asks for a number."""
     if environment.num_threads is not None:
         import torch
 

@@ -1,4 +1,4 @@
-"""Evaluations kept by their content, so that the same adapter is never judged twice, whoever asks and wherever."""
+"""The store of evaluations, by digests of all that shapes them: the same adapter is never evaluated twice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METRICS, SCORES, SAMPLES = "metrics.json", "scores.json", "samples.png"
 def keep_evaluation(
     store: Path, key: str, evaluation: Evaluation, metrics: Mapping[str, float], samples: Image
 ) -> None:
-    """Writes what came of an evaluation: metrics, the scores of every image, a grid of samples; whole or not at all."""
+    """Write metrics, the scores of every image and a grid of samples; whole or not at all."""
     scores = {"correct": evaluation.correct.tolist()}
     scores |= {name: values_PG.tolist() for name, values_PG in evaluation.rewards_PG.items()}
     with atomic_directory(store / key) as partial:
@@ -41,12 +41,12 @@ def keep_evaluation(
 
 
 def is_evaluated(store: Path, key: str) -> bool:
-    """Tells whether the store has an evaluation, without looking whether it is intact."""
+    """Return whether the store has an evaluation, intact or not."""
     return (store / key).exists()
 
 
 def read_metrics(store: Path, key: str) -> dict[str, float] | None:
-    """Reads the metrics of an evaluation; None where there is none, or, with a warning, one that is damaged."""
+    """Read the metrics of an evaluation; None if there is none or, with a warning, if it is damaged."""
     path = store / key
     if not path.exists():
         return None
@@ -60,5 +60,5 @@ def read_metrics(store: Path, key: str) -> dict[str, float] | None:
 
 
 def claimed_evaluation(store: Path, key: str) -> AbstractContextManager[bool]:
-    """Claims the making of an evaluation for a block, and tells whether no living process is at it."""
+    """Claim an evaluation for a block; yield False if another living process is doing it."""
     return exclusive_lock(store / f".{key}.claim")

@@ -7,15 +7,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.errors import ConfigError
+from sfgrpo.evaluation.store import EVALUATIONS
 from sfgrpo.paths import EVALUATION_PROMPTS, PROMPTS, RUN_PREFIX, TRAINING_PROMPTS
 from sfgrpo.prompts import prompts_digest, read_prompts
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.manifest import sha256_of_file
 from sfgrpo.types import Prompt
+
+if TYPE_CHECKING:
+    from sfgrpo.evaluation.periodic import EvaluationPaths
 
 INPUTS = "inputs"
 """Folder, below that of a run, with what it was started with."""
@@ -113,6 +117,17 @@ def run_fingerprint(
 def run_key(fingerprint: Mapping[str, str]) -> str:
     """Return the key of the run with this fingerprint."""
     return _digest([json.dumps(fingerprint, sort_keys=True)])
+
+
+def evaluation_paths(
+    config: TrainStage, prompts: Sequence[Prompt], folder: Path, device: str, in_background: bool = False
+) -> EvaluationPaths:
+    """Return where the evaluations of a run go; all runs beside `folder` share one store."""
+    from sfgrpo.evaluation.periodic import EvaluationPaths
+
+    fingerprint = evaluation_fingerprint(config, prompts, device)
+    store = folder.parent / EVALUATIONS
+    return EvaluationPaths(folder=folder, store=store, fingerprint=fingerprint, in_background=in_background)
 
 
 def evaluation_fingerprint(config: TrainStage, evaluation_prompts: Sequence[Prompt], device: str) -> str:

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 from sfgrpo.config.schema import LaunchConfig
 from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.errors import ConfigError, MirrorError, SfgrpoError
-from sfgrpo.factory import check_pretrained, device_of, make_accelerator, make_policy, make_reward, use_threads
+from sfgrpo.factory import (
+    check_pretrained,
+    check_sharding,
+    evaluates_in_background,
+    make_accelerator,
+    make_policy,
+    make_reward,
+    use_threads,
+)
 from sfgrpo.paths import (
     PARAMS,
     POLICY,
@@ -27,7 +35,7 @@ from sfgrpo.runtime.files import atomic_directory, atomic_write
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.provenance import flow_tags, provenance_tags
-from sfgrpo.training.fingerprint import FINGERPRINT, INPUTS, PROVENANCE, Run, evaluation_fingerprint
+from sfgrpo.training.fingerprint import FINGERPRINT, INPUTS, PROVENANCE, Run, evaluation_paths
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -78,29 +86,20 @@ def train_policy(
 ) -> None:
     """Train the adapter, going on where an interrupted run of the same configuration, data and code stopped.
 
-    Every process of a distributed training calls this; the first one records and publishes.
-
-    Args:
-        config: Parameters; those of the resumed run where there is one.
-        environment: Devices, folders and servers.
-        launch: Only its sharding is used here.
-        inputs: What `find_inputs` returned for the run to resume; by default the stage before wrote the prompts.
-        accept_code_change: Go on with a run of other code, as a new run that starts from its newest checkpoint.
+    Every process of a distributed training calls this; the first one records and publishes. `inputs` are what
+    `find_inputs` returned for a run to resume. With `accept_code_change` a run of other code goes on as a new run.
 
     Raises:
         ConfigError: `inputs` are of a run with other code or models, or the processes are not of one run.
         Preempted: the process was told to stop; calling this again goes on.
     """
     from sfgrpo.evaluation.evaluator import Evaluator
-    from sfgrpo.evaluation.periodic import EvaluationPaths
-    from sfgrpo.evaluation.store import EVALUATIONS
     from sfgrpo.training.trainer import Trainer, TrainerInputs
 
     with GracefulShutdown(environment.grace_s) as shutdown:
         accelerator = make_accelerator(config, environment)
-        _refuse_lone_shard(launch, accelerator)
-        in_background = _evaluates_in_background(environment)
-        reward = make_reward(config.reward)
+        check_sharding(launch, accelerator)
+        in_background, reward = evaluates_in_background(environment), make_reward(config.reward)
         check_pretrained(config.policy)
         use_threads(environment)
         run = Run.of(config, environment, inputs, accept_code_change=accept_code_change)
@@ -115,12 +114,7 @@ def train_policy(
                 prompts=run.prompts,
                 reward=reward,
                 evaluator=Evaluator.of(config, run.evaluation_prompts, reward),
-                paths=EvaluationPaths(
-                    folder=run.folder,
-                    store=environment.scratch_dir / EVALUATIONS,
-                    fingerprint=evaluation_fingerprint(config, run.evaluation_prompts, policy.device.type),
-                    in_background=in_background,
-                ),
+                paths=evaluation_paths(config, run.evaluation_prompts, run.folder, policy.device.type, in_background),
                 tracker=tracker,
                 shutdown=shutdown,
                 on_checkpoint=on_checkpoint,
@@ -250,25 +244,6 @@ def _has_checkpoint(folder: Path) -> bool:
     from sfgrpo.checkpoint.state import CHECKPOINTS, latest_checkpoint
 
     return latest_checkpoint(folder / CHECKPOINTS) is not None
-
-
-def _refuse_lone_shard(launch: LaunchConfig, accelerator: Accelerator) -> None:
-    if launch.sharding == "full" and accelerator.num_processes == 1:
-        raise ConfigError(
-            "launch.sharding: full spreads the frozen weights over processes, and there is one; use none, or a "
-            "launch.num_processes of 2 or more"
-        )
-
-
-def _evaluates_in_background(environment: Environment) -> bool:
-    """Return whether evaluations have a device of their own; refuse one on which metrics would differ."""
-    kind, wanted = device_of(environment).partition(":")[0], environment.evaluation_device
-    if wanted is not None and wanted.partition(":")[0] != kind:
-        raise ConfigError(
-            f"environment: SFGRPO_EVALUATION_DEVICE: {wanted} is no device of the training's kind, {kind}, and would "
-            f"give other figures; use {kind} and a number, or unset the variable"
-        )
-    return wanted is not None
 
 
 def _require_same_run(key: str, accelerator: Accelerator) -> None:
