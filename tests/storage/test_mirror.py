@@ -1,4 +1,4 @@
-"""The mirror of a run, against a real server that is killed, lied to and cut off."""
+"""The mirror of a run, with a real server that is killed, and faults of network and disk."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BIG = PART_SIZE + 1
 
 @pytest.fixture
 def uri(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A prefix of the test's own, and an environment that leads to the server."""
+    """A prefix for this test, and an environment with the server's address and keys."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return f"s3://{BUCKET}/{request.node.originalname}"
@@ -76,7 +76,7 @@ def stored(server: S3Server, uri: str) -> dict[str, bytes]:
 
 
 def sent(uri: str, folder: Path) -> None:
-    """Mirrors what is there, by a process that is then gone."""
+    """Mirror the folder, then forget what was sent."""
     copy = Mirror(uri, folder)
     copy.sync()
     assert copy.wait(WAIT_S)
@@ -411,7 +411,7 @@ def test_outage_and_its_end_are_logged_once_each(s3_server, uri, folder, proxy, 
     assert "mirroring failed" in messages[0] and "is up to date again" in messages[1]
 
 
-def test_mirror_that_closes_in_an_outage_says_what_is_behind(uri, folder, proxy, caplog):
+def test_mirror_that_closes_in_an_outage_warns_of_what_is_missing(uri, folder, proxy, caplog):
     proxy.mode = "status"
     copy = Mirror(uri, folder)
     copy.sync()
@@ -419,7 +419,7 @@ def test_mirror_that_closes_in_an_outage_says_what_is_behind(uri, folder, proxy,
     assert f"{uri}/run is incomplete after waiting 0.3 s; the whole run is in {folder}" in caplog.text
 
 
-def test_upload_that_arrives_changed_is_seen(uri, folder, monkeypatch):
+def test_upload_that_arrives_changed_is_detected(uri, folder, monkeypatch):
     target = Bucket(uri)
     transfer = target._client.put_object
     monkeypatch.setattr(
@@ -429,7 +429,7 @@ def test_upload_that_arrives_changed_is_seen(uri, folder, monkeypatch):
         target.put("file", io.BytesIO(b"content"))
 
 
-def test_part_that_arrives_changed_is_seen(uri, monkeypatch):
+def test_part_that_arrives_changed_is_detected(uri, monkeypatch):
     target = Bucket(uri)
     transfer = target._client.upload_part
     monkeypatch.setattr(
@@ -451,7 +451,7 @@ def test_upload_under_an_etag_that_is_no_md5_is_read_back(uri, proxy, monkeypatc
 
 
 @pytest.mark.parametrize("size", [0, 1, PART_SIZE - 1, PART_SIZE, PART_SIZE + 1])
-def test_etag_of_the_server_is_proof_enough(uri, proxy, size):
+def test_etag_of_the_server_is_sufficient_proof(uri, proxy, size):
     file, came = io.BytesIO(os.urandom(size)), io.BytesIO()
     target = Bucket(uri)
     target.put("file", file)
@@ -503,7 +503,7 @@ def test_missing_credentials_are_a_clear_error(uri, folder, monkeypatch, tmp_pat
         restore_run(uri, folder)
 
 
-def test_secrets_in_messages_are_blotted_out(uri, folder, monkeypatch):
+def test_secrets_in_messages_are_masked(uri, folder, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:password@127.0.0.1:1")
     monkeypatch.setattr(s3, "NUM_ATTEMPTS", 1)
     with pytest.raises(MirrorError) as caught:
@@ -513,7 +513,7 @@ def test_secrets_in_messages_are_blotted_out(uri, folder, monkeypatch):
     assert without_secrets("Invalid header value b'token-with-a-newline\\n'") == "Invalid header value b'***\\n'"
 
 
-def test_server_that_is_away_is_a_clear_error(uri, folder, monkeypatch):
+def test_unreachable_server_is_a_clear_error(uri, folder, monkeypatch):
     monkeypatch.setattr(s3, "NUM_ATTEMPTS", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(MirrorError, match=rf"{uri}/run cannot be used \(EndpointConnectionError: .*AWS_ENDPOINT_URL"):
@@ -526,7 +526,7 @@ def test_missing_bucket_is_a_clear_error(uri, folder):
 
 
 @pytest.mark.parametrize("wrong", ["runs", "s3://", "s3://key:secret@runs/prefix", "https://runs/prefix", "s3:/runs"])
-def test_address_of_no_bucket_is_refused(tmp_path, wrong):
+def test_invalid_address_of_a_bucket_is_refused(tmp_path, wrong):
     with pytest.raises(ConfigError, match="is not the address of a bucket; use one like s3://bucket/prefix") as caught:
         Mirror(wrong, tmp_path)
     assert "secret" not in str(caught.value)

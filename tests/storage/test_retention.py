@@ -1,4 +1,4 @@
-"""Retention on real stores: finished state goes after its days, everything else stays."""
+"""Retention on real stores: state is removed some days after its run finished, everything else stays."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DAY_MS = 24 * 3600 * 1000
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with a run of every kind, named by the first 16 digits of its key."""
+    """A store with a run of every status and age."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
     client = connect(uri)
     for key, endings in {

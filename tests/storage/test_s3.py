@@ -1,4 +1,4 @@
-"""A bucket behind a network that fails in every way, under encryption, and by both ways of naming buckets."""
+"""A bucket behind a faulty network, with encryption, and in both addressing styles."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEY = "arn:aws:kms:us-east-1:123456789012:key/11111111-2222-3333-4444-5555555555
 
 @pytest.fixture
 def uri(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A prefix of the test's own, and an environment that leads to the server."""
+    """A prefix for this test, and an environment with the server's address and keys."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return f"s3://{BUCKET}/{request.node.originalname}"
@@ -47,7 +47,7 @@ def proxy(s3_server: S3Server, uri: str, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Lets nobody wait between two tries; gives the pauses, in seconds, that would have been."""
+    """Skip the pauses between attempts; return them, in seconds."""
     pauses: list[float] = []
     monkeypatch.setattr("botocore.endpoint.time.sleep", pauses.append)
     monkeypatch.setattr(s3.time, "sleep", pauses.append)
@@ -56,7 +56,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def moto(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """A server that knows encryption; gives its address, to which the environment leads."""
+    """Start a server that supports encryption, put it in the environment and yield its address."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -91,14 +91,14 @@ def there_and_back(target: Bucket, content: bytes) -> None:
 
 @pytest.mark.parametrize("mode", ["status", "cut_request", "cut_answer", "slow"])
 @pytest.mark.parametrize("content", [SMALL, CONTENT], ids=["small", "in parts"])
-def test_server_that_fails_every_third_time_is_borne(uri, proxy, no_pauses, mode, content):
+def test_server_that_fails_every_third_time_is_retried(uri, proxy, no_pauses, mode, content):
     proxy.slow_s, proxy.every, proxy.mode = 0.2, 2 if content is SMALL else 3, mode
     there_and_back(Bucket(uri), content)
     assert proxy.num_faults
 
 
 @pytest.mark.parametrize("status", [(500, "InternalError"), (503, "SlowDown"), (502, "BadGateway")])
-def test_overload_is_borne_with_pauses_that_grow_at_random(uri, proxy, no_pauses, status):
+def test_overload_is_retried_with_growing_random_pauses(uri, proxy, no_pauses, status):
     target = Bucket(uri)
     proxy.status, proxy.mode = status, "status"
     with pytest.raises(MirrorError, match=rf"cannot be used \({status[1]}: .*check the server, the network and AWS_"):
@@ -111,7 +111,7 @@ def test_overload_is_borne_with_pauses_that_grow_at_random(uri, proxy, no_pauses
     assert no_pauses[len(first) :] != first
 
 
-def test_download_that_breaks_off_is_tried_again_with_pauses(uri, proxy, no_pauses):
+def test_download_that_breaks_off_is_retried_with_pauses(uri, proxy, no_pauses):
     target = Bucket(uri)
     target.put("file", io.BytesIO(SMALL))
     proxy.hits, proxy.mode = lambda method, path: method == "GET", "cut_answer"
@@ -132,7 +132,7 @@ def test_server_that_hangs_counts_as_failed_after_a_time(uri, proxy, no_pauses, 
     there_and_back(target, SMALL)
 
 
-def test_port_that_is_closed_is_borne_when_it_opens_again(uri, proxy):
+def test_closed_port_is_retried_until_it_opens(uri, proxy):
     target = Bucket(uri)
     proxy.mode = "refuse"
     opener = threading.Timer(0.3, setattr, (proxy, "mode", "pass"))
@@ -142,7 +142,7 @@ def test_port_that_is_closed_is_borne_when_it_opens_again(uri, proxy):
 
 
 @pytest.mark.parametrize("mode", ["short", "flip"])
-def test_body_that_arrives_other_than_it_was_sent_has_another_digest(uri, proxy, mode):
+def test_body_that_is_changed_on_the_way_has_another_digest(uri, proxy, mode):
     target = Bucket(uri)
     target.put("file", io.BytesIO(SMALL))
     proxy.hits, proxy.mode = lambda method, path: method == "GET", mode
@@ -152,7 +152,7 @@ def test_body_that_arrives_other_than_it_was_sent_has_another_digest(uri, proxy,
 
 @pytest.mark.parametrize("server", ["s3_server", "moto"])
 def test_upload_whose_last_answer_is_lost_is_there(server, uri, request, monkeypatch, no_pauses):
-    request.getfixturevalue(server)  # moto knows nothing any more of an upload that is complete, Swift does
+    request.getfixturevalue(server)  # moto forgets an upload that is complete, Swift does not
     proxy = FaultyProxy(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]))
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     proxy.hits, proxy.at_most, proxy.mode = (
@@ -200,7 +200,7 @@ def test_object_that_is_replaced_during_its_download_is_not_mixed(uri, monkeypat
         (403, "SignatureDoesNotMatch"),
     ],
 )
-def test_refusal_is_told_at_once_in_one_sentence(uri, proxy, no_pauses, status, code):
+def test_refusal_is_raised_at_once_in_one_sentence(uri, proxy, no_pauses, status, code):
     proxy.status, proxy.mode = (status, code), "status"
     with pytest.raises(MirrorError) as caught:
         Bucket(uri).sizes()
@@ -218,7 +218,7 @@ def test_key_that_was_changed_on_the_server_is_a_refusal(uri, monkeypatch, no_pa
     assert not no_pauses
 
 
-def test_bucket_that_is_absent_is_told_at_once(uri, proxy):
+def test_absent_bucket_is_an_error_at_once(uri, proxy):
     with pytest.raises(MirrorError, match=r"^s3://absent/x: there is no bucket absent; create it or correct"):
         Bucket("s3://absent/x").put("file", io.BytesIO(SMALL))
     assert len(proxy.requests) == 1

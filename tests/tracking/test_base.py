@@ -1,4 +1,4 @@
-"""What every tracker does: end as its block does, and need no MLflow until one is recorded to; and provenance."""
+"""Trackers end as their block does and import MLflow only when used; provenance tags."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_run_ends_as_its_block_does(error, status):
     assert run.status == status
 
 
-def test_recording_tracker_keeps_everything_in_plain_sight(tmp_path):
+def test_recording_tracker_keeps_every_record(tmp_path):
     path = tmp_path / "file"
     path.write_text("content")
     with ending(RecordingTracker()) as run:

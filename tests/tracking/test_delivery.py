@@ -1,4 +1,4 @@
-"""The queue in the background: in order, again after an outage, no further after a refusal."""
+"""The delivery queue keeps the order, retries after an outage and stops at a refusal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sfgrpo.tracking.delivery import DeliveryQueue, first_line
 
 
 class Receiver:
-    """Takes numbers; is away for some tries, and refuses a number for good."""
+    """Accepts numbers; fails for some attempts, and refuses one number for good."""
 
     def __init__(self, tries_away: int = 0, refused: int | None = None) -> None:
         self.taken: list[int] = []

@@ -1,4 +1,4 @@
-"""Runs in real MLflow stores: every step once, whatever happens to the server, to the process and to answers."""
+"""Runs in real MLflow stores: every step once, through outages, crashes and lost responses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Starts it and waits until it answers."""
+        """Start the server and wait until it answers."""
         store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", self.folder]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -123,7 +123,7 @@ def runs(uri: str, **tags: str):
 
 
 def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
-    """Lists steps and values in the order in which they were recorded."""
+    """Return steps and values in the order in which they were logged."""
     return [(metric.step, metric.value) for metric in connect(uri).get_metric_history(run_id, key)]
 
 
@@ -314,7 +314,7 @@ def test_run_of_a_terminated_process_is_killed_not_running(uri):
         "run = MlflowTracker(uri=sys.argv[1], experiment='tests')\n"
         "with sigterm_as_exit(), ending(run):\n"
         "    run.open(); print(run.run_id, flush=True)\n"
-        # In short sleeps: one that begins just when the signal comes does not shutdown it.
+        # In short sleeps: one that begins just when the signal arrives is not interrupted.
         "    for _ in range(1200): time.sleep(0.05)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, uri], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
@@ -352,7 +352,7 @@ def test_locked_database_delays_records_and_nothing_else(uri):
     assert history(uri, run.run_id, "x") == [(1, 1.0)]
 
 
-def test_what_may_pass_is_an_outage_and_what_will_not_is_none():
+def test_only_an_error_that_may_pass_is_an_outage():
     import requests
     from mlflow.exceptions import MlflowException
     from mlflow.protos import databricks_pb2 as codes
@@ -404,7 +404,7 @@ def test_new_run_without_a_server_says_what_to_do(monkeypatch):
     assert time.monotonic() - started < 0.5
 
 
-def test_opening_bears_with_a_backlog_that_gets_shorter(uri, impatient, monkeypatch):
+def test_opening_waits_for_a_backlog_that_shrinks(uri, impatient, monkeypatch):
     send = MlflowRun.set_tags
     monkeypatch.setattr(MlflowRun, "set_tags", lambda run, tags: (time.sleep(0.15), send(run, tags)))
     run = tracker(uri)
@@ -441,8 +441,8 @@ def test_process_that_leaves_records_behind_exits_all_the_same():
 
 
 @pytest.mark.slow
-def test_lost_answers_lead_to_no_doubles(server, picture, monkeypatch):
-    """Every kind of request is carried out once without the caller hearing of it."""
+def test_lost_responses_lead_to_no_duplicates(server, picture, monkeypatch):
+    """Every kind of request succeeds twice while its response is lost."""
     from mlflow import MlflowClient
 
     lost = []

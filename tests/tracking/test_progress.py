@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 
 
 class Clock:
-    """Tells the times it was given, then fails."""
+    """Returns the given times one by one, then fails."""
 
     def __init__(self, *times: float) -> None:
         self.times = iter(times)
