@@ -81,14 +81,8 @@ def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None
         with atomic_directory(STUDY / plan.preset / row / str(seed)) as partial:
             _write_json(partial / "run.json", _description(config, row, plan.rows[row], tracker.run_id))
             _write_trained(partial, trainer)
-            np.savez_compressed(
-                partial / "samples.npz",
-                texts=np.array([asked[index].text for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK)]),
-                before=before.images,
-                after=after.images,
-                correct_before=before.correct,
-                correct_after=after.correct,
-            )
+            texts = [asked[index].text for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK)]
+            _write_samples(partial / "samples.npz", texts, before, after)
 
 
 def parent_run(plan: Plan, environment: Environment) -> MlflowTracker:
@@ -148,6 +142,17 @@ def _write_trained(folder: Path, trainer: Trainer) -> None:
     evaluations = [{"update": each["update"], **each["metrics"]} for each in trainer.evaluations]
     _write_json(folder / "history.json", trainer.history)
     _write_json(folder / "evaluations.json", evaluations)
+
+
+def _write_samples(path: Path, texts: Sequence[str], before: Samples, after: Samples) -> None:
+    np.savez_compressed(
+        path,
+        texts=np.array(texts),
+        before=before.images,
+        after=after.images,
+        correct_before=before.correct,
+        correct_after=after.correct,
+    )
 
 
 def _write_json(path: Path, content: object) -> None:
