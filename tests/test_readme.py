@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -19,6 +22,7 @@ PAGES = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/full_scale.md",
+    "docs/performance.md",
     "docs/metrics.md",
     "docs/training.md",
     "docs/platform.md",
@@ -76,9 +80,19 @@ def test_every_page_is_checked():
     assert found == set(PAGES)
 
 
-@pytest.mark.parametrize("command", ["make demo", "make stack", "make test"])
+@pytest.mark.parametrize("command", ["make bench", "make demo", "make stack", "make test"])
 def test_readme_names_the_commands(command):
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_update_of_the_readme_runs():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SFGRPO_DEVICE": "cpu"}
+    output = subprocess.check_output([sys.executable, "-c", code[1]], cwd=ROOT, env=environment, text=True)
+    reward, clip_fraction = map(float, output.split())
+    assert 0 < reward < 1
+    assert 0 <= clip_fraction < 1
 
 
 @pytest.mark.parametrize("page", PAGES)
