@@ -76,9 +76,11 @@ class Collector:
         self._position = {text: index for index, text in enumerate(texts)}
         self._encoded = _encode_in_batches(policy, texts)
 
-    def collect(self, update_index: int, clock: PhaseClock, between: Callable[[], None]) -> Collected:
-        """Sample the images of an update, score their states and compare them; `between` follows each micro-batch."""
-        rollout = self._config.rollout
+    def collect(
+        self, update_index: int, clock: PhaseClock | None = None, on_batch: Callable[[], None] = lambda: None
+    ) -> Collected:
+        """Sample the images of an update, score their states and compare them; `on_batch` follows each micro-batch."""
+        clock, rollout = clock or PhaseClock(self._policy.device), self._config.rollout
         rows = self.partition.rows(self._accelerator.process_index)
         prompts = self._prompts_of(update_index)
         conditioning = self._conditioning_of([prompts[row] for row in rows.tolist()])
@@ -91,7 +93,7 @@ class Collector:
             first_rows = [row for row, image in enumerate(images) if image % rollout.group_size == 0]
             own_prompts = [prompts[image] for image in images]
             rewards.append(self._scorer.score(trajectories[-1], conditioning[part], own_prompts, first_rows, clock))
-            between()
+            on_batch()
         rewards_NS, broken_reward_N = collect_rewards(
             torch.cat(rewards),
             states=self._config.scored_states,
