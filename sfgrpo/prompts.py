@@ -36,6 +36,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
     """Write a file of GenEval metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Not atomic_write: inside an atomic_directory it would wait for the lock of that block for ever.
     path.write_text(_to_lines(prompts), encoding="utf-8")
 

@@ -123,7 +123,7 @@ def test_what_an_earlier_flow_saw_evaluated_is_not_shown_again(prefect_server, h
 
 @pytest.mark.slow
 def test_with_a_device_the_command_evaluates_there_and_a_failure_is_retried_and_left_to_the_training(
-    server, here, monkeypatch
+    prefect_server, here, monkeypatch
 ):
     build_stub_pipeline(here)
     monkeypatch.setenv("SFGRPO_EVALUATION_DEVICE", "cpu")
