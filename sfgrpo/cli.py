@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sfgrpo.config import stages
@@ -24,11 +24,13 @@ from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S, GracefulShutdown
 
 SILENT_H = 1.0
 """An update of the largest model takes minutes; a run that records nothing for this long looks dead."""
-RENAMED = {"sweep": "close_stale_runs"}
+RENAMED = {"sweep": "close-stale-runs"}
 """Former names of commands."""
 
+Run = Callable[[argparse.Namespace, Environment], None]
 
-def _stage(schema: type[stages.Stage], function: str) -> Callable[[argparse.Namespace, Environment], None]:
+
+def _stage(schema: type[stages.Stage], function: str) -> Run:
     """Return a command that calls `function` of `sfgrpo.commands` with its configuration and the environment."""
 
     def run(args: argparse.Namespace, environment: Environment) -> None:
@@ -38,11 +40,14 @@ def _stage(schema: type[stages.Stage], function: str) -> Callable[[argparse.Name
     return run
 
 
-def _prompts(args: argparse.Namespace, _: Environment) -> None:
-    config = load_config(stages.PromptsStage, args.params)
-    from sfgrpo.commands.prompts import prompts
+def _on_model(function: str) -> Run:
+    """Return a command that calls `function` of `sfgrpo.commands` with the environment and a model name."""
 
-    prompts(config)
+    def run(args: argparse.Namespace, environment: Environment) -> None:
+        model = args.model or load_config(stages.RegistryStage, args.params).registry.model_name
+        pkgutil.resolve_name(f"sfgrpo.commands.{function}")(environment, model)
+
+    return run
 
 
 def _train(args: argparse.Namespace, environment: Environment) -> None:
@@ -63,13 +68,10 @@ def _train(args: argparse.Namespace, environment: Environment) -> None:
         train_policy(config, environment, launch, inputs, accept_code_change=args.accept_code_change)
         return
     BatchArithmetic(config=config, num_processes=launch.world_size)
-    command = ["-m", "sfgrpo", "train", "--params", str(args.params)]
-    if args.resume is not None:
-        command += ["--resume", args.resume, *(["--accept-code-change"] if args.accept_code_change else [])]
     with GracefulShutdown(environment.grace_s + LAUNCHER_MARGIN_S) as shutdown:
         from sfgrpo.runtime.launcher import launch_ranks
 
-        launch_ranks(launch, environment, command, shutdown)
+        launch_ranks(launch, environment, ["-m", "sfgrpo", *args.arguments], shutdown)
 
 
 def _evaluate_snapshot(args: argparse.Namespace, environment: Environment) -> None:
@@ -88,24 +90,6 @@ def _promote(args: argparse.Namespace, environment: Environment) -> None:
         promote.apply(environment, args.apply)
     else:
         promote.promote(config, environment, model=args.model, number=args.version, judge_only=args.judge_only)
-
-
-def _rollback(args: argparse.Namespace, environment: Environment) -> None:
-    model = _model_name(args)
-    from sfgrpo.commands.promote import rollback
-
-    rollback(environment, model)
-
-
-def _recheck(args: argparse.Namespace, environment: Environment) -> None:
-    model = _model_name(args)
-    from sfgrpo.commands.recheck import recheck
-
-    recheck(environment, model)
-
-
-def _model_name(args: argparse.Namespace) -> str:
-    return args.model or load_config(stages.RegistryStage, args.params).registry.model_name
 
 
 def _sample(args: argparse.Namespace, environment: Environment) -> None:
@@ -214,7 +198,7 @@ class Command:
     """One word after `python -m sfgrpo`."""
 
     help: str
-    run: Callable[[argparse.Namespace, Environment], None]
+    run: Run
     add_arguments: Callable[[argparse.ArgumentParser], None] = _add_params_argument
 
 
@@ -223,16 +207,18 @@ COMMANDS: Mapping[str, Command] = {
         "train the shapes base model, which ships trained (most of an hour on two cores)",
         _stage(stages.PretrainStage, "pretrain:pretrain"),
     ),
-    "pretrain_reward": Command(
+    "pretrain-reward": Command(
         "train the shapes world's CLIP, a reward model, which ships trained (some 15 minutes)",
         _stage(stages.PretrainRewardStage, "pretrain:pretrain_reward"),
     ),
-    "prompts": Command("write the training and evaluation prompts to data/prompts", _prompts),
+    "prompts": Command(
+        "write the training and evaluation prompts to data/prompts", _stage(stages.PromptsStage, "prompts:prompts")
+    ),
     "train": Command("train the adapter, or resume an interrupted training", _train, _add_train_arguments),
     "evaluate": Command(
         "compare base model and trained policy on GenEval", _stage(stages.EvaluateStage, "evaluate:evaluate")
     ),
-    "evaluate_snapshot": Command(
+    "evaluate-snapshot": Command(
         "evaluate a snapshot of a training, finished or not", _evaluate_snapshot, _add_snapshot_arguments
     ),
     "register": Command(
@@ -241,10 +227,14 @@ COMMANDS: Mapping[str, Command] = {
     "promote": Command(
         "compare a version with the champion, and make it champion if it is better", _promote, _add_promote_arguments
     ),
-    "rollback": Command("make the previous champion champion again", _rollback, _add_model_arguments),
-    "recheck": Command("evaluate the champion again and report drift", _recheck, _add_model_arguments),
+    "rollback": Command(
+        "make the previous champion champion again", _on_model("promote:rollback"), _add_model_arguments
+    ),
+    "recheck": Command(
+        "evaluate the champion again and report drift", _on_model("recheck:recheck"), _add_model_arguments
+    ),
     "sample": Command("sample one image from a registered version into a PNG file", _sample, _add_sample_arguments),
-    "close_stale_runs": Command(
+    "close-stale-runs": Command(
         "end MLflow runs whose process on this machine died, and list silent ones of other machines",
         _close_stale_runs,
         _add_stale_arguments,
@@ -257,7 +247,7 @@ COMMANDS: Mapping[str, Command] = {
     "study": Command("train a row of the study, or write its report", _study, _add_study_arguments),
     "show": Command("print all parameters and the batch arithmetic of a training", _show),
 }
-"""All commands by name, those of the pipeline in its order; `-` may be typed for `_`."""
+"""All commands by name, those of the pipeline in its order; `_` may be typed for `-`."""
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -276,19 +266,19 @@ def _make_parser() -> argparse.ArgumentParser:
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         description = f"{command.help[0].upper()}{command.help[1:]}."
-        subparser = parsers.add_parser(
-            name, aliases=list({name.replace("_", "-")} - {name}), help=command.help, description=description
-        )
+        subparser = parsers.add_parser(name, help=command.help, description=description)
         subparser.set_defaults(run=command.run)
         command.add_arguments(subparser)
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    arguments, parser = sys.argv[1:] if arguments is None else arguments, _make_parser()
-    if arguments and arguments[0] in RENAMED:
-        parser.error(f"the command {arguments[0]} is now {RENAMED[arguments[0]]}; use that name")
-    args = parser.parse_args(arguments)
+    given, parser = list(sys.argv[1:] if arguments is None else arguments), _make_parser()
+    if given and given[0] in RENAMED:
+        parser.error(f"the command {given[0]} is now {RENAMED[given[0]]}; use that name")
+    # Stages of DVC, and with them their commands, are spelt like the sections of params.yaml.
+    given[:1] = [name.replace("_", "-") for name in given[:1]]
+    args = parser.parse_args(given, argparse.Namespace(arguments=given))
     set_up_logging()
     return run_guarded(lambda: args.run(args, read_environment()))

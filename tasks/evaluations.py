@@ -67,7 +67,7 @@ def evaluate_update(folder: str, update: int, training_ended: threading.Event) -
     run = Path(folder)
     device = read_environment().evaluation_device
     if device is not None and not training_ended.is_set() and not is_evaluated(_store(run), _snapshot(run, update).key):
-        command = [sys.executable, "-m", "sfgrpo", "evaluate_snapshot", folder, str(update)]
+        command = [sys.executable, "-m", "sfgrpo", "evaluate-snapshot", folder, str(update)]
         try:
             run_command(f"evaluate-update-{update}", command, {"SFGRPO_DEVICE": device}, stop=training_ended)
         except StageError:

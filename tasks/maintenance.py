@@ -23,7 +23,7 @@ def recheck() -> dict[str, Any]:
 @stage_task("close stale runs")
 def close_stale_runs() -> dict[str, Any]:
     """Close the MLflow runs of dead processes; return the runs at work, closed and silent."""
-    return _run_with_report("close_stale_runs")
+    return _run_with_report("close-stale-runs")
 
 
 @stage_task("retention")

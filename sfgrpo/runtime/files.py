@@ -14,6 +14,7 @@ from pathlib import Path
 from sfgrpo.runtime.locks import lock_existing
 
 PARTIAL_SUFFIX = ".partial"
+PARTIALS = f".*{PARTIAL_SUFFIX}"
 
 
 @contextlib.contextmanager
@@ -21,8 +22,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory that becomes `path` when the block ends, and is removed when it raises.
 
     All content is on the disk before the name appears. An existing directory at `path` is replaced; a crash exactly
-    between the two renames leaves none. What killed writers left beside `path` is removed first. Files in it are
-    written plainly: `atomic_write` would wait for the lock that this block holds.
+    between the two renames leaves none. What killed writers left beside `path` is removed first.
     """
     with _partial_beside(path, Path.mkdir) as partial:
         yield partial
@@ -71,7 +71,7 @@ def remove_partials(parent: Path) -> None:
     Where the file system has no locks, nothing is removed.
     """
     with lock_existing(parent) as no_writer_starts:
-        for partial in parent.glob(f".*{PARTIAL_SUFFIX}") if no_writer_starts else ():
+        for partial in parent.glob(PARTIALS) if no_writer_starts else ():
             with contextlib.suppress(FileNotFoundError), lock_existing(partial) as writer_is_dead:
                 if writer_is_dead:
                     _remove(partial)
@@ -88,8 +88,10 @@ def _partial_beside(path: Path, create: Callable[[Path], None]) -> Iterator[Path
     remove_partials(path.parent)
     partial = _partial_name(path)
     with contextlib.ExitStack() as lock:
-        # Until it is locked it looks like that of a killed writer, so nobody may clean up in between.
-        with lock_existing(path.parent, shared=True, timeout_s=math.inf):
+        # Until it is locked it looks like that of a killed writer, so nobody may clean up in between. In a directory
+        # that is partial itself nobody does: its writer holds the lock, and would wait for itself here.
+        is_nested = path.parent.resolve().match(PARTIALS)
+        with contextlib.nullcontext() if is_nested else lock_existing(path.parent, shared=True, timeout_s=math.inf):
             create(partial)
             lock.enter_context(lock_existing(partial))
         try:

@@ -25,7 +25,7 @@ KEY_TAG = "sfgrpo.key"
 """Marks the runs of this project; its value identifies the work."""
 OWNER_HOST_TAG = "sfgrpo.owner_host"
 OWNER_PROCESS_TAG = "sfgrpo.owner_process"
-"""The process that records a run; if it dies, `close_stale_runs` finds the run by these."""
+"""The process that records a run; if it dies, `close-stale-runs` finds the run by these."""
 PAGE_SIZE = 1000
 
 

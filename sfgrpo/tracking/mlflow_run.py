@@ -140,7 +140,7 @@ class MlflowRun:
             # There are two if the server handled a repeated creation twice; one of them is empty.
             run = max(found, key=lambda run: len(run.data.metrics), default=None)
         if run is not None:
-            # The owner first, so that `close_stale_runs` does not close the run for its dead owner.
+            # The owner first, so that `close-stale-runs` does not close the run for its dead owner.
             _set_tags(client, run, owner_tags())
             client.update_run(run.info.run_id, status="RUNNING")
         return run

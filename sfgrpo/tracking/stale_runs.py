@@ -84,7 +84,7 @@ def _close(client: MlflowClient, run: Run) -> bool:
     if now.info.status != "RUNNING" or owner_of(now) != owner:
         return False
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    client.set_tag(run_id, CLOSED_BY_TAG, f"close_stale_runs on {socket.gethostname()}, {when}: {owner} is gone")
+    client.set_tag(run_id, CLOSED_BY_TAG, f"close-stale-runs on {socket.gethostname()}, {when}: {owner} is gone")
     client.set_terminated(run_id, "KILLED")
     if owner_of(client.get_run(run_id)) == owner:
         return True

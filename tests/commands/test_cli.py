@@ -47,13 +47,13 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 
 OPTIONS = {
     "train": ("--params", "--resume", "--accept-code-change"),
-    "evaluate_snapshot": (),
+    "evaluate-snapshot": (),
     "study": (),
     "promote": ("--params", "--model", "--version", "--judge-only", "--apply"),
     "rollback": ("--params", "--model"),
     "recheck": ("--params", "--model"),
     "sample": ("--model", "--out", "--seed", "--steps", "--guidance"),
-    "close_stale_runs": ("--quiet-h", "--report"),
+    "close-stale-runs": ("--quiet-h", "--report"),
     "retention": ("--days", "--rehearse", "--report"),
 }
 """Options of commands that have others than the parameter file."""
@@ -89,16 +89,17 @@ def test_values_are_options_of_no_stage_but_which_run_or_version_is_meant_may_be
     assert shown == {"--help", *OPTIONS.get(command, ("--params",))}
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if "_" in name])
-def test_hyphens_may_be_typed_for_underscores(command, capsys):
+@pytest.mark.parametrize("command", [name for name in COMMANDS if "-" in name])
+def test_underscores_may_be_typed_for_hyphens(command, capsys):
     with pytest.raises(SystemExit, match="0"):
-        main([command.replace("_", "-"), "--help"])
+        main([command.replace("-", "_"), "--help"])
+    assert f"usage: python -m sfgrpo {command} " in capsys.readouterr().out
 
 
 def test_former_name_of_a_command_is_refused_with_the_new_one(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["sweep"])
-    assert "error: the command sweep is now close_stale_runs; use that name" in capsys.readouterr().err
+    assert "error: the command sweep is now close-stale-runs; use that name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["tarin"], ["train", "--learning-rate", "1"]])

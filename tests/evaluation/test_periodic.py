@@ -359,7 +359,7 @@ def test_command_evaluates_a_snapshot_of_a_training_that_goes_on(project, monkey
     def log_metrics(self: RecordingTracker, metrics: Any, step: int) -> None:
         logged(self, metrics, step)
         if "reward/mean" in metrics and step == 2:
-            statuses.extend(main(["evaluate_snapshot", str(run_of(project)), "0"]) for _ in range(2))
+            statuses.extend(main(["evaluate-snapshot", str(run_of(project)), "0"]) for _ in range(2))
 
     monkeypatch.setattr(RecordingTracker, "log_metrics", log_metrics)
     assert main(["train"]) == 0
@@ -373,16 +373,16 @@ def test_command_evaluates_a_snapshot_of_a_training_that_goes_on(project, monkey
 def test_command_refuses_what_it_cannot_evaluate(project, monkeypatch, capsys):
     assert main(["train"]) == 0
     run = run_of(project)
-    assert main(["evaluate_snapshot", str(run), "1"]) == 1
+    assert main(["evaluate-snapshot", str(run), "1"]) == 1
     assert "has no snapshot of update 1; use one of 0, 2, 3" in capsys.readouterr().err
-    assert main(["evaluate_snapshot", str(project), "1"]) == 1
+    assert main(["evaluate-snapshot", str(project), "1"]) == 1
     assert "has no snapshot of update 1; it has none yet" in capsys.readouterr().err
     (snapshot, *_) = list_snapshots(run)
     with claimed_evaluation(run.parent / "evaluations", snapshot.key):
-        assert main(["evaluate_snapshot", str(run), "0"]) == 0
+        assert main(["evaluate-snapshot", str(run), "0"]) == 0
     assert "update 0 is being evaluated by another process" in capsys.readouterr().out
     publish_snapshot(run, 0, "other", None, lambda folder: (folder / "weights").write_bytes(b"x"))
-    assert main(["evaluate_snapshot", str(run), "0"]) == 2
+    assert main(["evaluate-snapshot", str(run), "0"]) == 2
     assert "was published by other code or models, or for another kind of device than cpu" in capsys.readouterr().err
 
 

@@ -45,7 +45,7 @@ START_S = 180
 RUN_S = 180
 UPKEEP = """
 REPORTS = {{
-    "close_stale_runs": {{
+    "close-stale-runs": {{
         "at_work": [],
         "closed": [{{"name": "joint-1", "run_id": "r1", "owner": "process 7 of here", "silent_s": 7200}}],
         "silent": [],

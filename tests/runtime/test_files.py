@@ -140,6 +140,19 @@ def test_two_writers_in_one_directory_do_not_disturb_each_other(tmp_path):
     assert names(tmp_path) == ["a-0", "a-1", "a-2", "b-0", "b-1", "b-2"]
 
 
+@pytest.mark.parametrize("context", [lambda path: atomic_directory(path), lambda path: temporary_directory(path, "x")])
+def test_partial_directory_may_be_filled_atomically(tmp_path, context):
+    code = "import sys; from pathlib import Path; from sfgrpo.runtime.files import remove_partials;"
+    with context(tmp_path / "out") as partial:
+        with atomic_directory(partial / "sub") as nested:
+            atomic_write(nested / "file", "x")
+            for folder in (tmp_path, partial, nested):
+                subprocess.run([sys.executable, "-c", code + "remove_partials(Path(sys.argv[1]))", folder], check=True)
+        atomic_write(partial / "file", "y")
+        assert names(partial) == ["file", "sub"]
+        assert names(partial / "sub") == ["file"]
+
+
 def test_temporary_directory_vanishes_with_its_block_or_with_the_next_one(tmp_path):
     with temporary_directory(tmp_path / "scratch", "ranks") as folder:
         (folder / "log").touch()

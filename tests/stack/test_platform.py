@@ -141,7 +141,7 @@ def check_nothing_lost(platform: Platform, run_id: UUID, undisturbed: Outcome) -
     platform.wait_for_end(platform.processes())
     # What a dead run held comes free when its lease ends.
     wait_until(lambda: not platform.taken_slots(), f"slots are still taken: {platform.taken_slots()}")
-    platform.command("sfgrpo", "close_stale_runs")
+    platform.command("sfgrpo", "close-stale-runs")
     assert platform.running_in_mlflow() == []
     return outcome
 

@@ -129,7 +129,7 @@ def test_with_a_device_the_command_evaluates_there_and_a_failure_is_retried_and_
     monkeypatch.setenv("SFGRPO_EVALUATION_DEVICE", "cpu")
     root = str(ROOT)
     preamble = KEEPING.format(root=root)
-    (here / "extra_evaluate_snapshot.py").write_text(
+    (here / "extra_evaluate-snapshot.py").write_text(
         "import os\nassert os.environ['SFGRPO_DEVICE'] == 'cpu'\n"
         + preamble
         + "if sys.argv[3] == '0':\n    sys.exit(1)\nkeep(pathlib.Path(sys.argv[2]), int(sys.argv[3]))\nsys.exit(0)\n"
@@ -149,7 +149,7 @@ def test_with_a_device_the_command_evaluates_there_and_a_failure_is_retried_and_
     body()
     tasks, artifacts = shown("background")
     assert tasks == {"evaluate update 0": "FAILED", "evaluate update 2": "COMPLETED"}
-    assert calls(here) == ["evaluate_snapshot"] * 4
+    assert calls(here) == ["evaluate-snapshot"] * 4
     assert len(artifacts) == 1 and "| 2 | 0.250 ± 0.050 | 0.5000 |" in artifacts[0]
 
 

@@ -88,7 +88,7 @@ def test_run_of_a_killed_process_is_closed_and_says_by_whom(uri):
     run = connect(uri).get_run(run_id)
     assert run.info.status == "KILLED"
     assert run.info.end_time is not None
-    assert "close_stale_runs on" in run.data.tags[CLOSED_BY_TAG] and "is gone" in run.data.tags[CLOSED_BY_TAG]
+    assert "close-stale-runs on" in run.data.tags[CLOSED_BY_TAG] and "is gone" in run.data.tags[CLOSED_BY_TAG]
 
 
 def test_closed_run_is_reopened_by_its_key_and_is_not_closed_again_while_it_runs(uri):
