@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
 from sfgrpo.runtime.environment import read_environment
-from sfgrpo.runtime.shutdown import sigterm_as_exit
 from tasks import maintenance
 from tasks.git import top_folder
-from tasks.stages import StageError, refuse_inside_stage
+from tasks.stages import flow_as_program, refuse_inside_stage
 from tasks.supervisor import end_orphans, marked_folders
 
 
@@ -49,17 +47,6 @@ def report(found: dict[str, Any], ended: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Run the flow; return the exit status."""
-    try:
-        # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
-        with sigterm_as_exit():
-            close_stale_runs()
-    except StageError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    with flow_as_program():
+        close_stale_runs()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from prefect import flow, get_run_logger
@@ -10,10 +9,8 @@ from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
-from sfgrpo.errors import ConfigError
-from sfgrpo.runtime.shutdown import sigterm_as_exit
 from tasks.promotion import apply, decide, show_decision
-from tasks.stages import StageError, prompts, refuse_inside_stage
+from tasks.stages import flow_as_program, prompts, refuse_inside_stage
 from tasks.worktree import run_worktree
 
 APPROVAL_S = 7 * 24 * 3600
@@ -61,17 +58,6 @@ def approved(decision: dict[str, Any]) -> bool:
     return answer.approve
 
 
-def main() -> int:
-    """Run the flow; print the report, or the last lines of the failed command; return the exit status."""
-    try:
-        with sigterm_as_exit():
-            decision = promote()
-    except (StageError, ConfigError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"\n{decision['report']}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    with flow_as_program():
+        print(f"\n{promote()['report']}")

@@ -1,4 +1,4 @@
-"""Runs the study, as many runs at once as there are cores, and writes its report: `python -m flows.study [PRESET]`."""
+"""Run the study, as many runs at once as there are cores, and write its report: `python -m flows.study [PRESET]`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from prefect import flow
 from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from sfgrpo.errors import ConfigError
-from sfgrpo.runtime.shutdown import sigterm_as_exit
 from sfgrpo.study.config import load_plan
-from tasks.stages import StageError, refuse_inside_stage
+from tasks.stages import flow_as_program, refuse_inside_stage
 from tasks.study import train_run, write_report
 from tasks.supervisor import stop_all
 
@@ -20,6 +18,7 @@ NUM_RUNS = os.cpu_count() or 1
 """Runs at once, with one thread each: more images per second than threads that share a run."""
 
 
+# Prefect types its runners as ones of PrefectConcurrentFuture, and `flow` takes none but those of PrefectFuture.
 @flow(name="study", task_runner=ThreadPoolTaskRunner(max_workers=NUM_RUNS))  # type: ignore[arg-type]
 def study(preset: str = "short") -> None:
     """Train every row with every seed, then report; DVC skips the runs that are up to date."""
@@ -36,17 +35,6 @@ def study(preset: str = "short") -> None:
     write_report(plan.preset)
 
 
-def main(arguments: list[str]) -> int:
-    """Run one preset and return the exit status."""
-    try:
-        # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
-        with sigterm_as_exit():
-            study(*arguments[:1])
-    except (StageError, ConfigError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with flow_as_program():
+        study(*sys.argv[1:2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
@@ -12,11 +11,10 @@ from pydantic import Field
 
 from sfgrpo.errors import ConfigError
 from sfgrpo.paths import EVALUATE_REPORT
-from sfgrpo.runtime.shutdown import sigterm_as_exit
 from tasks.evaluations import background_evaluations
 from tasks.gpu_slots import gpu_slots
 from tasks.promotion import promote_version
-from tasks.stages import StageError, evaluate, prompts, push, refuse_inside_stage, register, train
+from tasks.stages import evaluate, flow_as_program, prompts, push, refuse_inside_stage, register, train
 from tasks.worktree import Worktree, is_deployed, run_worktree, save_branch
 
 STAGES = ("prompts", "train", "evaluate")
@@ -100,18 +98,12 @@ def report(version: dict[str, Any], branch: str | None = None) -> str:
     )
 
 
-def main() -> int:
-    """Run the flow; print the outcome, or the last lines of the failed stage; return the exit status."""
-    try:
-        # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
-        with sigterm_as_exit():
-            version = train_policy(promote=False)
-    except (StageError, ConfigError) as error:
-        print(error, file=sys.stderr)
-        return 1
+def main() -> None:
+    """Run the flow and print the outcome."""
+    with flow_as_program():
+        version = train_policy(promote=False)
     print(f"\n{report(version)}\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

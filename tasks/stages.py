@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -21,6 +22,7 @@ from prefect.tasks import Task
 from sfgrpo.errors import ConfigError, ExitStatus
 from sfgrpo.paths import EVALUATE_REPORT, REGISTRATION
 from sfgrpo.runtime.environment import read_environment
+from sfgrpo.runtime.shutdown import sigterm_as_exit
 from tasks.progress import ProgressBar
 from tasks.supervisor import is_stopping, run_supervised
 
@@ -60,6 +62,17 @@ def refuse_inside_stage() -> None:
     """Raise if DVC runs this process: a stage that the flow starts would wait for the stage that started the flow."""
     if stage := os.environ.get("DVC_STAGE"):
         raise RuntimeError(f"DVC stage {stage} started the flow, which would wait for that stage; start it by itself")
+
+
+@contextlib.contextmanager
+def flow_as_program() -> Iterator[None]:
+    """Let the block run a flow as a program: a failed stage or a wrong configuration is a message and exit status 1."""
+    try:
+        # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
+        with sigterm_as_exit():
+            yield
+    except (StageError, ConfigError) as error:
+        sys.exit(str(error))
 
 
 def dvc_repro(stage: str, file: str = "dvc.yaml") -> list[str]:

@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+# mypy runs in .venv; Swift is installed in .venv-s3 alone.
 from swift.common.ring import RingBuilder  # type: ignore[import-not-found]
 
 HOST = "127.0.0.1"

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+# mypy runs in .venv; Swift is installed in .venv-s3 alone.
 from swift.common import utils  # type: ignore[import-not-found]
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from sfgrpo.errors import ConfigError, ExitStatus, Preempted, SfgrpoError
-from sfgrpo.runtime.rank import is_first_rank, recording_errors
+from sfgrpo.runtime.rank import is_first_rank, record_error
 from sfgrpo.runtime.redaction import SecretFreeFormatter, print_error, without_secrets
 
 
@@ -29,14 +29,16 @@ def set_up_logging() -> None:
 def run_guarded(command: Callable[[], None]) -> int:
     """Run a command, print an error that the user can correct as one line, and return the exit status."""
     try:
-        with recording_errors():
-            command()
+        command()
     except Preempted as error:
         # Every rank was told to stop; one line is enough.
         if is_first_rank():
             print(without_secrets(f"stopped: {error}"), file=sys.stderr)
         return ExitStatus.RESUMABLE
-    except (SfgrpoError, OSError) as error:
+    except Exception as error:
+        record_error(error)
+        if not isinstance(error, SfgrpoError | OSError):
+            raise
         print(without_secrets(f"error: {error}"), file=sys.stderr)
         return ExitStatus.WRONG_CONFIGURATION if isinstance(error, ConfigError) else ExitStatus.FAILED
     return ExitStatus.DONE

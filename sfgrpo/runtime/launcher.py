@@ -1,8 +1,7 @@
 """Launch of a training as several ranks, on one node or more, with torch's elastic agent.
 
-The launcher is the `python -m sfgrpo train` of each node. It starts the ranks, which run the same command, restarts all
-of them when one fails, and forwards requests to stop. Nodes find each other as under torchrun, by PET_RDZV_ENDPOINT,
-PET_RDZV_ID and so on; torchrun itself may start the ranks as well.
+Each node has a launcher, which starts the ranks, restarts all of them when one fails, and forwards requests to stop.
+Nodes find each other as under torchrun, by PET_RDZV_ENDPOINT and PET_RDZV_ID; torchrun may start the ranks as well.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import math
 import os
 import signal
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.distributed import DistError
@@ -222,11 +221,8 @@ def _check_devices(launch: LaunchConfig, environment: Environment) -> None:
 def _silence_torch() -> None:
     """Leave messages to this module, unless LOGLEVEL, torch's own variable, is set."""
     if "LOGLEVEL" not in os.environ:
-        for name in _loggers_below("torch.distributed"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        for name in logging.root.manager.loggerDict:
+            if f"{name}.".startswith("torch.distributed."):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
         # In the ranks, stack traces of a lost connection would bury the message of this module.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-
-
-def _loggers_below(name: str) -> Iterable[str]:
-    return [other for other in logging.root.manager.loggerDict if f"{other}.".startswith(f"{name}.")]

@@ -8,10 +8,9 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
-from sfgrpo.errors import ExitStatus, Preempted
+from sfgrpo.errors import ExitStatus
 from sfgrpo.runtime.process import die_with_parent
 from sfgrpo.runtime.redaction import without_secrets
 
@@ -37,17 +36,11 @@ def die_with_launcher() -> None:
         os._exit(ExitStatus.RESUMABLE)
 
 
-@contextlib.contextmanager
-def recording_errors() -> Iterator[None]:
-    """Write the error that ends the block to the file where the launcher looks for it, in torch's format."""
-    try:
-        yield
-    except Preempted:
-        raise
-    except Exception as error:
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            details = {"py_callstack": without_secrets(traceback.format_exc()), "timestamp": str(int(time.time()))}
-            message = {"message": without_secrets(f"{type(error).__name__}: {error}"), "extraInfo": details}
-            with contextlib.suppress(OSError):
-                Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
-        raise
+def record_error(error: Exception) -> None:
+    """Write the error that ends a rank to the file where the launcher looks for it, in torch's format."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        trace = without_secrets("".join(traceback.format_exception(error)))
+        details = {"py_callstack": trace, "timestamp": str(int(time.time()))}
+        message = {"message": without_secrets(f"{type(error).__name__}: {error}"), "extraInfo": details}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")

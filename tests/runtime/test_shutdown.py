@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from sfgrpo.errors import RewardError
-from sfgrpo.runtime.rank import recording_errors
+from sfgrpo.runtime.entry_point import run_guarded
 from sfgrpo.runtime.shutdown import SIGNALS, GracefulShutdown
 from tests.support.paths import ROOT
 from tests.support.rank_stubs import hear_signals
@@ -221,8 +221,11 @@ def test_rank_whose_launcher_is_gone_already_leaves():
 def test_error_of_a_rank_is_noted_for_its_launcher(tmp_path, monkeypatch):
     note = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(note))
-    with pytest.raises(RewardError, match="the detector is missing"), recording_errors():
+
+    def fail() -> None:
         raise RewardError("the detector is missing")
+
+    assert run_guarded(fail) == 1
     message = json.loads(note.read_text())["message"]
     assert message["message"] == "RewardError: the detector is missing"
     assert "Traceback" in message["extraInfo"]["py_callstack"]
