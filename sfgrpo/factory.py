@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sfgrpo.config.batching import BatchArithmetic
 from sfgrpo.config.loading import as_config_error
-from sfgrpo.config.schema import LaunchConfig, PolicyConfig, RewardConfig
+from sfgrpo.config.schema import PolicyConfig, RewardConfig
 from sfgrpo.config.stages import TrainStage
 from sfgrpo.errors import ConfigError
 from sfgrpo.runtime.environment import Environment
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from sfgrpo.rewards import Reward
 
 
-def make_accelerator(config: TrainStage, environment: Environment) -> Accelerator:
+def make_accelerator(
+    config: TrainStage, environment: Environment, sharding: Literal["none", "full"] = "none"
+) -> Accelerator:
     """Join the processes of the run, before anything expensive; refuse work that does not divide among them."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -37,6 +39,11 @@ def make_accelerator(config: TrainStage, environment: Environment) -> Accelerato
         raise ConfigError(
             f"{launched} processes were launched (WORLD_SIZE), but accelerate sees {accelerator.num_processes}; set "
             "SFGRPO_DEVICE to cuda or cpu, as the processes are to compute on, and unset the ACCELERATE_ variables"
+        )
+    if sharding == "full" and accelerator.num_processes == 1:
+        raise ConfigError(
+            "launch.sharding: full spreads the frozen weights over processes, and there is one; use none, or a "
+            "launch.num_processes of 2 or more"
         )
     BatchArithmetic(config=config, num_processes=accelerator.num_processes)
     return accelerator
@@ -87,15 +94,6 @@ def device_of(environment: Environment) -> str:
     if environment.device == "auto" and not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-
-
-def check_sharding(launch: LaunchConfig, accelerator: Accelerator) -> None:
-    """Refuse to shard a model over a single process."""
-    if launch.sharding == "full" and accelerator.num_processes == 1:
-        raise ConfigError(
-            "launch.sharding: full spreads the frozen weights over processes, and there is one; use none, or a "
-            "launch.num_processes of 2 or more"
-        )
 
 
 def evaluates_in_background(environment: Environment) -> bool:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from sfgrpo.checkpoint.state import require_format, with_format
+from sfgrpo.checkpoint.state import FORMAT, require_format
 from sfgrpo.runtime.files import atomic_directory, atomic_write, remove_directory
 from sfgrpo.runtime.manifest import MANIFEST, verify_manifest, write_manifest
 
@@ -42,7 +42,7 @@ def record_snapshot(folder: Path, update: int, fingerprint: str, mlflow_run_id: 
     """Write the record of a published adapter, for evaluations of this fingerprint."""
     key = evaluation_key(fingerprint, read_snapshot(folder, update))
     snapshot = Snapshot(update=update, key=key, mlflow_run_id=mlflow_run_id)
-    record = json.dumps(with_format(dataclasses.asdict(snapshot)))
+    record = json.dumps({"format": FORMAT, **dataclasses.asdict(snapshot)})
     atomic_write(snapshot_path(folder, update).with_suffix(".json"), record + "\n")
     return snapshot
 

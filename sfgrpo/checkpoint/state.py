@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,11 @@ def checkpoint_path(root: Path, update_index: int) -> Path:
     return root / f"update-{update_index:06d}"
 
 
-def save_checkpoint(root: Path, state: TrainingState, keep: int, protected: Collection[int] = ()) -> Path:
-    """Write a checkpoint below `root`, then remove all but the `keep` newest and those of `protected` updates.
+def save_checkpoint(root: Path, state: TrainingState, keep: int) -> Path:
+    """Write a checkpoint below `root`, then remove all but the `keep` newest up to it.
 
     Raises `OSError` when it cannot be written, such as on a full disk; earlier checkpoints are untouched then.
     """
-    if keep < 1:
-        raise ValueError(f"keep {keep} would remove the checkpoint just written; keep at least 1")
     path = checkpoint_path(root, state.update_index)
     contents = _to_files(state)
     root.mkdir(parents=True, exist_ok=True)
@@ -81,7 +79,9 @@ def save_checkpoint(root: Path, state: TrainingState, keep: int, protected: Coll
             f"checkpoint {path} of {size:.1f} MB could not be written ({error.strerror}; {free:.1f} MB are free); "
             "earlier checkpoints are untouched, so make room and start again to resume from the latest",
         ) from error
-    _prune(root, state.update_index, keep, protected)
+    up_to_it = sorted(saved for saved in saved_updates(root) if saved <= state.update_index)
+    for saved in up_to_it[:-keep]:
+        remove_directory(checkpoint_path(root, saved))
     return path
 
 
@@ -141,11 +141,6 @@ def latest_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def with_format(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a JSON file with the format that this version writes."""
-    return {"format": FORMAT, **values}
-
-
 def require_format(found: object, path: Path) -> None:
     """Raise `ConfigError` unless a file says that it has the format that this version reads."""
     if found != FORMAT:
@@ -156,7 +151,7 @@ def require_format(found: object, path: Path) -> None:
 
 
 def _to_files(state: TrainingState) -> dict[str, bytes]:
-    values: dict[str, Any] = with_format({})
+    values: dict[str, Any] = {"format": FORMAT}
     tensors: dict[str, Tensor] = {}
     for name in ("update_index", "ema", "optimizer", "rng", "scaler", "best", "config", "extra"):
         values[name] = _split(getattr(state, name), name, tensors)
@@ -203,13 +198,6 @@ def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _joined(item, tensors) for key, item in content}
     items = [_joined(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
-
-
-def _prune(root: Path, update_index: int, keep: int, protected: Collection[int]) -> None:
-    older = sorted(saved for saved in saved_updates(root) if saved < update_index)
-    for saved in older[: max(0, len(older) - (keep - 1))]:
-        if saved not in protected:
-            remove_directory(checkpoint_path(root, saved))
 
 
 def saved_updates(root: Path) -> list[int]:

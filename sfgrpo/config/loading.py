@@ -43,29 +43,25 @@ def read_parameters(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: A file cannot be read, or files extend one another in a circle.
     """
-    files, layers = [path.resolve()], [read_mapping(path)]
-    while "extends" in layers[-1]:
-        name = layers[-1].pop("extends")
+    files, merged = [path.resolve()], read_mapping(path)
+    while "extends" in merged:
+        name = merged.pop("extends")
         if not isinstance(name, str):
             raise ConfigError(f"{files[-1]}: extends: {name!r} is no file name; write the path of a parameter file")
         parent = (files[-1].parent / name).resolve()
         if parent in files:
             raise ConfigError(f"{files[-1]}: extends: {name} extends this file in turn; take one of the two lines out")
         files.append(parent)
-        layers.append(read_mapping(parent))
-    merged: dict[str, Any] = {}
-    for layer in reversed(layers):
-        merged = _merged(merged, layer)
+        merged = _merged(read_mapping(parent), merged)
     return merged
 
 
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], changes[key]) for key in changes if _mappings(base.get(key), changes[key])}
-    return {**base, **changes, **both}
-
-
-def _mappings(*values: object) -> bool:
-    return all(isinstance(value, dict) for value in values)
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(base.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
 
 
 def unknown_key(key: str, allowed: Collection[str]) -> str:

@@ -15,25 +15,10 @@ from typing import Any, TypeAlias, TypeVar, get_args
 
 from pydantic import NonNegativeInt
 
+from sfgrpo.config import schema
 from sfgrpo.config.loading import read_parameters, unknown_key, validated
 from sfgrpo.config.pretrain_schema import PretrainConfig, PretrainRewardConfig
-from sfgrpo.config.schema import (
-    AdvantageConfig,
-    CheckpointConfig,
-    EmaConfig,
-    EstimatesConfig,
-    EvaluationConfig,
-    LaunchConfig,
-    PolicyConfig,
-    PromotionConfig,
-    PromptsConfig,
-    RegistryConfig,
-    RewardConfig,
-    RolloutConfig,
-    SamplingConfig,
-    UpdateConfig,
-    section,
-)
+from sfgrpo.config.schema import section
 from sfgrpo.errors import ConfigError
 from sfgrpo.types import TAGS
 
@@ -59,7 +44,7 @@ class PromptsStage:
     """Parameters of `prompts`, which writes the prompt sets."""
 
     seed: NonNegativeInt
-    prompts: PromptsConfig
+    prompts: schema.PromptsConfig
 
 
 @section
@@ -67,16 +52,16 @@ class TrainStage:
     """Parameters of `train`, which trains the adapter."""
 
     seed: NonNegativeInt
-    policy: PolicyConfig
-    sampling: SamplingConfig
-    rollout: RolloutConfig
-    estimates: EstimatesConfig
-    reward: RewardConfig
-    advantage: AdvantageConfig
-    update: UpdateConfig
-    ema: EmaConfig
-    checkpoint: CheckpointConfig
-    evaluation: EvaluationConfig
+    policy: schema.PolicyConfig
+    sampling: schema.SamplingConfig
+    rollout: schema.RolloutConfig
+    estimates: schema.EstimatesConfig
+    reward: schema.RewardConfig
+    advantage: schema.AdvantageConfig
+    update: schema.UpdateConfig
+    ema: schema.EmaConfig
+    checkpoint: schema.CheckpointConfig
+    evaluation: schema.EvaluationConfig
 
     def __post_init__(self) -> None:
         if conflicts := [*_sampling_conflicts(self), *_batch_conflicts(self), *_schedule_conflicts(self)]:
@@ -99,28 +84,28 @@ class EvaluateStage:
     """Parameters of `evaluate`, which compares the trained policy with the base model."""
 
     seed: NonNegativeInt
-    policy: PolicyConfig
-    evaluation: EvaluationConfig
-    reward: RewardConfig
+    policy: schema.PolicyConfig
+    evaluation: schema.EvaluationConfig
+    reward: schema.RewardConfig
 
 
 @section
 class RegisterStage:
     """Parameters of `register`, which records the trained policy as a model version."""
 
-    policy: PolicyConfig
-    registry: RegistryConfig
-    evaluation: EvaluationConfig
+    policy: schema.PolicyConfig
+    registry: schema.RegistryConfig
+    evaluation: schema.EvaluationConfig
 
 
 @section
 class PromoteStage:
     """Parameters of `promote`, which decides whether a registered version becomes champion."""
 
-    evaluation: EvaluationConfig
-    reward: RewardConfig
-    registry: RegistryConfig
-    promotion: PromotionConfig
+    evaluation: schema.EvaluationConfig
+    reward: schema.RewardConfig
+    registry: schema.RegistryConfig
+    promotion: schema.PromotionConfig
 
     def __post_init__(self) -> None:
         if conflicts := list(_promotion_conflicts(self)):
@@ -131,14 +116,14 @@ class PromoteStage:
 class RegistryStage:
     """Parameters of `rollback` and `recheck`, which concern only the champion."""
 
-    registry: RegistryConfig
+    registry: schema.RegistryConfig
 
 
 @section
 class LaunchStage:
     """How `train` is launched; kept apart from `TrainStage`, since it does not shape the result."""
 
-    launch: LaunchConfig = LaunchConfig()
+    launch: schema.LaunchConfig = schema.LaunchConfig()
 
 
 Stage: TypeAlias = (

@@ -140,13 +140,14 @@ def evaluate_policy(
             number p * G + g, and those of a process come in ascending order.
     """
     judges = (is_correct or build_reward("geneval_correct"), *rewards)
-    scores = _score_images(policy, prompts, judges, protocol, shown, accelerator, on_batch, on_images)
+    scores_NJ, images, small_NHWC = _score_images(
+        policy, prompts, judges, protocol, shown, accelerator, on_batch, on_images
+    )
     shape = len(prompts), protocol.images_per_prompt
-    correct, *rewards_JPG = (scores_N.reshape(shape) for scores_N in scores.scores_NJ.numpy().T)
-    small_NHWC = scores.thumbnails_NHWC.numpy()
+    correct, *rewards_JPG = (scores_N.reshape(shape) for scores_N in scores_NJ.numpy().T)
     return Evaluation(
-        images=scores.shown.numpy(),
-        thumbnails_PGHWC=small_NHWC.reshape(*shape, *small_NHWC.shape[1:]),
+        images=images.numpy(),
+        thumbnails_PGHWC=small_NHWC.numpy().reshape(*shape, *small_NHWC.shape[1:]),
         correct=correct == 1.0,
         table=summarise([prompt.tag for prompt in prompts], correct == 1.0),
         rewards_PG={reward.name: scores_PG for reward, scores_PG in zip(rewards, rewards_JPG, strict=True)},
@@ -166,7 +167,7 @@ def mean_rewards(
     With the sampler of the training this measures what training improves, on prompts and noise that, unlike those of
     an update, never change. Processes share the work as in `evaluate_policy`.
     """
-    scores_NJ = _score_images(policy, prompts, rewards, protocol, (), accelerator, on_batch).scores_NJ
+    scores_NJ, _, _ = _score_images(policy, prompts, rewards, protocol, (), accelerator, on_batch)
     return {reward.name: _mean(scores_N) for reward, scores_N in zip(rewards, scores_NJ.numpy().T, strict=True)}
 
 
@@ -181,15 +182,6 @@ def thumbnails(images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return averaged_NCHW.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Scores:
-    scores_NJ: Tensor
-    """Score of every image by every judge."""
-    shown: Tensor
-    """Images of the prompts that are shown."""
-    thumbnails_NHWC: Tensor
-
-
 def _score_images(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -199,8 +191,11 @@ def _score_images(
     accelerator: Accelerator | None,
     on_batch: Callable[[], None],
     on_images: Callable[[int, NDArray[np.uint8]], None] = lambda first, images: None,
-) -> _Scores:
-    """Sample and score the images of all prompts, [P * G] of them, each process its part."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample the N = P * G images of all prompts, each process its part.
+
+    Return the score of every image by every judge, the images of the shown prompts, and all images as thumbnails.
+    """
     process, num_processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     conditioning, num_images = policy.encode([prompt.text for prompt in prompts]), protocol.images_per_prompt
     positions = torch.arange(len(prompts)).repeat_interleave(num_images)
@@ -230,7 +225,7 @@ def _score_images(
         # Each process has zeros where the others have numbers.
         scores_NJ, kept = summed(scores_NJ, accelerator), summed(kept, accelerator)
         small_NHWC = summed(small_NHWC, accelerator)
-    return _Scores(scores_NJ=scores_NJ, shown=kept, thumbnails_NHWC=small_NHWC)
+    return scores_NJ, kept, small_NHWC
 
 
 def _mean(values: NDArray[np.floating[Any]]) -> float:

@@ -142,22 +142,20 @@ class PeriodicEvaluation:
 
     def _add(self, publish: Callable[[], Snapshot]) -> None:
         """Have the main process publish a snapshot, and all processes wait for its evaluation."""
-        files: dict[str, bytes] | None = None
-        if self._accelerator.is_main_process:
-            files = {"snapshot": json.dumps(dataclasses.asdict(publish())).encode()}
-        self._pending.append(Snapshot(**json.loads(shared_files(files, self._accelerator)["snapshot"])))
+        self._pending.append(Snapshot(**self._from_main(lambda: dataclasses.asdict(publish()))))
 
     def _identity(self) -> tuple[str, str | None]:
         return self._paths.fingerprint, self._tracker.run_id
 
     def _metrics(self, snapshot: Snapshot) -> dict[str, float] | None:
-        """Read a result, on all processes, if the main one finds it."""
-        files: dict[str, bytes] | None = None
-        if self._accelerator.is_main_process:
-            metrics = read_metrics(self._paths.store, snapshot.key)
-            files = None if metrics is None else {"metrics": json.dumps(metrics).encode()}
-        found = shared_files(files, self._accelerator)
-        return json.loads(found["metrics"]) if found else None
+        """Return a result, on all processes, if the main one finds it."""
+        metrics: dict[str, float] | None = self._from_main(lambda: read_metrics(self._paths.store, snapshot.key))
+        return metrics
+
+    def _from_main(self, call: Callable[[], Any]) -> Any:
+        """Return, on all processes, the JSON value that `call` returns on the main one."""
+        files = {"value": json.dumps(call()).encode()} if self._accelerator.is_main_process else None
+        return json.loads(shared_files(files, self._accelerator)["value"])
 
     def _evaluate(self, snapshot: Snapshot) -> bool:
         """Evaluate a snapshot unless another process is doing so or the result is there; return whether it did."""

@@ -18,6 +18,8 @@ from sfgrpo.checkpoint.state import CHECKPOINTS, latest_checkpoint
 from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.evaluation.evaluate import draw_images, protocol_of
 from sfgrpo.evaluation.evaluator import Evaluator
+from sfgrpo.evaluation.periodic import EvaluationPaths
+from sfgrpo.evaluation.store import EVALUATIONS
 from sfgrpo.factory import check_pretrained, make_accelerator, make_policy, make_reward, use_threads
 from sfgrpo.policies.base import Policy
 from sfgrpo.prompts import make_prompts
@@ -31,7 +33,7 @@ from sfgrpo.study.config import EXPERIMENTS, Plan, stages_of_run
 from sfgrpo.tracking.base import ending
 from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 from sfgrpo.tracking.sample_grid import pick_rows
-from sfgrpo.training.fingerprint import evaluation_paths, run_fingerprint, run_key
+from sfgrpo.training.fingerprint import evaluation_fingerprint, run_fingerprint, run_key
 from sfgrpo.training.trainer import Trainer, TrainerInputs
 from sfgrpo.types import Prompt
 
@@ -69,7 +71,11 @@ def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None
             prompts=prompts,
             reward=reward,
             evaluator=Evaluator.of(config, asked, reward),
-            paths=evaluation_paths(config, asked, folder, policy.device.type),
+            paths=EvaluationPaths(
+                folder=folder,
+                store=folder.parent / EVALUATIONS,
+                fingerprint=evaluation_fingerprint(config, asked, policy.device.type),
+            ),
             tracker=tracker,
             shutdown=shutdown,
         )

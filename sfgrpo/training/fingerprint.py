@@ -7,19 +7,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.errors import ConfigError
-from sfgrpo.evaluation.store import EVALUATIONS
 from sfgrpo.paths import EVALUATION_PROMPTS, PROMPTS, RUN_PREFIX, TRAINING_PROMPTS
 from sfgrpo.prompts import prompts_digest, read_prompts
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.manifest import sha256_of_file
 from sfgrpo.types import Prompt
-
-if TYPE_CHECKING:
-    from sfgrpo.evaluation.periodic import EvaluationPaths
 
 INPUTS = "inputs"
 """Folder, below that of a run, with what it was started with."""
@@ -77,7 +73,9 @@ class Run:
         prompts, evaluation_prompts = map(read_prompts, files)
         fingerprint, folder, predecessor = run_fingerprint(config, prompts, evaluation_prompts), None, None
         if inputs is not None:
-            recorded = _read_fingerprint(inputs)
+            # A run of an older version has recorded none.
+            path = inputs / FINGERPRINT
+            recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             different = [name for name in fingerprint if fingerprint[name] != recorded.get(name)]
             if not different:
                 fingerprint, folder = recorded, inputs.parent
@@ -119,17 +117,6 @@ def run_key(fingerprint: Mapping[str, str]) -> str:
     return _digest([json.dumps(fingerprint, sort_keys=True)])
 
 
-def evaluation_paths(
-    config: TrainStage, prompts: Sequence[Prompt], folder: Path, device: str, in_background: bool = False
-) -> EvaluationPaths:
-    """Return where the evaluations of a run go; all runs beside `folder` share one store."""
-    from sfgrpo.evaluation.periodic import EvaluationPaths
-
-    fingerprint = evaluation_fingerprint(config, prompts, device)
-    store = folder.parent / EVALUATIONS
-    return EvaluationPaths(folder=folder, store=store, fingerprint=fingerprint, in_background=in_background)
-
-
 def evaluation_fingerprint(config: TrainStage, evaluation_prompts: Sequence[Prompt], device: str) -> str:
     """Digest all that shapes the evaluations of a training except the adapter, for one kind of device.
 
@@ -164,13 +151,6 @@ def _shaping_files() -> Iterator[Path]:
 
 def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _read_fingerprint(inputs: Path) -> dict[str, str]:
-    """Read the fingerprint of a run; empty for a run of an older version, which recorded none."""
-    path = inputs / FINGERPRINT
-    fingerprint: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return fingerprint
 
 
 def _other_run_error(inputs: Path, different: Sequence[str]) -> ConfigError:

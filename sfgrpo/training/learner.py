@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 
+from sfgrpo.checkpoint.state import TrainingState
 from sfgrpo.config.stages import TrainStage
 from sfgrpo.grpo.update import make_scaler
 from sfgrpo.policies.base import Policy
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Learner:
     """What an update changes. Its state comes back bit for bit."""
 
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    ema: EMAModel
-    """Average of the adapter; the decay of update n is min(ema.decay, n / (9 + n)), and 0 for the first."""
-
-    @classmethod
-    def of(cls, policy: Policy, config: TrainStage) -> Self:
-        """Make the optimiser, loss scaler and moving average of a policy's adapter."""
-        update = config.update
-        optimizer = torch.optim.AdamW(
-            policy.adapter_parameters().values(),
-            lr=update.learning_rate,
-            betas=update.betas,
-            weight_decay=update.weight_decay,
+    def __init__(self, policy: Policy, config: TrainStage) -> None:
+        parameters, update = list(policy.adapter_parameters().values()), config.update
+        self.policy = policy
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=update.learning_rate, betas=update.betas, weight_decay=update.weight_decay
         )
-        return cls(
-            policy=policy,
-            optimizer=optimizer,
-            scaler=make_scaler(config.policy.dtype, policy.device),
-            ema=EMAModel(policy.adapter_parameters().values(), decay=config.ema.decay),
-        )
+        self.scaler = make_scaler(config.policy.dtype, policy.device)
+        self.ema = EMAModel(parameters, decay=config.ema.decay)
+        """Average of the adapter; the decay of update n is min(ema.decay, n / (9 + n)), and 0 for the first."""
 
     def average(self) -> None:
         """Update the moving average with the adapter as it is now."""
@@ -70,20 +55,13 @@ class Learner:
             "scaler": self.scaler.state_dict(),
         }
 
-    def load(
-        self,
-        *,
-        adapter: Mapping[str, Tensor],
-        ema: Mapping[str, Any],
-        optimizer: Mapping[str, Any],
-        scaler: Mapping[str, Any],
-    ) -> None:
+    def load(self, state: TrainingState) -> None:
         """Go back to what `state` returned."""
+        parameters = self.policy.adapter_parameters()
         with torch.no_grad():
-            for name, parameter in self.policy.adapter_parameters().items():
-                parameter.copy_(adapter[name])
-            for name, average in zip(self.policy.adapter_parameters(), self.ema.shadow_params, strict=True):
-                average.copy_(ema["averages"][name])
-        self.ema.optimization_step = ema["num_updates"]
-        self.optimizer.load_state_dict(dict(optimizer))
-        self.scaler.load_state_dict(dict(scaler))
+            for (name, parameter), average in zip(parameters.items(), self.ema.shadow_params, strict=True):
+                parameter.copy_(state.adapter[name])
+                average.copy_(state.ema["averages"][name])
+        self.ema.optimization_step = state.ema["num_updates"]
+        self.optimizer.load_state_dict(dict(state.optimizer))
+        self.scaler.load_state_dict(dict(state.scaler))

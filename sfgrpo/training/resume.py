@@ -79,7 +79,7 @@ class Checkpointer:
         state = self._newest_state()
         if state is None:
             return []
-        self._learner.load(adapter=state.adapter, ema=state.ema, optimizer=state.optimizer, scaler=state.scaler)
+        self._learner.load(state)
         torch.set_rng_state(torch.as_tensor(state.rng["torch"]))
         self._evaluations.load(state.extra)
         self._saved = state.update_index, len(self._evaluations.results)

@@ -11,31 +11,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfgrpo import factory
 from sfgrpo.config.schema import LaunchConfig
 from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.errors import ConfigError, MirrorError, SfgrpoError
-from sfgrpo.factory import (
-    check_pretrained,
-    check_sharding,
-    evaluates_in_background,
-    make_accelerator,
-    make_policy,
-    make_reward,
-    use_threads,
-)
-from sfgrpo.paths import (
-    PARAMS,
-    POLICY,
-    TRAIN_REPORT,
-    TRAINING,
-    run_lock,
-)
+from sfgrpo.evaluation.store import EVALUATIONS
+from sfgrpo.paths import PARAMS, POLICY, TRAIN_REPORT, TRAINING, run_lock
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, atomic_write
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.provenance import flow_tags, provenance_tags
-from sfgrpo.training.fingerprint import FINGERPRINT, INPUTS, PROVENANCE, Run, evaluation_paths
+from sfgrpo.training.fingerprint import FINGERPRINT, INPUTS, PROVENANCE, Run, evaluation_fingerprint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,14 +81,14 @@ def train_policy(
         Preempted: the process was told to stop; calling this again goes on.
     """
     from sfgrpo.evaluation.evaluator import Evaluator
+    from sfgrpo.evaluation.periodic import EvaluationPaths
     from sfgrpo.training.trainer import Trainer, TrainerInputs
 
     with GracefulShutdown(environment.grace_s) as shutdown:
-        accelerator = make_accelerator(config, environment)
-        check_sharding(launch, accelerator)
-        in_background, reward = evaluates_in_background(environment), make_reward(config.reward)
-        check_pretrained(config.policy)
-        use_threads(environment)
+        accelerator = factory.make_accelerator(config, environment, launch.sharding)
+        in_background, reward = factory.evaluates_in_background(environment), factory.make_reward(config.reward)
+        factory.check_pretrained(config.policy)
+        factory.use_threads(environment)
         run = Run.of(config, environment, inputs, accept_code_change=accept_code_change)
         _require_same_run(run.key, accelerator)
         with (
@@ -109,12 +96,17 @@ def train_policy(
             _mirrored(run.folder, environment, shutdown, accelerator) as on_checkpoint,
             _recorded(run, config, environment, accelerator) as tracker,
         ):
-            policy = make_policy(config.policy, config.seed, environment, launch.sharding)
+            policy = factory.make_policy(config.policy, config.seed, environment, launch.sharding)
             trainer_inputs = TrainerInputs(
                 prompts=run.prompts,
                 reward=reward,
                 evaluator=Evaluator.of(config, run.evaluation_prompts, reward),
-                paths=evaluation_paths(config, run.evaluation_prompts, run.folder, policy.device.type, in_background),
+                paths=EvaluationPaths(
+                    folder=run.folder,
+                    store=run.folder.parent / EVALUATIONS,
+                    fingerprint=evaluation_fingerprint(config, run.evaluation_prompts, policy.device.type),
+                    in_background=in_background,
+                ),
                 tracker=tracker,
                 shutdown=shutdown,
                 on_checkpoint=on_checkpoint,

@@ -65,7 +65,7 @@ class Trainer:
     def __init__(self, config: TrainStage, policy: Policy, inputs: TrainerInputs, accelerator: Accelerator) -> None:
         self._config, self._policy, self._inputs, self._accelerator = config, policy, inputs, accelerator
         self._batches = BatchArithmetic(config=config, num_processes=accelerator.num_processes)
-        self._learner = Learner.of(policy, config)
+        self._learner = Learner(policy, config)
         self._objective = Objective.of(policy, config.sampling, config.update, self._batches.update_micro_batch)
         self._collector = Collector(
             config, policy, inputs.prompts, inputs.reward, self._objective.sigmas_S, accelerator

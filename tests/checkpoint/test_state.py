@@ -126,10 +126,10 @@ def test_value_that_json_does_not_know_is_refused_before_anything_is_written(tmp
     assert not (tmp_path / "root").exists()
 
 
-def test_newest_checkpoints_and_protected_ones_are_kept(tmp_path):
+def test_newest_checkpoints_are_kept(tmp_path):
     for update_index in range(1, 8):
-        save_checkpoint(tmp_path, state_of(update_index), keep=2, protected={3})
-    assert names(tmp_path) == ["update-000003", "update-000006", "update-000007"]
+        save_checkpoint(tmp_path, state_of(update_index), keep=2)
+    assert names(tmp_path) == ["update-000006", "update-000007"]
 
 
 def test_checkpoint_just_written_is_never_pruned(tmp_path):
@@ -144,11 +144,6 @@ def test_checkpoint_of_the_same_update_is_replaced(tmp_path):
     flip_a_bit(tmp_path / "update-000001" / "state.json")
     save_checkpoint(tmp_path, state_of(1, extra={"second": True}), keep=1)
     assert load_checkpoint(tmp_path / "update-000001").extra == {"second": True}
-
-
-def test_keeping_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="keep 0 would remove the checkpoint just written; keep at least 1"):
-        save_checkpoint(tmp_path, state_of(1), keep=0)
 
 
 def test_latest_checkpoint_is_the_one_of_most_updates(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sfgrpo.checkpoint.state import TrainingState
 from sfgrpo.training.learner import Learner
 from tests.support.comparing import assert_same
 from tests.support.tiny import disturb, make_tiny_policy
@@ -12,7 +13,7 @@ from tests.support.trainings import adapter_of, small_config
 
 
 def learner_of(decay: float = 0.9) -> Learner:
-    return Learner.of(make_tiny_policy(), small_config(ema={"decay": decay}))
+    return Learner(make_tiny_policy(), small_config(ema={"decay": decay}))
 
 
 def averages_of(learner: Learner) -> dict[str, torch.Tensor]:
@@ -60,7 +61,7 @@ def test_state_goes_on_where_it_was_saved():
     for seed in range(3):
         disturb(one.policy, seed)
         one.average()
-    two.load(**one.state())
+    two.load(TrainingState(update_index=3, **one.state(), rng={}, config={}, history=()))
     for learner in (one, two):
         disturb(learner.policy, seed=9)
         learner.average()
