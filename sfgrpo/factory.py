@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 from pathlib import Path
@@ -67,17 +68,7 @@ def make_policy(
 
     disable_progress_bar()
     with as_config_error("policy"):
-        policy = SD3Policy.from_pretrained(
-            config.pretrained,
-            revision=config.revision,
-            dtype=config.dtype,
-            resolution=config.resolution,
-            max_sequence_length=config.max_sequence_length,
-            lora_rank=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_targets=config.lora_targets,
-            seed=seed,
-        )
+        policy = SD3Policy.from_pretrained(**dataclasses.asdict(config), seed=seed)
     if sharding == "full":
         # First, so that no device ever holds more than its part and one block.
         policy.shard()

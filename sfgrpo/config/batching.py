@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from sfgrpo.config.stages import TrainStage, micro_batch_conflicts
+from sfgrpo.config.stages import TrainStage, batch_conflicts
 from sfgrpo.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ class BatchArithmetic:
                 f"does not divide rollout.prompts_per_update * rollout.group_size = {product} = {rollout.num_images}; "
                 "every process takes as many images of every optimiser step as any other, so change one of these"
             )
-        if conflicts := list(micro_batch_conflicts(self.config, self.num_processes)):
+        if conflicts := list(batch_conflicts(self.config, self.num_processes)):
             raise ConfigError("\n".join(conflicts))
 
     @property
@@ -74,7 +74,7 @@ class BatchArithmetic:
     def explain(self) -> str:
         """Format the batch sizes, one line a phase, and list parameters without effect."""
         config, rollout, update = self.config, self.config.rollout, self.config.update
-        steps = config.trained_steps
+        steps, guided = config.trained_steps, config.sampling.guidance_scale > 1
         return "\n".join(
             (
                 f"run         {update.num_updates} updates x {rollout.num_images} images "
@@ -85,15 +85,12 @@ class BatchArithmetic:
                 f"update      {update.steps_per_update} optimiser steps x {self.images_per_optimiser_step} images per "
                 f"process = {self.accumulation_steps} x {self.update_micro_batch}; trains steps {_format_steps(steps)}",
                 f"passes      per image {config.sampling.num_steps} rollout + {self.estimate_passes:.3g} estimates "
-                f"+ {len(steps)} forward and backward" + self._guidance_note(),
+                f"+ {len(steps)} forward and backward{', twice each for guidance' if guided else ''}",
                 f"checkpoint  every {config.checkpoint.every_num_updates} updates, "
                 f"evaluation every {config.evaluation.every_num_updates}",
                 *(f"no effect   {path}" for path in self._without_effect()),
             )
         )
-
-    def _guidance_note(self) -> str:
-        return ", twice each for guidance" if self.config.sampling.guidance_scale > 1 else ""
 
     def _without_effect(self) -> list[str]:
         unused = []

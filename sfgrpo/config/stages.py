@@ -64,7 +64,7 @@ class TrainStage:
     evaluation: schema.EvaluationConfig
 
     def __post_init__(self) -> None:
-        if conflicts := [*_sampling_conflicts(self), *_batch_conflicts(self), *_schedule_conflicts(self)]:
+        if conflicts := [*_sampling_conflicts(self), *batch_conflicts(self), *_schedule_conflicts(self)]:
             raise ValueError("\n".join(conflicts))
 
     @property
@@ -212,19 +212,13 @@ def _sampling_conflicts(config: TrainStage) -> Iterator[str]:
         )
 
 
-def _batch_conflicts(config: TrainStage) -> Iterator[str]:
+def batch_conflicts(config: TrainStage, num_processes: int = 1) -> Iterator[str]:
     """Yield every batch size that does not divide, with its equation and the nearest values that do."""
     rollout, update = config.rollout, config.update
     if rollout.prompts_per_update % update.steps_per_update:
         total = rollout.prompts_per_update
         yield _indivisible("update.steps_per_update", update.steps_per_update, "rollout.prompts_per_update", total)
         return
-    yield from micro_batch_conflicts(config, num_processes=1)
-
-
-def micro_batch_conflicts(config: TrainStage, num_processes: int) -> Iterator[str]:
-    """Yield every micro-batch size that does not divide the images of one process and optimiser step."""
-    rollout, update = config.rollout, config.update
     share = rollout.num_images // update.steps_per_update // num_processes
     names, numbers = (" / processes", f" / {num_processes}") if num_processes > 1 else ("", "")
     quotient = (

@@ -179,7 +179,9 @@ class PeriodicEvaluation:
         self._tracker.log_metrics(metrics, update)
         if self._accelerator.is_main_process:
             if self.best is self.results[-1]:
-                _keep_best(snapshot_path(paths.folder, update), paths.folder)
+                with atomic_directory(paths.folder / "best") as partial:
+                    adapter, all_but_manifest = snapshot_path(paths.folder, update), shutil.ignore_patterns(MANIFEST)
+                    shutil.copytree(adapter, partial, dirs_exist_ok=True, ignore=all_but_manifest)
             shutil.copy(paths.store / snapshot.key / SAMPLES, self._samples_path(update))
             self._tracker.log_image(self._samples_path(update), "samples", update)
         overall, error = metrics["geneval/overall"], metrics["geneval/overall_stderr"]
@@ -190,8 +192,3 @@ class PeriodicEvaluation:
 
     def _samples_path(self, update: int) -> Path:
         return self._paths.folder / f"samples_{update:06d}.png"
-
-
-def _keep_best(snapshot: Path, folder: Path) -> None:
-    with atomic_directory(folder / "best") as partial:
-        shutil.copytree(snapshot, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))

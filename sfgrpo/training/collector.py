@@ -83,7 +83,8 @@ class Collector:
         clock, rollout = clock or PhaseClock(self._policy.device), self._config.rollout
         rows = self.partition.rows(self._accelerator.process_index)
         prompts = self._prompts_of(update_index)
-        conditioning = self._conditioning_of([prompts[row] for row in rows.tolist()])
+        encoded_rows = [self._position[prompts[row].text] for row in rows.tolist()]
+        conditioning = self._encoded[encoded_rows].to(self._policy.device)
         trajectories, rewards = [], []
         for part in row_slices(len(rows), self._micro_batch_size):
             images = rows[part].tolist()
@@ -101,15 +102,11 @@ class Collector:
             partition=self.partition,
             accelerator=self._accelerator,
         )
-        credit = self._config.advantage
         advantages = group_advantages(
             rewards_NS,
             group_size=rollout.group_size,
             states=self._config.scored_states,
-            credit=credit.credit,
-            std=credit.std,
-            clip=credit.clip,
-            gae_lambda=credit.gae_lambda,
+            **dataclasses.asdict(self._config.advantage),
         )
         return Collected(
             batch=RolloutBatch(
@@ -129,9 +126,6 @@ class Collector:
         rollout = self._config.rollout
         positions = prompts_of_update(self._pool, update_index, rollout.prompts_per_update, self._config.seed)
         return [self._pool[position] for position in positions for _ in range(rollout.group_size)]
-
-    def _conditioning_of(self, prompts: Sequence[Prompt]) -> Conditioning:
-        return self._encoded[[self._position[prompt.text] for prompt in prompts]].to(self._policy.device)
 
     def _sample(self, update_index: int, images: Sequence[int], conditioning: Conditioning) -> Trajectory:
         """Roll out images of an update; start noise belongs to the group, step noise to the image."""
