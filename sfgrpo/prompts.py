@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sized
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.stages import PromptsStage
 from sfgrpo.errors import ConfigError
-from sfgrpo.types import Prompt, Tag
+from sfgrpo.types import Prompt
 
 GENEVAL = Path("data/geneval")
 
@@ -99,9 +100,7 @@ def _geneval_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
     from sfgrpo.geneval.prompt_sets import training_prompts
 
     evaluation = read_prompts(GENEVAL / "evaluation_metadata.jsonl")
-    counts: dict[Tag, int] = dict.fromkeys(config.prompts.num_evaluation, 0)
-    for prompt in evaluation:
-        counts[prompt.tag] += 1
+    counts = dict(Counter(prompt.tag for prompt in evaluation))
     if counts != config.prompts.num_evaluation:
         raise ConfigError(
             f"prompts.num_evaluation: {config.prompts.num_evaluation} is not GenEval's own set; with prompts.source "
@@ -116,4 +115,4 @@ def _geneval_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
             weights=config.prompts.task_weights,
             seed=_drawing_seed(config),
         )
-    return list(training), evaluation
+    return training, evaluation

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor, device
@@ -136,15 +136,16 @@ class Trajectory:
     """NaN for a deterministic step, which has no density and is never trained."""
 
 
-def joined(trajectories: Sequence[Trajectory]) -> Trajectory:
-    """Concatenate the runs of several trajectories."""
+Rows = TypeVar("Rows", Conditioning, Trajectory)
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Concatenate the rows of several conditionings or trajectories."""
     from torch import cat
 
-    return Trajectory(
-        latents_NSCHW=cat([part.latents_NSCHW for part in trajectories]),
-        velocities_NKCHW=cat([part.velocities_NKCHW for part in trajectories]),
-        log_probs_NK=cat([part.log_probs_NK for part in trajectories]),
-    )
+    kind = type(parts[0])
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: cat([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

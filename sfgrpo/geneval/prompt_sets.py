@@ -5,8 +5,8 @@ A prompt space is a list of grammar arguments, so that the largest, half a milli
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, permutations, product
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def training_prompts(
     Differs: Flow-GRPO fills a task that is too small by drawing with replacement; here each of its prompts is drawn
     once before any is drawn again.
     """
-    spaces = _prompt_spaces(class_names)
+    spaces = prompt_spaces(class_names, COLORS)
     return sample_prompts(spaces, set(map(twin_key, held_out)), num_prompts=num_prompts, weights=weights, seed=seed)
 
 
@@ -64,7 +64,7 @@ def sample_prompts(
     generator = np.random.default_rng(seed)
     drawn: list[Prompt] = []
     for tag, share in largest_remainder(weights, num_prompts).items():
-        drawn += itertools.islice(_endless_draws(tag, spaces[tag], held_out_keys, generator), share)
+        drawn += islice(_endless_draws(tag, spaces[tag], held_out_keys, generator), share)
     return [drawn[index] for index in generator.permutation(len(drawn))]
 
 
@@ -96,20 +96,16 @@ def _endless_draws(
             )
 
 
-def _prompt_spaces(class_names: Sequence[str]) -> dict[Tag, PromptSpace]:
+def prompt_spaces(class_names: Sequence[str], color_names: Sequence[str]) -> dict[Tag, PromptSpace]:
     """Return every task's grammar function with all arguments it can take."""
     colorable = [name for name in class_names if name != COLORLESS_CLASS]
-    pairs = list(itertools.permutations(class_names, 2))
-    colorable_pairs = itertools.permutations(colorable, 2)
-    color_pairs = itertools.permutations(COLORS, 2)
+    pairs, colorable_pairs = list(permutations(class_names, 2)), permutations(colorable, 2)
+    color_pairs = permutations(color_names, 2)
     return {
         "single_object": (single_object, list(class_names)),
         "two_object": (lambda pair: two_object(*pair), pairs),
-        "counting": (lambda item: counting(*item), list(itertools.product(class_names, COUNTS))),
-        "colors": (lambda item: colors(*item), list(itertools.product(colorable, COLORS))),
-        "position": (lambda item: position(item[0][0], item[0][1], item[1]), list(itertools.product(pairs, RELATIONS))),
-        "color_attr": (
-            lambda item: color_attr(*item[0], *item[1]),
-            list(itertools.product(colorable_pairs, color_pairs)),
-        ),
+        "counting": (lambda item: counting(*item), list(product(class_names, COUNTS))),
+        "colors": (lambda item: colors(*item), list(product(colorable, color_names))),
+        "position": (lambda item: position(item[0][0], item[0][1], item[1]), list(product(pairs, RELATIONS))),
+        "color_attr": (lambda item: color_attr(*item[0], *item[1]), list(product(colorable_pairs, color_pairs))),
     }

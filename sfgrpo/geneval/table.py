@@ -58,12 +58,8 @@ class GenEvalTable:
             metrics[f"geneval/{name}"] = share.mean
             metrics[f"geneval/{name}_stderr"] = share.stderr
             metrics[f"geneval/{name}_stderr_binomial"] = share.stderr_binomial
-        return metrics | {
-            "geneval/correct_images": self.correct_images,
-            "geneval/correct_prompts": self.correct_prompts,
-            "geneval/num_prompts": float(self.num_prompts),
-            "geneval/num_images": float(self.num_images),
-        }
+        totals = ("correct_images", "correct_prompts", "num_prompts", "num_images")
+        return metrics | {f"geneval/{name}": float(getattr(self, name)) for name in totals}
 
 
 def summarise(tags: Sequence[Tag], correct_PG: NDArray[np.bool_]) -> GenEvalTable:

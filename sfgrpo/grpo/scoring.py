@@ -111,12 +111,7 @@ class StateScorer:
 
 
 def collect_rewards(
-    own_rewards_NS: Tensor,
-    *,
-    states: Sequence[int],
-    group_size: int,
-    partition: Partition,
-    accelerator: Accelerator,
+    own_rewards_NS: Tensor, *, states: Sequence[int], group_size: int, partition: Partition, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
     """Gather the rewards of all processes and make them fit for `group_advantages`.
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Float32
@@ -30,22 +29,12 @@ class StepDistribution:
     """Std of the step itself, which includes a factor sqrt(dt); 0 where the step is deterministic."""
 
 
-class Sampler(Protocol):
-    """A rule that turns a state and its velocity into the distribution of the next state.
+Sampler = Callable[[Latents, Latents, PerSample, PerSample, float, float], StepDistribution]
+"""A rule that turns (x, velocity, sigma, sigma_next, sigma_max, noise_level) into the distribution of the next state.
 
-    Every rule is the Euler step of the ODE at noise level 0. `sigma_max` is the second sigma of the schedule and
-    replaces sigma in 1 - sigma where sigma is 1. Samples of one batch may be at different sigmas.
-    """
-
-    def __call__(
-        self,
-        x: Latents,
-        velocity: Latents,
-        sigma: PerSample,
-        sigma_next: PerSample,
-        sigma_max: float,
-        noise_level: float,
-    ) -> StepDistribution: ...
+Every rule is the Euler step of the ODE at noise level 0. `sigma_max` is the second sigma of the schedule and replaces
+sigma in 1 - sigma where sigma is 1. Samples of one batch may be at different sigmas.
+"""
 
 
 def flow_sde(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from sfgrpo.policies.base import Policy
-from sfgrpo.types import Conditioning
+from sfgrpo.types import Conditioning, joined
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER = "default"
@@ -55,9 +55,9 @@ class SD3Policy(Policy):
         self._dtype = dtype
         if max_sequence_length == 0:
             pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
-        for module in (pipeline.transformer, pipeline.vae, *self._text_encoders()):
-            module.requires_grad_(False)
-            module.eval()
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
         targets = _existing_targets(pipeline.transformer, lora_targets)
         config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=targets)
         with torch.random.fork_rng(devices=[]):
@@ -67,7 +67,6 @@ class SD3Policy(Policy):
             parameter.data = parameter.data.float()
         # Convolutions of the decoder run a third faster in this layout.
         pipeline.vae.to(memory_format=torch.channels_last)
-        self._empty: Conditioning | None = None
 
     @classmethod
     def from_pretrained(
@@ -81,11 +80,6 @@ class SD3Policy(Policy):
         )
         # The options are those of __init__, which checks them when it is called.
         return cls(pipeline, dtype=DTYPES[dtype], **options)  # type: ignore[arg-type]
-
-    def _text_encoders(self) -> list[nn.Module]:
-        pipeline = self.pipeline
-        encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
-        return [encoder for encoder in encoders if encoder is not None]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -116,17 +110,16 @@ class SD3Policy(Policy):
         )
         return Conditioning(tokens=tokens, pooled=pooled)
 
+    @functools.cached_property
     def _unconditional(self) -> Conditioning:
-        if self._empty is None:
-            self._empty = self.encode([""])
-        return self._empty
+        return self.encode([""])
 
     def velocity(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
         if guidance_scale == 1.0:
             return self._predict(latents, sigma, conditioning)
-        both = _with_unconditional(conditioning, self._unconditional())
+        both = joined([self._unconditional[[0] * len(conditioning)], conditioning])
         doubled = self._predict(latents.repeat(2, 1, 1, 1), sigma.repeat(2), both)
         unconditional, conditional = doubled.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
@@ -135,14 +128,17 @@ class SD3Policy(Policy):
     def reference_velocity(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
-        with self._without_adapter():
+        self.pipeline.transformer.disable_adapters()
+        try:
             return self.velocity(latents, sigma, conditioning, guidance_scale)
+        finally:
+            self.pipeline.transformer.enable_adapters()
 
     def _predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if not len(latents):
             # diffusers' attention takes no empty batch, but a sharded transformer needs every process in every pass.
-            return self._predict(_one_row(latents), _one_row(sigma), _blank(conditioning))[:0]
-        device = self.pipeline.transformer.device
+            return self._predict(_one_row(latents), _one_row(sigma), self._unconditional)[:0]
+        device = self.device
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
             velocity = self.pipeline.transformer(
                 hidden_states=latents.to(device, self._dtype),
@@ -164,14 +160,6 @@ class SD3Policy(Policy):
             fully_shard(block, ignored_params=adapter)
         fully_shard(transformer, ignored_params=adapter)
 
-    @contextlib.contextmanager
-    def _without_adapter(self) -> Iterator[None]:
-        self.pipeline.transformer.disable_adapters()
-        try:
-            yield
-        finally:
-            self.pipeline.transformer.enable_adapters()
-
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         if not len(latents):
@@ -179,9 +167,7 @@ class SD3Policy(Policy):
         vae = self.pipeline.vae
         scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
         latents = scaled.to(vae.device, vae.dtype).to(memory_format=torch.channels_last)
-        pixels = vae.decode(latents, return_dict=False)[0]
-        scaled_pixels = pixels.float().add(1.0).mul(127.5).clamp(0, 255).round()
-        return scaled_pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return to_images(vae.decode(latents, return_dict=False)[0])
 
     def save_adapter(self, folder: Path) -> None:
         """Write `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights` reads in plain diffusers."""
@@ -214,6 +200,12 @@ class SD3Policy(Policy):
             )
 
 
+def to_images(pixels: Tensor) -> NDArray[np.uint8]:
+    """Convert pixels [N, 3, H, W] in -1..1 to uint8 images [N, H, W, 3], rounding as the pipeline does."""
+    levels = pixels.float().add(1.0).mul(127.5).clamp(0, 255).round()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
 def _existing_targets(transformer: nn.Module, targets: Sequence[str]) -> list[str]:
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     unknown = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
@@ -227,15 +219,3 @@ def _existing_targets(transformer: nn.Module, targets: Sequence[str]) -> list[st
 
 def _one_row(empty: Tensor) -> Tensor:
     return empty.new_zeros(1, *empty.shape[1:])
-
-
-def _blank(conditioning: Conditioning) -> Conditioning:
-    return Conditioning(tokens=_one_row(conditioning.tokens), pooled=_one_row(conditioning.pooled))
-
-
-def _with_unconditional(conditioning: Conditioning, empty: Conditioning) -> Conditioning:
-    count = len(conditioning.tokens)
-    return Conditioning(
-        tokens=torch.cat([empty.tokens.expand(count, -1, -1), conditioning.tokens]),
-        pooled=torch.cat([empty.pooled.expand(count, -1), conditioning.pooled]),
-    )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfgrpo.config.pretrain_schema import AutoencoderConfig
+from sfgrpo.policies.sd3 import to_images
 from sfgrpo.shapes.detector import detect
 from sfgrpo.shapes.world import IMAGE_SIZE
 from sfgrpo.types import Detection
@@ -44,12 +45,6 @@ def to_pixels(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
-def to_images(pixels: Tensor) -> NDArray[np.uint8]:
-    """Convert pixels [N, 3, H, W] in -1..1 to uint8 images [N, H, W, 3], rounding as the pipeline does."""
-    scaled = pixels.float().add(1.0).mul(127.5).clamp(0, 255).round()
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
 def reconstruction_loss(autoencoder: AutoencoderKL, pixels: Tensor, kl_weight: float) -> Tensor:
     """Return the L1 error, weighted towards objects, plus `kl_weight` times the KL of a latent element to N(0, 1)."""
     posterior = autoencoder.encode(pixels).latent_dist
@@ -61,10 +56,7 @@ def reconstruction_loss(autoencoder: AutoencoderKL, pixels: Tensor, kl_weight: f
 
 
 def train_autoencoder(
-    autoencoder: AutoencoderKL,
-    images: NDArray[np.uint8],
-    config: AutoencoderConfig,
-    seed: int,
+    autoencoder: AutoencoderKL, images: NDArray[np.uint8], config: AutoencoderConfig, seed: int
 ) -> Iterator[tuple[int, float]]:
     """Train in place with AdamW and a cosine schedule; yield (step, loss) after every step."""
     generator = np.random.default_rng(seed)

@@ -128,12 +128,7 @@ def _tables(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]
     evaluation = config.evaluation
     prompts = [prompt for prompts in all_prompts().values() for prompt in _spread(prompts, evaluation.prompts_per_task)]
     policy = SD3Policy.from_pretrained(
-        pretrained,
-        resolution=IMAGE_SIZE,
-        max_sequence_length=0,
-        lora_rank=1,
-        lora_alpha=1,
-        lora_targets=("to_q",),
+        pretrained, resolution=IMAGE_SIZE, max_sequence_length=0, lora_rank=1, lora_alpha=1, lora_targets=("to_q",)
     )
     return {
         f"guidance {scale:g}": evaluate_policy(

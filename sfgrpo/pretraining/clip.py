@@ -18,6 +18,7 @@ from sfgrpo.pretraining.autoencoder import to_pixels
 from sfgrpo.pretraining.dataset import Pictures
 from sfgrpo.pretraining.optimization import Optimizers, make_optimizers, take_step
 from sfgrpo.pretraining.pipeline import TEXT_WIDTH, text_config, tokenize
+from sfgrpo.rewards.clip import embed_images, embed_texts
 from sfgrpo.shapes.world import CLASSES, COLORS, IMAGE_SIZE
 from sfgrpo.types import TAGS, Prompt, Relation, Tag
 
@@ -38,12 +39,7 @@ WARMUP = 0.05
 
 SIMPLE: tuple[Tag, ...] = ("single_object", "colors")
 """Tasks that show one object."""
-MIRRORED: dict[Relation, Relation] = {
-    "left of": "right of",
-    "right of": "left of",
-    "above": "below",
-    "below": "above",
-}
+MIRRORED: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 def build_clip(tokenizer: CLIPTokenizer, *, width: int, num_layers: int, patch_size: int) -> CLIPModel:
@@ -83,16 +79,6 @@ def _place_patches(model: CLIPModel) -> None:
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     down, right = waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)
     table[1:] = POSITION_SCALE * torch.cat([down, right], dim=2).flatten(0, 1)
-
-
-def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
-    """Embed pixels [N, 3, 32, 32] in -1..1 on the unit sphere: [N, D]."""
-    return nn.functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
-
-
-def embed_texts(model: CLIPModel, token_ids: Tensor) -> Tensor:
-    """Embed token ids [N, L] on the unit sphere: [N, D]."""
-    return nn.functional.normalize(model.get_text_features(input_ids=token_ids).pooler_output, dim=-1)
 
 
 def meaning(prompt: Prompt) -> Hashable:

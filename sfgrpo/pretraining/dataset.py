@@ -26,13 +26,13 @@ def render_pictures(num_images: int, task_weights: dict[Tag, float], seed: int) 
     generator = np.random.default_rng(seed)
     spaces = all_prompts()
     prompts = tuple(prompt for tag in TAGS for prompt in spaces[tag])
-    first = dict(zip(TAGS, np.cumsum([0, *(len(spaces[tag]) for tag in TAGS)]), strict=False))
+    sizes = [len(spaces[tag]) for tag in TAGS]
+    first = np.cumsum([0, *sizes])
     weights = np.array([task_weights[tag] for tag in TAGS], dtype=np.float64)
     drawn = generator.choice(len(TAGS), size=num_images, p=weights / weights.sum())
     images = np.empty((num_images, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     prompt_index = np.empty(num_images, dtype=np.int64)
     for index, task in enumerate(drawn):
-        tag = TAGS[task]
-        prompt_index[index] = first[tag] + generator.integers(len(spaces[tag]))
+        prompt_index[index] = first[task] + generator.integers(sizes[task])
         images[index] = render(sample_scene(prompts[prompt_index[index]], generator), generator)
     return Pictures(images=images, prompts=prompts, prompt_index=prompt_index)

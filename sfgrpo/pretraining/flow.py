@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +10,13 @@ import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sfgrpo.config.pretrain_schema import TransformerConfig
 from sfgrpo.pretraining.optimization import make_optimizers, take_step
 from sfgrpo.pretraining.pipeline import tokenize
+from sfgrpo.runtime.files import atomic_write
 from sfgrpo.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -47,14 +46,8 @@ class FlowTraining:
         self.pipeline = pipeline
         self.config = config
         self.step = 0
-        self._modules = nn.ModuleDict(
-            {
-                "transformer": pipeline.transformer,
-                "text_encoder": pipeline.text_encoder,
-                "text_encoder_2": pipeline.text_encoder_2,
-            }
-        )
-        named = dict(self._modules.named_parameters())
+        modules = {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
+        named = dict(nn.ModuleDict(modules).named_parameters())
         self._parameters: list[Tensor] = list(named.values())
         self._names = list(named)
         self._averaged = [value.detach().clone() for value in self._parameters]
@@ -119,16 +112,15 @@ class FlowTraining:
 
     def save(self, path: Path) -> None:
         """Write weights, averages and optimiser states to one safetensors file, atomically."""
-        tensors = {f"weights/{name}": value.detach() for name, value in zip(self._names, self._parameters, strict=True)}
+        tensors = {"step": torch.tensor(self.step)}
+        tensors |= {
+            f"weights/{name}": value.detach() for name, value in zip(self._names, self._parameters, strict=True)
+        }
         tensors |= {f"averaged/{name}": value for name, value in zip(self._names, self._averaged, strict=True)}
         for kind, (optimizer, _) in self._optimizers.items():
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"{kind}/{index}/{key}": torch.as_tensor(value) for key, value in state.items()}
-        temporary = path.with_suffix(".partial")
-        save_file(
-            {key: value.contiguous() for key, value in tensors.items()}, temporary, {"step": json.dumps(self.step)}
-        )
-        os.replace(temporary, path)
+        atomic_write(path, save({key: value.contiguous() for key, value in tensors.items()}))
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote and continue from its step."""
@@ -144,7 +136,5 @@ class FlowTraining:
                     _, index, field = key.split("/")
                     state.setdefault(int(index), {})[field] = value
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        self.step = int(header["__metadata__"]["step"])
+        self.step = int(tensors["step"])
         logger.info("continuing from step %d", self.step)

@@ -6,12 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
@@ -82,10 +77,6 @@ def text_config(tokenizer: CLIPTokenizer, **options: Any) -> CLIPTextConfig:
     )
 
 
-def _build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(text_config(tokenizer, projection_dim=TEXT_WIDTH))
-
-
 def _build_silent_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
     """Return a T5 of 1,568 weights whose last scale is zero, so that every token is encoded as zeros.
 
@@ -108,7 +99,6 @@ def build_pipeline(
     """
     tokenizer = build_tokenizer()
     channels = autoencoder.config.latent_channels
-    width = num_attention_heads * attention_head_dim
     transformer = SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
         patch_size=2,
@@ -118,14 +108,15 @@ def build_pipeline(
         num_attention_heads=num_attention_heads,
         attention_head_dim=attention_head_dim,
         joint_attention_dim=2 * TEXT_WIDTH,
-        caption_projection_dim=width,
+        caption_projection_dim=num_attention_heads * attention_head_dim,
         pooled_projection_dim=2 * TEXT_WIDTH,
         pos_embed_max_size=LATENT_SIZE // 2,
         qk_norm="rms_norm",
     )
     torch.nn.init.zeros_(transformer.proj_out.weight)
     torch.nn.init.zeros_(transformer.proj_out.bias)
-    text_encoder, text_encoder_2 = _build_text_encoder(tokenizer), _build_text_encoder(tokenizer)
+    encoder_config = text_config(tokenizer, projection_dim=TEXT_WIDTH)
+    text_encoder, text_encoder_2 = (CLIPTextModelWithProjection(encoder_config) for _ in range(2))
     text_encoder_3, tokenizer_3 = _build_silent_t5()
     return StableDiffusion3Pipeline(
         transformer=transformer,

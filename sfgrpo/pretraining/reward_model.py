@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import time
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from sfgrpo.config.pretrain_schema import PretrainRewardConfig
 from sfgrpo.pretraining.clip import STRANGERS, build_clip, retrieval_accuracy, train_clip
@@ -46,28 +46,15 @@ def pretrain_reward_model(config: PretrainRewardConfig, seed: int, folder: Path 
     with atomic_directory(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "preprocessor_config.json").write_text(json.dumps(_preprocessing(), indent=2) + "\n")
+        CLIPImageProcessorPil(
+            size={"shortest_edge": IMAGE_SIZE},
+            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            image_mean=list(PIXEL_MEAN),
+            image_std=list(PIXEL_STD),
+        ).save_pretrained(partial)
         (partial / "README.md").write_text(_card(config, seed, accuracy, seconds), encoding="utf-8")
         write_manifest(partial)
     logger.info("reward model in %s, retrieval accuracy %s", folder, accuracy)
-
-
-def _preprocessing() -> dict[str, object]:
-    """Return the preprocessing as CLIPImageProcessor reads it."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": IMAGE_SIZE},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(PIXEL_MEAN),
-        "image_std": list(PIXEL_STD),
-        "do_convert_rgb": True,
-    }
 
 
 def _card(config: PretrainRewardConfig, seed: int, accuracy: Mapping[Tag, float], seconds: float) -> str:

@@ -13,14 +13,7 @@ from sfgrpo.rewards.geneval import GenEvalReward, soft_credit
 from sfgrpo.rewards.likeness import LikenessReward
 from sfgrpo.shapes.detector import detect_images
 
-__all__ = [
-    "PRETRAINED_REWARDS",
-    "REWARDS",
-    "Reward",
-    "build_reward",
-    "checked_rewards",
-    "distinct_rewards",
-]
+__all__ = ["PRETRAINED_REWARDS", "REWARDS", "Reward", "build_reward", "checked_rewards", "distinct_rewards"]
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "geneval": lambda: GenEvalReward("geneval", soft_credit, detect_images),
@@ -29,9 +22,7 @@ REWARDS: dict[str, Callable[[], Reward]] = {
 }
 """Rewards without a pretrained model."""
 
-PRETRAINED_REWARDS: dict[str, Callable[..., Reward]] = {
-    "clip": ClipReward.from_pretrained,
-}
+PRETRAINED_REWARDS: dict[str, Callable[..., Reward]] = {"clip": ClipReward.from_pretrained}
 """Rewards with a pretrained model: called with its name, `revision` and `device`."""
 
 RENAMED = {"geneval_strict": "geneval_correct"}
@@ -39,11 +30,7 @@ RENAMED = {"geneval_strict": "geneval_correct"}
 
 
 def build_reward(
-    name: str,
-    *,
-    pretrained: str | None = None,
-    revision: str | None = None,
-    device: str | torch.device = "cpu",
+    name: str, *, pretrained: str | None = None, revision: str | None = None, device: str | torch.device = "cpu"
 ) -> Reward:
     """Return the reward of a name, as in the section `reward` of the parameters.
 

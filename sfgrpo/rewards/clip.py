@@ -94,16 +94,14 @@ class ClipReward(Reward):
         size = self._model.config.vision_config.image_size
         levels = torch.from_numpy(images).to(self._model.device)
         pixels = preprocess(levels, size=size, mean=self._mean, std=self._std)
-        embedded = _normalised(self._model.get_image_features(pixel_values=pixels).pooler_output)
-        scores: Tensor = self._scale * (embedded * texts).sum(dim=1)
+        scores: Tensor = self._scale * (embed_images(self._model, pixels) * texts).sum(dim=1)
         return scores.cpu()
 
     def _embedded_text(self, text: str) -> Tensor:
         """Embed one prompt, [D]; one longer than the model's context is cut off."""
         longest = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
-        ids = tokens.input_ids.to(self._model.device)
-        return _normalised(self._model.get_text_features(input_ids=ids).pooler_output)[0]
+        return embed_texts(self._model, tokens.input_ids.to(self._model.device))[0]
 
 
 def preprocess(images: Tensor, *, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -126,5 +124,11 @@ def preprocess(images: Tensor, *, size: int, mean: Sequence[float], std: Sequenc
     return (middle / 255.0 - center) / spread
 
 
-def _normalised(embedded: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(embedded, dim=-1)
+def embed_images(model: CLIPModel, pixels: Tensor) -> Tensor:
+    """Embed a CLIP's pixels [N, 3, H, W] on the unit sphere: [N, D]."""
+    return torch.nn.functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+
+
+def embed_texts(model: CLIPModel, token_ids: Tensor) -> Tensor:
+    """Embed token ids [N, L] on the unit sphere: [N, D]."""
+    return torch.nn.functional.normalize(model.get_text_features(input_ids=token_ids).pooler_output, dim=-1)

@@ -112,7 +112,7 @@ def _spectra(class_name: str) -> tuple[Tensor, NDArray[np.float32]]:
     The kernels turn a matte into its covariance with the standardised silhouette, its mean, and (from its square) its
     mean square, all over the silhouette's support.
     """
-    drawn = np.stack([_silhouette(class_name, radius) for radius in RADII])
+    drawn = _silhouettes(class_name, _FRAME)
     support = np.stack([_grown(silhouette, MARGIN) > 0.0 for silhouette in drawn]).astype(np.float32)
     share = support / support.sum(axis=(1, 2), keepdims=True)
     centered = drawn - (share * drawn).sum(axis=(1, 2), keepdims=True)
@@ -122,9 +122,10 @@ def _spectra(class_name: str) -> tuple[Tensor, NDArray[np.float32]]:
     return torch.fft.rfft2(torch.from_numpy(at_origin)).conj().resolve_conj(), deviations
 
 
-def _silhouette(class_name: str, radius: float) -> NDArray[np.float32]:
-    """Draw a silhouette in the frame, centred on the middle pixel."""
-    return coverage(class_name, (_FRAME // 2 + 0.5, _FRAME // 2 + 0.5), radius, _FRAME)
+def _silhouettes(class_name: str, side: int) -> NDArray[np.float32]:
+    """Draw a class at every radius, centred on the middle pixel: [radius, side, side]."""
+    middle = side // 2 + 0.5
+    return np.stack([coverage(class_name, (middle, middle), radius, side) for radius in RADII])
 
 
 def _grown(silhouette: NDArray[np.float32], pixels: int) -> NDArray[np.float32]:
@@ -139,6 +140,4 @@ def _drawn(class_name: str, level: int, row: int, column: int) -> NDArray[np.flo
 
 @functools.cache
 def _explanations(class_name: str) -> NDArray[np.float32]:
-    side = 2 * IMAGE_SIZE
-    drawn = [coverage(class_name, (IMAGE_SIZE + 0.5, IMAGE_SIZE + 0.5), radius, side) for radius in RADII]
-    return np.stack([_grown(silhouette, 1) for silhouette in drawn])
+    return np.stack([_grown(silhouette, 1) for silhouette in _silhouettes(class_name, 2 * IMAGE_SIZE)])

@@ -71,9 +71,7 @@ def _to_lab(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     return cv2.cvtColor(rgb.astype(np.float32) / 255.0, cv2.COLOR_RGB2LAB)
 
 
-@functools.cache
-def _palette_lab() -> NDArray[np.float32]:
-    return _to_lab(np.asarray([list(PALETTE.values())], dtype=np.uint8))[0]
+_PALETTE_LAB = _to_lab(np.asarray([list(PALETTE.values())], dtype=np.uint8))[0]
 
 
 def detect(image: NDArray[np.uint8]) -> list[Detection]:
@@ -106,7 +104,7 @@ def _detect_chunk(images: NDArray[np.uint8]) -> list[list[Detection]]:
     labels, components = _label(distance > CONTRAST)
     masks, direction = _soft_masks(labels, delta, distance, components)
     hue = direction + ground[components[:, 0]]
-    nearest = ((_palette_lab() - hue[:, None]) ** 2).sum(axis=-1).argmin(axis=-1)
+    nearest = ((_PALETTE_LAB - hue[:, None]) ** 2).sum(axis=-1).argmin(axis=-1)
 
     clear = (masks.sum(axis=(1, 2)) >= MIN_AREA) & (masks.max(axis=(1, 2)) > 0.5)
     masks, nearest, owner = masks[clear], nearest[clear], components[clear, 0]
@@ -144,10 +142,7 @@ def _label(foreground: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np
 
 
 def _soft_masks(
-    labels: NDArray[np.int32],
-    delta: NDArray[np.float32],
-    distance: NDArray[np.float32],
-    components: NDArray[np.int32],
+    labels: NDArray[np.int32], delta: NDArray[np.float32], distance: NDArray[np.float32], components: NDArray[np.int32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """How far every pixel has moved from the ground to its component's colour: [M, H, W] in 0..1; the moves [M, 3].
 

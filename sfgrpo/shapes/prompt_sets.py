@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
-from sfgrpo.geneval.grammar import color_attr, colors, counting, position, single_object, two_object
-from sfgrpo.geneval.prompt_sets import PromptSpace, sample_prompts, twin_key
+from sfgrpo.geneval.prompt_sets import PromptSpace, prompt_spaces, sample_prompts, twin_key
 from sfgrpo.shapes.world import CLASSES, COLORS
-from sfgrpo.types import RELATIONS, Prompt, Tag
-
-COUNTS = (2, 3, 4)
+from sfgrpo.types import Prompt, Tag
 
 
 def all_prompts() -> dict[Tag, list[Prompt]]:
     """Return all prompts of every task: 6, 30, 18, 48, 120 and 1680."""
-    pairs = list(itertools.permutations(CLASSES, 2))
-    color_pairs = list(itertools.permutations(COLORS, 2))
-    return {
-        "single_object": [single_object(name) for name in CLASSES],
-        "two_object": [two_object(*pair) for pair in pairs],
-        "counting": [counting(name, count) for name in CLASSES for count in COUNTS],
-        "colors": [colors(name, color) for name in CLASSES for color in COLORS],
-        "position": [position(*pair, relation) for pair in pairs for relation in RELATIONS],
-        "color_attr": [color_attr(*pair, *hues) for pair in pairs for hues in color_pairs],
-    }
+    spaces = prompt_spaces(CLASSES, COLORS)
+    return {tag: [make(arguments) for arguments in candidates] for tag, (make, candidates) in spaces.items()}
 
 
 def split_prompts(num_evaluation: dict[Tag, int], seed: int) -> tuple[dict[Tag, list[Prompt]], dict[Tag, list[Prompt]]]:

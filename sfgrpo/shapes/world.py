@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -59,21 +57,16 @@ def _cross(arm: float = 0.36) -> Polygon:
 
 
 # Outer polygon and, for the ring, the polygon of its hole.
-SILHOUETTES: dict[str, Callable[[], tuple[Polygon, ...]]] = {
-    "circle": lambda: (_circle(),),
-    "square": lambda: (np.array([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]),),
-    "triangle": lambda: (np.array([(0.0, -1.0), (1.08, 0.87), (-1.08, 0.87)]),),
-    "cross": lambda: (_cross(),),
-    "heart": lambda: (_heart(),),
-    "ring": lambda: (_circle(), _circle(0.52)),
+SILHOUETTES: dict[str, tuple[Polygon, ...]] = {
+    "circle": (_circle(),),
+    "square": (np.array([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]),),
+    "triangle": (np.array([(0.0, -1.0), (1.08, 0.87), (-1.08, 0.87)]),),
+    "cross": (_cross(),),
+    "heart": (_heart(),),
+    "ring": (_circle(), _circle(0.52)),
 }
 CLASSES = tuple(SILHOUETTES)
 COLORS = tuple(PALETTE)
-
-
-@functools.cache
-def _polygons(class_name: str) -> tuple[Polygon, ...]:
-    return SILHOUETTES[class_name]()
 
 
 def coverage(
@@ -81,7 +74,7 @@ def coverage(
 ) -> NDArray[np.float32]:
     """Draw a silhouette as the covered fraction of every pixel, [size, size] in 0..1 (supersampled)."""
     fine = np.zeros((size * SUPERSAMPLING, size * SUPERSAMPLING), dtype=np.uint8)
-    for fill, polygon in zip((255, 0), _polygons(class_name), strict=False):
+    for fill, polygon in zip((255, 0), SILHOUETTES[class_name], strict=False):
         points = (polygon * radius + np.asarray(center)) * SUPERSAMPLING - 0.5
         cv2.fillPoly(fine, [np.round(points * 16).astype(np.int32)], fill, shift=4)
     return cv2.resize(fine, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255.0

@@ -145,10 +145,7 @@ class Collector:
 def _encode_in_batches(policy: Policy, texts: Sequence[str], batch_size: int = 128) -> Conditioning:
     """Encode all texts once, before training; the result stays on the CPU."""
     cpu = torch.device("cpu")
-    parts = [policy.encode(texts[start : start + batch_size]).to(cpu) for start in range(0, len(texts), batch_size)]
-    return Conditioning(
-        tokens=torch.cat([part.tokens for part in parts]), pooled=torch.cat([part.pooled for part in parts])
-    )
+    return joined([policy.encode(texts[part]).to(cpu) for part in row_slices(len(texts), batch_size)])
 
 
 def _reward_metrics(rewards_NS: Tensor, states: Sequence[int]) -> dict[str, float]:
