@@ -51,10 +51,7 @@ def _on_model(function: str) -> Run:
 
 
 def _train(args: argparse.Namespace, environment: Environment) -> None:
-    """Train in this process, or launch the ranks that do.
-
-    A resumed run goes on with its own parameters; those of `--params` then only say how it is launched.
-    """
+    """Train in this process, or launch the ranks that do; a resumed run takes `launch` alone from `--params`."""
     if args.accept_code_change and args.resume is None:
         raise ConfigError("--accept-code-change is about a run that is resumed; name it by --resume RUN")
     launch = load_config(stages.LaunchStage, args.params).launch

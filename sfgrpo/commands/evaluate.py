@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ def _write_report(
     from sfgrpo.geneval.table import markdown_table
     from sfgrpo.tracking.sample_grid import sample_grid
 
-    models: Mapping[str, Evaluation] = {"base model": base, "trained policy": trained}
+    models = {"base model": base, "trained policy": trained}
     table = markdown_table({name: evaluation.table for name, evaluation in models.items()})
     before, after = base.to_dict(), trained.to_dict()
     gain = after["geneval/overall"] - before["geneval/overall"]

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pydantic
-import pydantic_core
 from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -17,9 +16,11 @@ PREFIX = "SFGRPO_"
 
 
 class Environment(BaseSettings):
-    """Settings of this machine; an empty variable counts as absent."""
+    """Settings of this machine: `device` is SFGRPO_DEVICE, and so on. An empty variable counts as absent."""
 
-    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        frozen=True, env_ignore_empty=True, extra="ignore", alias_generator=lambda field: f"{PREFIX}{field.upper()}"
+    )
 
     tracking_uri: str = Field(default="sqlite:///mlflow.db", validation_alias="MLFLOW_TRACKING_URI")
     """MLflow server or database; the default is a file in the working directory."""
@@ -27,31 +28,27 @@ class Environment(BaseSettings):
     """MLflow run to write to, set by the parent process; None starts or finds one."""
     scratch_dir: Path = Field(default=Path(".scratch"), validation_alias="SFGRPO_SCRATCH")
     """Folder of the resumable state of runs."""
-    device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)(:[0-9]+)?$", validation_alias="SFGRPO_DEVICE")
+    device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)(:[0-9]+)?$")
     """torch device of the policy; `auto` takes a GPU if there is one."""
-    evaluation_device: str | None = Field(
-        default=None, pattern="^(cpu|cuda|mps)(:[0-9]+)?$", validation_alias="SFGRPO_EVALUATION_DEVICE"
-    )
+    evaluation_device: str | None = Field(default=None, pattern="^(cpu|cuda|mps)(:[0-9]+)?$")
     """torch device on which a flow evaluates a running training; None lets the training do it itself."""
-    num_threads: PositiveInt | None = Field(default=None, validation_alias="SFGRPO_NUM_THREADS")
+    num_threads: PositiveInt | None = None
     """CPU threads of torch; None leaves the choice to it."""
-    timeout_s: PositiveFloat = Field(default=600, validation_alias="SFGRPO_TIMEOUT_S")
+    timeout_s: PositiveFloat = 600
     """Seconds that a process of a training waits for the others."""
-    grace_s: PositiveFloat = Field(default=20, validation_alias="SFGRPO_GRACE_S")
+    grace_s: PositiveFloat = 20
     """Seconds that a training has to save its state when it is told to stop; Prefect gives 30 in all."""
-    mirror: str | None = Field(default=None, pattern="^s3://[^/]+", validation_alias="SFGRPO_MIRROR")
+    mirror: str | None = Field(default=None, pattern="^s3://[^/]+")
     """Bucket and prefix, s3://BUCKET/PREFIX, that keep a copy of the resumable state of trainings."""
-    s3_encryption: str | None = Field(
-        default=None, pattern="^(AES256|aws:kms(:[^:].*)?)$", validation_alias="SFGRPO_S3_ENCRYPTION"
-    )
+    s3_encryption: str | None = Field(default=None, pattern="^(AES256|aws:kms(:[^:].*)?)$")
     """How S3 encrypts mirror and DVC remote: AES256, aws:kms or aws:kms:KEY; None uses the bucket's default."""
-    dvc_remote: str | None = Field(default=None, pattern="^(s3://[^/]+|/)", validation_alias="SFGRPO_DVC_REMOTE")
+    dvc_remote: str | None = Field(default=None, pattern="^(s3://[^/]+|/)")
     """Bucket and prefix, s3://BUCKET/PREFIX, or folder to which scheduled runs push the outputs of DVC."""
-    flow_run_id: str | None = Field(default=None, validation_alias="SFGRPO_FLOW_RUN_ID")
+    flow_run_id: str | None = None
     """Prefect id of the flow run that started this process."""
-    flow_run_url: str | None = Field(default=None, validation_alias="SFGRPO_FLOW_RUN_URL")
+    flow_run_url: str | None = None
     """Prefect page of that flow run."""
-    branch: str | None = Field(default=None, validation_alias="SFGRPO_BRANCH")
+    branch: str | None = None
     """Git branch with the parameters and the `dvc.lock` of that flow run."""
 
 
@@ -64,8 +61,8 @@ def read_environment() -> Environment:
     try:
         return Environment()
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_message(problem) for problem in error.errors())) from error
-
-
-def _message(problem: pydantic_core.ErrorDetails) -> str:
-    return f"environment: {problem['loc'][0]}: {problem['input']!r}: {problem['msg']}; correct or unset the variable"
+        lines = (
+            f"environment: {problem['loc'][0]}: {problem['input']!r}: {problem['msg']}; correct or unset the variable"
+            for problem in error.errors()
+        )
+        raise ConfigError("\n".join(lines)) from error

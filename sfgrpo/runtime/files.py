@@ -44,7 +44,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON; readers see the old file or the complete new one."""
+    """Write a value as indented JSON, as `atomic_write` does."""
     atomic_write(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -66,10 +66,7 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_partials(parent: Path) -> None:
-    """Remove the partial files and directories of killed writers in `parent`, not those of living ones.
-
-    Where the file system has no locks, nothing is removed.
-    """
+    """Remove what killed writers left in `parent`; where the file system has no locks, nothing is removed."""
     with lock_existing(parent) as no_writer_starts:
         for partial in parent.glob(PARTIALS) if no_writer_starts else ():
             with contextlib.suppress(FileNotFoundError), lock_existing(partial) as writer_is_dead:

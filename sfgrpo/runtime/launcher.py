@@ -158,8 +158,8 @@ class _Agent(LocalElasticAgent):
 def _first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """Return the failure that caused the others, with its rank.
 
-    Ranks that lose contact with the failed one fail as well, perhaps in the same second. Torch tells the rest to stop,
-    and kills those that do not within half a minute.
+    Ranks that lose contact with it fail as well, perhaps in the same second. Torch tells the rest to stop, and kills
+    those that do not within half a minute.
     """
     earliest = min(failure.timestamp for failure in failures.values())
 

@@ -1,8 +1,7 @@
 """Advisory locks on files and directories, which the kernel releases when a process dies.
 
-The package filelock has no locks on directories and no shared ones beside them, and where flock is missing it falls
-back to marker files, which outlive a killed process. A process id in a file would not do either: ids are reused, and
-mean nothing in another container.
+The package filelock would not do: it has no locks on directories, and where flock is missing it falls back to marker
+files, which outlive a killed process. Process ids in files are reused, and mean nothing in another container.
 """
 
 from __future__ import annotations
@@ -39,10 +38,7 @@ def shared_lock(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_existing(path: Path, *, shared: bool = False, timeout_s: float = 0.0) -> Iterator[bool | None]:
-    """Lock a file or directory, waiting up to `timeout_s` seconds; yield whether it is locked.
-
-    Yields None where the file system has no locks.
-    """
+    """Lock a file or directory, waiting up to `timeout_s` seconds; yield whether, None where locks do not exist."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield _lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, timeout_s)
