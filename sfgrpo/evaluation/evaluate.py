@@ -24,7 +24,6 @@ from sfgrpo.types import Conditioning, Prompt, SamplerName
 if TYPE_CHECKING:
     from sfgrpo.config.schema import EvaluationConfig
 
-
 THUMBNAIL_SIZE = 32
 """Height and width of a thumbnail at most, in pixels."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfgrpo.errors import IntegrityError
-from sfgrpo.runtime.files import atomic_directory
+from sfgrpo.runtime.files import atomic_directory, write_json
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.manifest import verify_manifest, write_manifest
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from sfgrpo.evaluation.evaluate import Evaluation
-
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ def keep_evaluation(
     scores = {"correct": evaluation.correct.tolist()}
     scores |= {name: values_PG.tolist() for name, values_PG in evaluation.rewards_PG.items()}
     with atomic_directory(store / key) as partial:
-        (partial / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        write_json(partial / METRICS, metrics)
         (partial / SCORES).write_text(json.dumps(scores) + "\n", encoding="utf-8")
         samples.save(partial / SAMPLES)
         write_manifest(partial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -140,13 +140,8 @@ def _models_digest(config: TrainStage) -> str:
 
 
 def _code_digest() -> str:
-    return _digest([f"{file.relative_to(PACKAGE).as_posix()} {sha256_of_file(file)}" for file in _shaping_files()])
-
-
-def _shaping_files() -> Iterator[Path]:
-    for name in SHAPING_CODE:
-        path = PACKAGE / name
-        yield from [path] if path.is_file() else sorted(path.rglob("*.py"))
+    files = [file for name in SHAPING_CODE for file in sorted((PACKAGE / name).rglob("*.py")) or [PACKAGE / name]]
+    return _digest([f"{file.relative_to(PACKAGE).as_posix()} {sha256_of_file(file)}" for file in files])
 
 
 def _digest(lines: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from sfgrpo.errors import ConfigError, MirrorError, SfgrpoError
 from sfgrpo.evaluation.store import EVALUATIONS
 from sfgrpo.paths import PARAMS, POLICY, TRAIN_REPORT, TRAINING, run_lock
 from sfgrpo.runtime.environment import Environment
-from sfgrpo.runtime.files import atomic_directory, atomic_write
+from sfgrpo.runtime.files import atomic_directory, write_json
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.provenance import flow_tags, provenance_tags
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
     from sfgrpo.tracking.base import Tracker
     from sfgrpo.training.trainer import Trainer
-
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +62,7 @@ def find_inputs(name: str, environment: Environment) -> Path:
 
 
 def train_policy(
-    config: TrainStage,
-    environment: Environment,
-    launch: LaunchConfig,
-    inputs: Path | None = None,
-    *,
-    accept_code_change: bool = False,
+    config: TrainStage, environment: Environment, launch: LaunchConfig, inputs: Path | None, *, accept_code_change: bool
 ) -> None:
     """Train the adapter, going on where an interrupted run of the same configuration, data and code stopped.
 
@@ -132,7 +125,7 @@ def _only_trainer(run: Run, environment: Environment, accelerator: Accelerator) 
         if run.predecessor is not None:
             _copy_state(run.predecessor, run.folder, environment)
         run.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(TRAINING, json.dumps({"folder": str(run.folder.resolve())}) + "\n")
+        write_json(TRAINING, {"folder": str(run.folder.resolve())})
         yield
 
 
@@ -177,9 +170,9 @@ def _recorded(run: Run, config: TrainStage, environment: Environment, accelerato
     if not (run.folder / INPUTS).exists():
         with atomic_directory(run.folder / INPUTS) as partial:
             # JSON is YAML.
-            _write_json(partial / PARAMS, dataclasses.asdict(config))
-            _write_json(partial / PROVENANCE, tags)
-            _write_json(partial / FINGERPRINT, run.fingerprint)
+            write_json(partial / PARAMS, dataclasses.asdict(config))
+            write_json(partial / PROVENANCE, tags)
+            write_json(partial / FINGERPRINT, run.fingerprint)
             for file in run.prompt_files:
                 shutil.copy(file, partial / file.name)
     if run.code_change is not None:
@@ -265,18 +258,14 @@ def _publish(trainer: Trainer, config: TrainStage, environment: Environment, run
     evaluations = [{"update": evaluation["update"], **evaluation["metrics"]} for evaluation in trainer.evaluations]
     with atomic_directory(POLICY) as partial:
         shutil.copytree(run.folder / "best", partial / "adapter")
-        _write_json(partial / "training.json", record)
+        write_json(partial / "training.json", record)
     with atomic_directory(TRAIN_REPORT) as partial:
-        _write_json(partial / "history.json", trainer.history)
-        _write_json(partial / "evaluations.json", evaluations)
-        _write_json(partial / "summary.json", {"best_update": best["update"], **best["metrics"]})
+        write_json(partial / "history.json", trainer.history)
+        write_json(partial / "evaluations.json", evaluations)
+        write_json(partial / "summary.json", {"best_update": best["update"], **best["metrics"]})
         for grid in sorted(run.folder.glob("samples_*.png")):
             shutil.copy(grid, partial / grid.name)
     # One number to sort runs by: each further one would get a chart, ahead of the others.
     tracker.log_metrics({"best/geneval/overall": best["metrics"]["geneval/overall"]}, trainer.update_index)
     tracker.set_tags({"best_update": str(best["update"])})
     print(f"best of {len(evaluations)} evaluations: update {best['update']}, adapter in {POLICY}")
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ METRICS = {"geneval/overall": 0.25, "geneval/overall_stderr": 0.05, "geneval/num
 
 
 def publish(run: Path, update: int) -> Snapshot:
-    """Publishes an adapter."""
+    """Publish an adapter."""
 
     def save(folder: Path) -> None:
         (folder / "adapter").write_bytes(bytes([update]))
@@ -22,7 +22,7 @@ def publish(run: Path, update: int) -> Snapshot:
 
 
 def keep(run: Path, update: int, **changes: float) -> None:
-    """Puts an evaluation of a snapshot into the store."""
+    """Put an evaluation of a snapshot into the store."""
     (snapshot,) = [each for each in list_snapshots(run) if each.update == update]
     partial = run.parent / f"partial-{update}"
     partial.mkdir()

@@ -1,4 +1,4 @@
-"""What one rank of a distributed test does: trains the tiny policy and writes down what it saw.
+"""One rank of a distributed test: train the tiny policy and save what it saw.
 
 Started by torch's launcher as `rank_program.py FOLDER SHARDING CASE...`; every case is a training of its own.
 """
@@ -44,7 +44,7 @@ class SometimesFlat(Light):
 
 
 def train(folder: Path, case: str, sharding: str, accelerator: Accelerator) -> None:
-    """Trains one case; the first rank saves advantages, adapter, metrics and evaluations."""
+    """Train one case; the first rank saves advantages, adapter, metrics and evaluations."""
     sections = {name: dict(values) for name, values in CASES[case].items()}
     sections["rollout"] = {"prompts_per_update": NUM_PROMPTS, "group_size": 2 * GROUP_SIZE, "micro_batch_size": 3}
     sections["update"] = sections.get("update", {}) | {"num_updates": NUM_UPDATES, "micro_batch_size": 3}

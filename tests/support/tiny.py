@@ -1,4 +1,4 @@
-"""Builds the smallest real pipeline, policy and adapter: random weights, a second to make, a few hundred kilobytes."""
+"""The smallest real pipeline, policy and adapter: random weights, a second to make, a few hundred kilobytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def make_tiny_pipeline(*, blobs: bool = False) -> StableDiffusion3Pipeline:
-    """Makes a pipeline of 32-pixel images; the same weights every time.
+    """Make a pipeline of 32-pixel images; the same weights every time.
 
     With `blobs` it draws light blobs on black, in which the detector sees shapes, so that GenEval's rewards differ.
     """
@@ -62,14 +62,14 @@ def _tiny_components() -> dict[str, Any]:
 
 
 def build_tiny_pipeline(path: Path, *, blobs: bool = False) -> StableDiffusion3Pipeline:
-    """Saves the pipeline in diffusers' format and returns it."""
+    """Save the pipeline in diffusers' format and return it."""
     pipeline = make_tiny_pipeline(blobs=blobs)
     pipeline.save_pretrained(path)
     return pipeline
 
 
 def build_tiny_adapter(pipeline: StableDiffusion3Pipeline, path: Path, seed: int = 0) -> Path:
-    """Saves a random LoRA adapter for the transformer in diffusers' format; returns the folder."""
+    """Save a random LoRA adapter for the transformer in diffusers' format; return the folder."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = LoraConfig(r=2, lora_alpha=4, target_modules=list(LORA_TARGETS), init_lora_weights=False)
@@ -98,7 +98,7 @@ def tiny_serving(pipeline: Path, num_inference_steps: int = 2) -> ServingDefault
 
 
 def make_tiny_policy(pipeline: StableDiffusion3Pipeline | None = None, **changes: Any) -> SD3Policy:
-    """Makes the policy of a pipeline, by default of a fresh one, with a small adapter that does nothing yet."""
+    """Make the policy of a pipeline, by default of a fresh one, with a small adapter that does nothing yet."""
     options: dict[str, Any] = {
         "resolution": 32,
         "max_sequence_length": 0,
@@ -110,7 +110,7 @@ def make_tiny_policy(pipeline: StableDiffusion3Pipeline | None = None, **changes
 
 
 def disturb(policy: Policy, seed: int = 0) -> None:
-    """Moves every adapter weight by random numbers, as training would, so that the adapter matters."""
+    """Move every adapter weight by random numbers, as training would, so that the adapter matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.adapter_parameters().values():
@@ -118,7 +118,7 @@ def disturb(policy: Policy, seed: int = 0) -> None:
 
 
 def tiny_prompts(count: int) -> list[Prompt]:
-    """Picks prompts whose objects the blobs are sometimes taken for."""
+    """Return prompts whose objects the blobs are sometimes taken for."""
     spaces = all_prompts()
     wanted = [prompt for tag in ("counting", "two_object", "colors") for prompt in spaces[tag]]
     return [prompt for prompt in wanted if {clause.class_name for clause in prompt.include} <= {"square", "triangle"}][
@@ -128,7 +128,7 @@ def tiny_prompts(count: int) -> list[Prompt]:
 
 @contextlib.contextmanager
 def counted_passes(policy: Policy) -> Iterator[list[int]]:
-    """Lists the batch size of every call of the transformer."""
+    """Record the batch size of every call of the transformer."""
     sizes: list[int] = []
     hook = policy.module.register_forward_hook(lambda module, arguments, output: sizes.append(len(output[0])))
     try:

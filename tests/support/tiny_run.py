@@ -113,7 +113,7 @@ def inside(folder: Path, reward: type[Reward] = Light) -> Iterator[RecordingTrac
 
 
 def failing(kind: str) -> type[Light]:
-    """Makes a reward that fails in its own way as soon as there is a checkpoint to keep."""
+    """Return a reward that raises, or returns NaN or too few rewards, as soon as there is a checkpoint to keep."""
 
     class Failing(Light):
         def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:

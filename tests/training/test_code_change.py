@@ -3,48 +3,58 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from sfgrpo.cli import main
+from sfgrpo.rewards import REWARDS
 from sfgrpo.training import fingerprint
-from tests.support.recording import RecordingTracker
-from tests.support.tiny_run import RECORD, build_tiny_project, failing, inside, numbers_of
+from tests.support.tiny_run import TINY, build_tiny_project, failing, inside, read_history, write_params
 
 # Not ours to mend: deprecations of diffusers and of what it imports.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
+TIMEOUT_S = 300
+
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a training that died after its first update."""
+    """A folder with a training that died after its first update; its reward is one that every process knows."""
     folder = tmp_path_factory.mktemp("interrupted")
     build_tiny_project(folder)
-    with inside(folder, failing("raise")):
+    write_params(folder, TINY | {"reward.name": "geneval"})
+    with inside(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(REWARDS, "geneval", failing("raise"))
         assert main(["train"]) == 1
     return folder
 
 
 @pytest.fixture
-def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the package, which the fingerprints digest from now on."""
-    copied = shutil.copytree(fingerprint.PACKAGE, tmp_path / "sfgrpo", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(fingerprint, "PACKAGE", copied)
-    return copied
+def project(interrupted: Path, tmp_path: Path) -> Iterator[Path]:
+    """The working directory becomes a copy of the interrupted training's."""
+    folder = shutil.copytree(interrupted, tmp_path / "project")
+    with inside(folder):
+        yield folder
 
 
 @pytest.fixture
-def tracker(interrupted: Path, tmp_path: Path) -> Iterator[RecordingTracker]:
-    """The working directory becomes a copy of the interrupted training's."""
-    with inside(shutil.copytree(interrupted, tmp_path / "project")) as tracker:
-        yield tracker
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package, which the fingerprints digest and `python -m sfgrpo` runs from now on."""
+    copied = shutil.copytree(fingerprint.PACKAGE, tmp_path / "sfgrpo", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(fingerprint, "PACKAGE", copied)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return copied
 
 
-def edit(module: Path) -> None:
-    module.write_text(module.read_text() + "# An edit.\n")
+def edit(module: Path, line: str = "# An edit.") -> None:
+    module.write_text(f"{module.read_text()}{line}\n")
 
 
 def the_run() -> Path:
@@ -52,24 +62,33 @@ def the_run() -> Path:
     return run
 
 
-def assert_recorded_numbers() -> None:
-    for found, expected in zip(numbers_of(Path()), json.loads(RECORD.read_text()), strict=True):
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+def train(*arguments: str) -> str:
+    """Run `python -m sfgrpo train`; return what it prints and logs, once it has succeeded."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sfgrpo", "train", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stdout
+    assert [metrics["update"] for metrics in read_history(Path())] == [1, 2, 3]
+    return done.stdout
 
 
-def test_edit_of_code_that_only_records_leaves_an_unfinished_training_resumable(code, tracker, caplog):
-    caplog.set_level("INFO")
+def test_edit_of_code_that_only_records_leaves_an_unfinished_training_resumable(code, project):
     run = the_run()
-    for folder in ("tracking", "promotion", "storage", "registry", "commands", "study", "runtime"):
+    for folder in ("promotion", "storage", "registry", "commands", "study", "runtime"):
         edit(next((code / folder).glob("[a-z]*.py")))
-    assert main(["train"]) == 0
-    assert "resuming after update 1" in caplog.text
+    edit(code / "tracking/mlflow_tracker.py", "print('the edited tracker')")
+    output = train()
+    assert "the edited tracker" in output
+    assert "resuming after update 1" in output
     assert the_run() == run
-    assert_recorded_numbers()
 
 
-def test_run_of_other_code_goes_on_only_where_that_is_accepted(code, tracker, caplog, capsys):
-    caplog.set_level("INFO")
+def test_run_of_other_code_goes_on_only_where_that_is_accepted(code, project, capsys):
     run = the_run()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     old_code = json.loads((run / "inputs/fingerprint.json").read_text())["code"]
@@ -79,22 +98,23 @@ def test_run_of_other_code_goes_on_only_where_that_is_accepted(code, tracker, ca
     assert f"run {run.name} was started with other code, and would not be the same run; check out commit" in refusal
     assert "go on with today's code by --accept-code-change" in refusal
 
-    assert main(["train", "--resume", run.name, "--accept-code-change"]) == 0
-    assert "resuming after update 1" in caplog.text
-    assert f"the run goes on from {run.name} with other code: {old_code[:16]} -> " in caplog.text
-    assert tracker.tags["sfgrpo.code_change"].startswith(f"{old_code[:16]} -> ")
+    output = train("--resume", run.name, "--accept-code-change")
+    assert "resuming after update 1" in output
+    assert f"the run goes on from {run.name} with other code: {old_code[:16]} -> " in output
     # The old run is as it was, and the new one has its history.
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     (successor,) = set(Path(".scratch").glob("train-*")) - {run}
-    assert_recorded_numbers()
-    assert [step for step, _ in tracker.metrics["reward/mean"]] == [1, 2, 3]
+    client = MlflowClient("sqlite:///mlflow.db")
+    (recorded,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert recorded.data.tags["sfgrpo.code_change"].startswith(f"{old_code[:16]} -> ")
+    assert [point.step for point in client.get_metric_history(recorded.info.run_id, "reward/mean")] == [1, 2, 3]
 
     # From now on it is a run like any other.
     assert main(["train", "--resume", successor.name]) == 0
     assert set(Path(".scratch").glob("train-*")) == {run, successor}
 
 
-def test_other_parameters_are_refused_whatever_is_accepted(code, tracker, capsys):
+def test_other_parameters_are_refused_whatever_is_accepted(code, project, capsys):
     run = the_run()
     params = run / "inputs/params.yaml"
     params.write_text(json.dumps(json.loads(params.read_text()) | {"seed": 7}))
@@ -105,6 +125,6 @@ def test_other_parameters_are_refused_whatever_is_accepted(code, tracker, capsys
     assert "--accept-code-change" not in refusal.split("error: ")[1]
 
 
-def test_accepting_a_change_needs_a_run(tracker, capsys):
+def test_accepting_a_change_needs_a_run(project, capsys):
     assert main(["train", "--accept-code-change"]) == 2
     assert "--accept-code-change is about a run that is resumed; name it by --resume RUN" in capsys.readouterr().err
