@@ -77,6 +77,7 @@ def train(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_edit_of_code_that_only_records_leaves_an_unfinished_training_resumable(code, project):
     run = the_run()
     for folder in ("promotion", "storage", "registry", "commands", "study", "runtime"):
@@ -88,6 +89,7 @@ def test_edit_of_code_that_only_records_leaves_an_unfinished_training_resumable(
     assert the_run() == run
 
 
+@pytest.mark.slow
 def test_run_of_other_code_goes_on_only_where_that_is_accepted(code, project, capsys):
     run = the_run()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
