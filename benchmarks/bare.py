@@ -37,12 +37,8 @@ class RecordedReward(Reward):
     """A reward that notes every call."""
 
     def __init__(self, reward: Reward) -> None:
-        self.reward = reward
+        self.reward, self.name = reward, reward.name
         self.calls: list[Call] = []
-
-    @property
-    def name(self) -> str:
-        return self.reward.name
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
         self.calls.append(Call("reward", len(images), (images, prompts)))

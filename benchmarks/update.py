@@ -50,9 +50,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 class Brightness(Reward):
     """Mean brightness of an image: a reward that costs nothing."""
 
-    @property
-    def name(self) -> str:
-        return "brightness"
+    name = "brightness"
 
     def __call__(self, images: Any, prompts: Sequence[Prompt]) -> Tensor:
         return torch.from_numpy(images).float().mean(dim=(1, 2, 3))

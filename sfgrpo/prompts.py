@@ -106,10 +106,10 @@ def _geneval_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
             f"prompts.num_evaluation: {config.prompts.num_evaluation} is not GenEval's own set; with prompts.source "
             f"geneval it must be {counts}"
         )
-    names = (GENEVAL / "object_names.txt").read_text(encoding="utf-8").split("\n")
+    names = (GENEVAL / "object_names.txt").read_text(encoding="utf-8").splitlines()
     with as_config_error("prompts.task_weights"):
         training = training_prompts(
-            [name for name in names if name],
+            names,
             evaluation,
             num_prompts=config.prompts.num_train,
             weights=config.prompts.task_weights,

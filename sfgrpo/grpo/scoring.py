@@ -115,12 +115,8 @@ def collect_rewards(
 ) -> tuple[Tensor, Tensor]:
     """Gather the rewards of all processes and make them fit for `group_advantages`.
 
-    Every member of a group gets the reward of its shared start state, and a group with a reward that is not finite
-    becomes constant.
-
-    Args:
-        own_rewards_NS: what `StateScorer.score` returned for the images of this process.
-        states: states that were scored.
+    `own_rewards_NS` are those of `StateScorer.score` for the images of this process. Every member of a group gets the
+    reward of its shared start state, and a group with a reward that is not finite becomes constant.
 
     Returns:
         Rewards of all images of the update in their order, all finite, and which images had one that was not.

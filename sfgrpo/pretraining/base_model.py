@@ -76,8 +76,7 @@ def _trained_autoencoder(config: PretrainConfig, pictures: Pictures, seed: int, 
         standardise_latents(autoencoder, pictures.images[:2000])
         with atomic_directory(finished) as partial:
             autoencoder.save_pretrained(partial)
-    loaded: AutoencoderKL = AutoencoderKL.from_pretrained(finished, use_safetensors=True)
-    return loaded.eval()
+    return AutoencoderKL.from_pretrained(finished, use_safetensors=True).eval()
 
 
 def _trained_pipeline(

@@ -147,13 +147,12 @@ class _Batches:
         tags = np.array([TAGS.index(prompt.tag) for prompt in pictures.prompts])[pictures.prompt_index]
         self._rows = {tag: np.flatnonzero(tags == index) for index, tag in enumerate(TAGS)}
         self._index = pictures.prompt_index
-        used = np.zeros((len(pictures.prompts), len(CLASSES) + len(COLORS)), dtype=bool)
+        self._used = np.zeros((len(pictures.prompts), len(CLASSES) + len(COLORS)), dtype=bool)
         for row, prompt in enumerate(pictures.prompts):
             for clause in prompt.include:
-                used[row, CLASSES.index(clause.class_name)] = True
+                self._used[row, CLASSES.index(clause.class_name)] = True
                 if clause.color is not None:
-                    used[row, len(CLASSES) + COLORS.index(clause.color)] = True
-        self._used = used
+                    self._used[row, len(CLASSES) + COLORS.index(clause.color)] = True
 
     def draw(self, step: int, generator: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Draw the rows of a batch, half of the time from a corner of its task, and of its strangers."""

@@ -27,8 +27,6 @@ REWARD_MODEL = Path("models/shapes-clip")
 NUM_FRESH_IMAGES = 1200
 NUM_CHOICES = 16
 LOG_EVERY_NUM_STEPS = 250
-PIXEL_MEAN = PIXEL_STD = (0.5, 0.5, 0.5)
-"""Of `preprocessor_config.json`: images of 0..1 become pixels of -1..1."""
 
 
 def pretrain_reward_model(config: PretrainRewardConfig, seed: int, folder: Path = REWARD_MODEL) -> None:
@@ -46,11 +44,12 @@ def pretrain_reward_model(config: PretrainRewardConfig, seed: int, folder: Path 
     with atomic_directory(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        # Images of 0..1 become pixels of -1..1.
         CLIPImageProcessorPil(
             size={"shortest_edge": IMAGE_SIZE},
             crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-            image_mean=list(PIXEL_MEAN),
-            image_std=list(PIXEL_STD),
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
         ).save_pretrained(partial)
         (partial / "README.md").write_text(_card(config, seed, accuracy, seconds), encoding="utf-8")
         write_manifest(partial)

@@ -17,10 +17,8 @@ from sfgrpo.types import Prompt
 class Reward(abc.ABC):
     """A score of images for their prompts, each independent of the other images of the call."""
 
-    @property
-    @abc.abstractmethod
-    def name(self) -> str:
-        """Name of the reward in the configuration and in metrics."""
+    name: str
+    """Name of the reward in the configuration and in metrics."""
 
     @abc.abstractmethod
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:

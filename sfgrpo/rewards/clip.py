@@ -74,12 +74,8 @@ class ClipReward(Reward):
         at = {"revision": revision} if processor == pretrained else {}
         model = CLIPModel.from_pretrained(pretrained, revision=revision, dtype=torch.float32, use_safetensors=True)
         settings = CLIPImageProcessorPil.from_pretrained(processor, **at)
-        return cls(
-            model.to(device),
-            CLIPTokenizer.from_pretrained(processor, **at),
-            mean=settings.image_mean,
-            std=settings.image_std,
-        )
+        tokenizer = CLIPTokenizer.from_pretrained(processor, **at)
+        return cls(model.to(device), tokenizer, mean=settings.image_mean, std=settings.image_std)
 
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:

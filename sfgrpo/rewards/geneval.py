@@ -53,11 +53,7 @@ class GenEvalReward(Reward):
 
     def __init__(self, name: str, score: Callable[[Prompt, Sequence[Detection]], float], detector: Detector) -> None:
         """Take the reward's name, the score of a prompt and its detections, and the detector."""
-        self._name, self._score, self._detector = name, score, detector
-
-    @property
-    def name(self) -> str:
-        return self._name
+        self.name, self._score, self._detector = name, score, detector
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
         scores = [self._score(*pair) for pair in zip(prompts, self._detector(images), strict=True)]

@@ -42,9 +42,6 @@ def split_prompts(num_evaluation: dict[Tag, int], seed: int) -> tuple[dict[Tag, 
 def sample_training_prompts(
     training: dict[Tag, list[Prompt]], weights: dict[Tag, float], num_prompts: int, seed: int | tuple[int, int]
 ) -> list[Prompt]:
-    """Draw a shuffled training set of `num_prompts` prompts with the tasks in the ratio of `weights`.
-
-    Within a task every prompt is drawn once before any is drawn again.
-    """
+    """Draw a shuffled training set, tasks by `weights`, each prompt of a task once before any is drawn again."""
     spaces: dict[Tag, PromptSpace] = {tag: (lambda prompt: prompt, prompts) for tag, prompts in training.items()}
     return sample_prompts(spaces, (), num_prompts=num_prompts, weights=weights, seed=seed)

@@ -36,13 +36,11 @@ def policy() -> Policy:
 class Scripted(Reward):
     """Says what it was told to say, and remembers what it was asked."""
 
+    name = "scripted"
+
     def __init__(self, values: list[float]) -> None:
         self.values = torch.tensor(values, dtype=torch.float32)
         self.asked: list[Prompt] = []
-
-    @property
-    def name(self) -> str:
-        return "scripted"
 
     def __call__(self, images, prompts):
         first = len(self.asked)

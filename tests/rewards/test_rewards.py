@@ -31,11 +31,7 @@ class Constant(Reward):
     """Return the same tensor, or raises the same error, whatever it sees."""
 
     def __init__(self, outcome: torch.Tensor | Exception, name: str = "constant") -> None:
-        self._outcome, self._name = outcome, name
-
-    @property
-    def name(self) -> str:
-        return self._name
+        self._outcome, self.name = outcome, name
 
     def __call__(self, images, prompts):
         if isinstance(self._outcome, Exception):

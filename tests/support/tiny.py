@@ -140,9 +140,7 @@ def counted_passes(policy: Policy) -> Iterator[list[int]]:
 class Light(Reward):
     """How light an image is, in 0..1: a reward that always differs, and that an adapter can learn."""
 
-    @property
-    def name(self) -> str:
-        return "light"
+    name = "light"
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
         return torch.from_numpy(images.mean(axis=(1, 2, 3), dtype=np.float64) / 255.0).float()
