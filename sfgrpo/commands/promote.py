@@ -66,7 +66,7 @@ def apply(environment: Environment, run_id: str) -> None:
     """
     uri = environment.tracking_uri
     client = connect_globally(uri)
-    decision = read_decision(client, run_id)
+    decision = read_decision(run_id)
     if not decision.promoted:
         raise RegistryError(f"MLflow run {run_id} decided not to promote version {decision.version}")
     history = sync_aliases(client, uri, decision.model)

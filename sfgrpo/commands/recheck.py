@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,9 @@ from sfgrpo.prompts import prompts_digest, read_prompts
 from sfgrpo.registry.register import connect_globally
 from sfgrpo.registry.versions import Version, download_version, find_version, require_model
 from sfgrpo.runtime.environment import Environment
-from sfgrpo.runtime.files import atomic_write, temporary_directory
+from sfgrpo.runtime.files import temporary_directory, write_json
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from sfgrpo.types import Prompt
 
 
@@ -42,16 +39,16 @@ def recheck(environment: Environment, model: str) -> None:
     number = champion_of(client, sync_aliases(client, uri, model))
     if number is None:
         reason = f"{model} has no champion, so there is nothing to check"
-        _write({"drifted": False, "reasons": [reason], "table": "", "metrics": {}})
+        write_json(RECHECK, {"drifted": False, "reasons": [reason], "table": "", "metrics": {}})
         print(reason)
         return
-    outcome = _evaluate_again(client, environment, find_version(client, f"models:/{model}/{number}"))
-    _write(outcome)
+    outcome = _evaluate_again(environment, find_version(client, f"models:/{model}/{number}"))
+    write_json(RECHECK, outcome)
     drifted = f"has drifted: {'; '.join(outcome['reasons'])}" if outcome["drifted"] else "has not drifted"
     print(f"version {number} of {model} {drifted}\n\n{outcome['table']}")
 
 
-def _evaluate_again(client: MlflowClient, environment: Environment, champion: Version) -> dict[str, Any]:
+def _evaluate_again(environment: Environment, champion: Version) -> dict[str, Any]:
     """Evaluate as the version's record says, and log an MLflow run with the outcome."""
     from sfgrpo.evaluation.evaluate import SamplingProtocol
 
@@ -60,7 +57,7 @@ def _evaluate_again(client: MlflowClient, environment: Environment, champion: Ve
     with tracked_run(environment, champion.model, f"recheck of version {champion.number}") as tracker:
         with temporary_directory(environment.scratch_dir, "recheck") as folder:
             setup = EvaluationSetup(
-                prompts=_recorded_prompts(client, record, folder),
+                prompts=_recorded_prompts(record, folder),
                 protocol=SamplingProtocol(**record.protocol),
                 rewards=make_rewards(*(RewardConfig(**reward) for reward in record.rewards)),
             )
@@ -77,14 +74,10 @@ def _evaluate_again(client: MlflowClient, environment: Environment, champion: Ve
     return {"drifted": bool(reasons), "reasons": reasons, "table": table, "metrics": metrics}
 
 
-def _recorded_prompts(client: MlflowClient, record: EvaluationRecord, folder: Path) -> list[Prompt]:
+def _recorded_prompts(record: EvaluationRecord, folder: Path) -> list[Prompt]:
     path = folder / PROMPTS
-    path.write_text(read_file(client, record.run_id, PROMPTS), encoding="utf-8")
+    path.write_text(read_file(record.run_id, PROMPTS), encoding="utf-8")
     prompts = read_prompts(path)
     if (found := prompts_digest(prompts)) != record.prompts_sha256:
         raise IntegrityError(path, f"sha256 {record.prompts_sha256}", f"sha256 {found}")
     return prompts
-
-
-def _write(outcome: dict[str, Any]) -> None:
-    atomic_write(RECHECK, json.dumps(outcome, indent=2) + "\n")

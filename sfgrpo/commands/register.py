@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from sfgrpo.config.stages import RegisterStage
 from sfgrpo.errors import SfgrpoError
 from sfgrpo.paths import EVALUATE_REPORT, POLICY, REGISTRATION, TRAINING_PROMPTS
 from sfgrpo.runtime.environment import Environment
+from sfgrpo.runtime.files import write_json
 from sfgrpo.tracking.provenance import flow_tags, provenance_tags
 from sfgrpo.training.run import EXPERIMENT
 from sfgrpo.types import TAGS
@@ -48,5 +50,5 @@ def register(config: RegisterStage, environment: Environment) -> None:
             guidance_scale=config.evaluation.guidance_scale,
         ),
     )
-    version.write(REGISTRATION)
+    write_json(REGISTRATION, dataclasses.asdict(version))
     print(f"model version {version.version} registered as {version.name}@{version.alias}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sfgrpo.config.stages import PromoteStage
@@ -50,6 +49,7 @@ def compare_versions(
         SfgrpoError: There are no evaluation prompts.
     """
     from sfgrpo.runtime.timing import PhaseClock
+    from sfgrpo.tracking.sample_grid import sample_grid
 
     setup = _read_setup(config)
     use_threads(environment)
@@ -67,7 +67,9 @@ def compare_versions(
         record = _record(config, setup, run_id, evaluations[CANDIDATE])
         tables = {name: evaluation.table for name, evaluation in evaluations.items()}
         report = promotion_report(config, decision, comparison, tables)
-        write_decision(decision, report, _samples(setup, evaluations))
+        images = {name: evaluation.images for name, evaluation in evaluations.items()}
+        correct = {name: evaluation.correct for name, evaluation in evaluations.items()}
+        write_decision(decision, report, sample_grid(setup.prompts, images, correct, setup.shown))
         _log(tracker, config, decision, record, report)
     tag_version(client, decision, record)
     return decision
@@ -125,18 +127,16 @@ def _evaluate_both(
         with clock("promotion_download"):
             ours = download_version(candidate, folder / "candidate")
             theirs = None if champion is None else download_version(champion, folder / "champion")
-        if theirs is not None:
-            with clock("promotion_load"):
-                policy = load_policy(theirs, environment)
-                policy.load_adapter(theirs.adapter)
-            with clock("promotion_draw"):
-                evaluations["champion"] = evaluate(policy, setup)
-            del policy
         with clock("promotion_load"):
-            policy = load_policy(ours, environment)
-        if theirs is None:
-            with clock("promotion_draw"):
-                evaluations["base model"] = evaluate(policy, setup)
+            policy = load_policy(theirs or ours, environment)
+            if theirs is not None:
+                policy.load_adapter(theirs.adapter)
+        with clock("promotion_draw"):
+            evaluations["champion" if theirs else "base model"] = evaluate(policy, setup)
+        if theirs is not None:
+            del policy
+            with clock("promotion_load"):
+                policy = load_policy(ours, environment)
         policy.load_adapter(ours.adapter)
         with clock("promotion_draw"):
             evaluations[CANDIDATE] = evaluate(policy, setup)
@@ -179,14 +179,6 @@ def _record(config: PromoteStage, setup: EvaluationSetup, run_id: str, evaluatio
         rewards=tuple(dataclasses.asdict(reward) for reward in (config.reward, config.promotion.held_out)),
         metrics=evaluation.to_dict(),
     )
-
-
-def _samples(setup: EvaluationSetup, evaluations: Mapping[str, Evaluation]) -> Image.Image:
-    from sfgrpo.tracking.sample_grid import sample_grid
-
-    images = {name: evaluation.images for name, evaluation in evaluations.items()}
-    correct = {name: evaluation.correct for name, evaluation in evaluations.items()}
-    return sample_grid(setup.prompts, images, correct, setup.shown)
 
 
 def _log(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from sfgrpo.paths import PROMOTION_DECISION
@@ -34,7 +32,7 @@ class EvaluationRecord:
     prompts_sha256: str
     protocol: Mapping[str, Any]
     """Fields of `SamplingProtocol`."""
-    rewards: tuple[Mapping[str, Any], ...]
+    rewards: Sequence[Mapping[str, Any]]
     """Fields of `RewardConfig`, of the training reward and of the held-out one."""
     metrics: Mapping[str, float]
     """Of `Evaluation.to_dict`."""
@@ -103,29 +101,27 @@ def read_record(address: str, tags: Mapping[str, str]) -> EvaluationRecord:
         raise RegistryError(
             f"{address} was never evaluated by `python -m sfgrpo promote`, so there are no metrics to compare with"
         )
-    fields = json.loads(tags[RECORD_TAG])
-    return EvaluationRecord(**{**fields, "rewards": tuple(fields["rewards"])})
+    return EvaluationRecord(**json.loads(tags[RECORD_TAG]))
 
 
-def read_decision(client: MlflowClient, run_id: str) -> PromotionDecision:
+def read_decision(run_id: str) -> PromotionDecision:
     """Read a decision from its MLflow run.
 
     Raises:
         RegistryError: There is no such run, or it holds no decision.
     """
-    return PromotionDecision.from_json(read_file(client, run_id, PROMOTION_DECISION.name))
+    return PromotionDecision.from_json(read_file(run_id, PROMOTION_DECISION.name))
 
 
-def read_file(client: MlflowClient, run_id: str, name: str) -> str:
+def read_file(run_id: str, name: str) -> str:
     """Read a text file of an MLflow run.
 
     Raises:
         RegistryError: There is no such run or file.
     """
-    from mlflow.exceptions import MlflowException
+    import mlflow
 
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
-        except (MlflowException, OSError) as error:
-            raise RegistryError(f"MLflow run {run_id} holds no {name} of a promotion ({error})") from error
+    try:
+        return mlflow.artifacts.load_text(f"runs:/{run_id}/{name}")
+    except (mlflow.MlflowException, OSError) as error:
+        raise RegistryError(f"MLflow run {run_id} holds no {name} of a promotion ({error})") from error

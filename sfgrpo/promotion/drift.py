@@ -7,7 +7,7 @@ would move with other prompts, so they are shown and decide nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from sfgrpo.geneval.table import COLUMNS
 from sfgrpo.types import Tag
@@ -31,16 +31,18 @@ def drift(
     Returns:
         One sentence for each metric that changed by more than its tolerance, and a table of all in Markdown.
     """
+    labels = {"geneval/overall": "Overall", **{f"geneval/{tag}": column for tag, column in COLUMNS.items()}}
+    labels |= {key: f"Reward {key.partition('/')[2]}" for key in recorded if key.startswith("evaluation/")}
     reasons = []
     lines = [["Metric", "Recorded", "Today", "Change", "Tolerance"], ["---"] + ["---:"] * 4]
-    for key in _compared_metrics(recorded):
+    for key in filter(recorded.__contains__, labels):
         before, after = recorded[key], measured[key]
         allowed = tolerance(key, before, images_of)
         stderr = recorded.get(f"{key}_stderr")
         shown = f"{before:.3f}" if stderr is None else f"{before:.3f} \N{PLUS-MINUS SIGN} {stderr:.3f}"
-        lines.append([_label(key), shown, f"{after:.3f}", f"{after - before:+.3f}", f"{allowed:.3f}"])
+        lines.append([labels[key], shown, f"{after:.3f}", f"{after - before:+.3f}", f"{allowed:.3f}"])
         if abs(after - before) > allowed:
-            reasons.append(f"{_label(key)} was {before:.3f} and is {after:.3f}; it may change by {allowed:.3f}")
+            reasons.append(f"{labels[key]} was {before:.3f} and is {after:.3f}; it may change by {allowed:.3f}")
     return reasons, "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
@@ -50,15 +52,3 @@ def tolerance(key: str, recorded: float, images_of: Mapping[Tag, int]) -> float:
         if key == f"geneval/{tag}":
             return max(TOLERANCE, TOLERATED_IMAGES / num_images)
     return TOLERANCE * max(1.0, abs(recorded))
-
-
-def _compared_metrics(metrics: Mapping[str, float]) -> Sequence[str]:
-    """Return the keys of the overall score, the tasks and the rewards."""
-    scores = [f"geneval/{name}" for name in ("overall", *COLUMNS) if f"geneval/{name}" in metrics]
-    return [*scores, *(key for key in metrics if key.startswith("evaluation/"))]
-
-
-def _label(key: str) -> str:
-    group, _, name = key.partition("/")
-    columns = {str(tag): column for tag, column in COLUMNS.items()}
-    return f"Reward {name}" if group == "evaluation" else columns.get(name, "Overall")

@@ -50,8 +50,6 @@ class ModelScores:
         shape = self.correct_PG.shape
         if len(shape) != 2 or self.correct_PG.size == 0:
             raise ValueError(f"verdicts have shape {list(shape)}; give a non-empty array [prompts, images per prompt]")
-        if self.correct_PG.dtype != np.bool_:
-            raise ValueError(f"verdicts are of type {self.correct_PG.dtype}; give booleans, True for a correct image")
         for name, values, expected in (
             ("held-out reward", self.held_out_PG, shape),
             ("training reward", self.training_PG, shape),
@@ -61,8 +59,6 @@ class ModelScores:
                 raise ValueError(f"{name} has shape {list(values.shape)}; the verdicts need {list(expected)}")
             if not np.isfinite(values).all():
                 raise ValueError(f"{name} is not finite in {int((~np.isfinite(values)).sum())} of {values.size} places")
-        if (self.diversity_P < 0.0).any():
-            raise ValueError(f"diversity has the minimum {self.diversity_P.min():g}; a distance is never below 0")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +140,12 @@ def compare_scores(
     Raises:
         ValueError: The numbers of prompts or images differ.
     """
-    _check_shapes(prompts, candidate, baseline)
+    shapes = candidate.correct_PG.shape, baseline.correct_PG.shape
+    if shapes[0] != shapes[1] or shapes[0][0] != len(prompts):
+        raise ValueError(
+            f"the candidate has {list(shapes[0])} verdicts and its baseline {list(shapes[1])} for {len(prompts)} "
+            "prompts; score both on the same prompts with as many images"
+        )
     tags = [prompt.tag for prompt in prompts]
     bounds = _intervals(tags, candidate, baseline, config)
 
@@ -220,12 +221,3 @@ def _ratio(candidate: Any, baseline: Any) -> Any:
     """Divide; where both are 0 nothing was lost, which is 1."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where((candidate == 0.0) & (baseline == 0.0), 1.0, np.divide(candidate, baseline))
-
-
-def _check_shapes(prompts: Sequence[Prompt], candidate: ModelScores, baseline: ModelScores) -> None:
-    shapes = candidate.correct_PG.shape, baseline.correct_PG.shape
-    if shapes[0] != shapes[1] or shapes[0][0] != len(prompts):
-        raise ValueError(
-            f"the candidate has {list(shapes[0])} verdicts and its baseline {list(shapes[1])} for {len(prompts)} "
-            "prompts; score both on the same prompts with as many images"
-        )

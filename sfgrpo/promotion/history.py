@@ -11,7 +11,6 @@ import dataclasses
 import json
 import time
 import uuid
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from sfgrpo.errors import SfgrpoError
@@ -61,23 +60,18 @@ class PromotionHistory:
     @property
     def champions(self) -> tuple[int, ...]:
         """Versions that were promoted and not rolled back, the champion last."""
-        return champions_of(self.entries)
-
-
-def champions_of(entries: Sequence[Promotion]) -> tuple[int, ...]:
-    """Replay promotions and rollbacks, and return the champions that remain, the present one last."""
-    champions: list[int] = []
-    for entry in entries:
-        if entry.action == "promotion" and entry.version is not None:
-            if not champions and entry.over is not None:
-                # The first entry: somebody had set the alias by hand.
-                champions.append(entry.over)
-            champions.append(entry.version)
-        else:
-            champions.pop()
-            while champions and champions[-1] != entry.version:
+        champions: list[int] = []
+        for entry in self.entries:
+            if entry.action == "promotion" and entry.version is not None:
+                if not champions and entry.over is not None:
+                    # The first entry: somebody had set the alias by hand.
+                    champions.append(entry.over)
+                champions.append(entry.version)
+            else:
                 champions.pop()
-    return tuple(champions)
+                while champions and champions[-1] != entry.version:
+                    champions.pop()
+        return tuple(champions)
 
 
 def experiment_of(model: str) -> str:
@@ -98,9 +92,10 @@ def read_history(client: MlflowClient, uri: str, model: str) -> PromotionHistory
             f"the promotion history of {model}, MLflow run {run_id}, was deleted; restore it, in Python by "
             f"MlflowClient().restore_run({run_id!r})"
         )
-    params = run.data.params
-    slots = sorted(key for key in params if key.isdigit())
-    return PromotionHistory(model=model, run_id=run_id, entries=tuple(_entry(params[slot]) for slot in slots))
+    slots = sorted((key, json.loads(value)) for key, value in run.data.params.items() if key.isdigit())
+    names = [field.name for field in dataclasses.fields(Promotion)]
+    entries = tuple(Promotion(**{name: fields[name] for name in names}) for _, fields in slots)
+    return PromotionHistory(model=model, run_id=run_id, entries=entries)
 
 
 def append(client: MlflowClient, history: PromotionHistory, entry: Promotion) -> PromotionHistory:
@@ -158,8 +153,3 @@ def _tagged_run(client: MlflowClient, model: str) -> str | None:
     if HISTORY_TAG not in experiment.tags:
         raise HistoryError(f"experiment {name!r} has no tag {HISTORY_TAG}, so it holds no promotions; rename it")
     return str(experiment.tags[HISTORY_TAG])
-
-
-def _entry(value: str) -> Promotion:
-    fields = json.loads(value)
-    return Promotion(action=fields["action"], version=fields["version"], over=fields["over"], run_id=fields["run_id"])

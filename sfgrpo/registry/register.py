@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,6 @@ from sfgrpo.tracking.provenance import BRANCH_TAG, COMMIT_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.models import ModelSignature
 
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -78,11 +75,6 @@ class RegisteredVersion:
     """Run in the tracking store that trained it, or a stand-in."""
     created: bool
 
-    def write(self, path: Path) -> None:
-        """Write the record as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-
 
 def register_version(
     uri: str, experiment: str, registry: RegistryConfig, adapter: TrainedAdapter, serving: ServingDefaults
@@ -96,6 +88,8 @@ def register_version(
         RegistryError: The version cannot be loaded, or draws no image.
     """
     client = connect_globally(uri)
+    import mlflow
+
     name = registry.model_name
     digest = sha256_of_file(adapter.folder / WEIGHTS_NAME)
     version = _find_version(client, name, digest, adapter.provenance["git_commit"])
@@ -108,7 +102,8 @@ def register_version(
             package = _save_package(Path(folder, "model"), adapter.folder, settings)
             model_id = _log_model(client, experiment_id, run_id, name, package)
             manifest_digest = sha256_of_file(package / MANIFEST)
-        _log_final_metrics(client, run_id, model_id, adapter.metrics)
+        final = {f"final/{key}": value for key, value in adapter.metrics.items()}
+        mlflow.log_metrics(final, run_id=run_id, model_id=model_id)
         tags = {
             **adapter.provenance,
             **{key: f"{value:.4f}" for key, value in adapter.metrics.items()},
@@ -184,19 +179,25 @@ def _parent_run(client: MlflowClient, experiment_id: str, run_id: str | None, di
 def _save_package(package: Path, adapter: Path, settings: dict[str, Any]) -> Path:
     """Save serving code, base pipeline and adapter with a manifest; only safetensors and text, nothing pickled."""
     import mlflow
+    import pandas as pd
 
     artifacts = {"adapter": str(adapter)}
     if Path(settings["pretrained"]).is_dir():
         artifacts["pipeline"] = settings["pretrained"]
+    params = {name: settings[name] for name in ("num_inference_steps", "guidance_scale", "seed")}
+    # Without a name for the column, a list of prompts is accepted as well as a data frame.
+    signature = mlflow.models.infer_signature([SMOKE_PROMPT], pd.DataFrame({"png": [PNG_SIGNATURE]}), params)
+    # No package index has "2.13.0+cpu".
+    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in REQUIREMENTS}
     mlflow.pyfunc.save_model(
         package,
         python_model=str(SERVING_FILE),
         artifacts=artifacts,
         model_config=settings,
-        signature=_signature(settings),
+        signature=signature,
         input_example=[SMOKE_PROMPT],
         # Listed here, because MLflow would find them by loading the model in another process.
-        pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
+        pip_requirements=[f"{name}=={version}" for name, version in versions.items()],
     )
     write_manifest(package)
     return package
@@ -208,14 +209,6 @@ def _log_model(client: MlflowClient, experiment_id: str, run_id: str, name: str,
     client.log_model_artifacts(model.model_id, str(package))
     client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
-
-
-def _log_final_metrics(client: MlflowClient, run_id: str, model_id: str, metrics: Mapping[str, float]) -> None:
-    from mlflow.entities import Metric
-
-    now_ms = time.time_ns() // 1_000_000
-    final = [Metric(f"final/{key}", value, now_ms, 0, model_id=model_id) for key, value in metrics.items()]
-    client.log_batch(run_id, final)
 
 
 def _create_version(
@@ -230,26 +223,3 @@ def _create_version(
             raise
     version = client.create_model_version(name, f"models:/{model_id}", run_id=run_id, tags=tags, model_id=model_id)
     return int(version.version), run_id
-
-
-def _signature(settings: dict[str, Any]) -> ModelSignature:
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-
-    return ModelSignature(
-        # Without a name for the column, a list of prompts is accepted as well as a data frame.
-        inputs=Schema([ColSpec(DataType.string)]),
-        outputs=Schema([ColSpec(DataType.binary, "png")]),
-        params=ParamSchema(
-            [
-                ParamSpec("num_inference_steps", DataType.long, settings["num_inference_steps"]),
-                ParamSpec("guidance_scale", DataType.double, settings["guidance_scale"]),
-                ParamSpec("seed", DataType.long, settings["seed"]),
-            ]
-        ),
-    )
-
-
-def _public_version(package: str) -> str:
-    # No package index has "2.13.0+cpu".
-    return importlib.metadata.version(package).partition("+")[0]

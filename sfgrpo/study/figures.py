@@ -16,30 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from sfgrpo.study import plotting
 from sfgrpo.study.metrics import PHASES, gain_magnitudes
-from sfgrpo.study.plotting import (
-    BACKED,
-    COLORS,
-    FAINT,
-    FONTS,
-    FRAME,
-    INK,
-    NAMES,
-    PHASE_COLORS,
-    STYLE,
-    WIDTH,
-    draw_band,
-    draw_running_reward,
-    draw_seeds,
-    looks_of,
-    mark_crossing,
-    name_ends,
-    row_of_axes,
-    shrunk,
-    write_ratio,
-)
-from sfgrpo.study.results import curves_of, mean_curve, mean_curves
-from sfgrpo.study.summary import PREFIXES, AblationSummary, Cost, PairSummary, Summary, Unit, seconds_per_update
+from sfgrpo.study.plotting import COLORS, FAINT, INK, NAMES, PHASE_COLORS, STYLE, WIDTH
+from sfgrpo.study.results import mean_curve, mean_curves, seconds_per_update
+from sfgrpo.study.summary import PREFIXES, AblationSummary, Cost, PairSummary, Summary, Unit
 from sfgrpo.study.text import factor, reward_name
 
 SAMPLE_ROWS, SAMPLE_COLUMNS = 12, 4
@@ -67,7 +48,7 @@ def svg_of(figure: Figure) -> str:
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return re.sub(r"'DejaVu Sans'(, [^;\"]*)?(?=[;\"])", FONTS, file.getvalue())
+    return re.sub(r"'DejaVu Sans'(, [^;\"]*)?(?=[;\"])", plotting.FONTS, file.getvalue())
 
 
 def slug(title: str) -> str:
@@ -94,15 +75,15 @@ def _reward_figure(pair: PairSummary) -> Figure | None:
     ]
     for axes, unit, factors in panels:
         for method, runs in pair.methods.items():
-            draw_running_reward(axes, runs, factors[method])
+            plotting.draw_running_reward(axes, runs, factors[method])
             if method in curves:
-                draw_band(axes, curves[method], COLORS[method], factor=factors[method])
-        mark_crossing(axes, curves, factors)
-        write_ratio(axes, pair.ratio("noisy", unit))
+                plotting.draw_band(axes, curves[method], COLORS[method], factor=factors[method])
+        plotting.mark_crossing(axes, curves, factors)
+        plotting.write_ratio(axes, pair.ratio("noisy", unit))
     left.set_title(f"{reward_name(reward)} reward, training sampler")
     left.set_xlabel("updates")
     right.set_xlabel(f"{time} of compute")
-    name_ends(left, curves)
+    plotting.name_ends(left, curves)
     return figure
 
 
@@ -116,13 +97,14 @@ def _quality_figure(pair: PairSummary) -> Figure | None:
     if not panels:
         return None
     figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
-    for axes, (metric, curves) in zip(row_of_axes(figure, len(panels)), panels.items(), strict=True):
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (metric, curves) in zip(row, panels.items(), strict=True):
         for method, curve in curves.items():
-            draw_band(axes, curve, COLORS[method])
+            plotting.draw_band(axes, curve, COLORS[method])
         axes.set_title(titles[metric])
         axes.set_xlabel("updates")
         if metric == next(iter(panels)):
-            name_ends(axes, curves)
+            plotting.name_ends(axes, curves)
     return figure
 
 
@@ -135,7 +117,8 @@ def _gains_figure(pairs: Iterable[PairSummary]) -> Figure | None:
     if not panels:
         return None
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    for axes, (title, gains_of_seeds) in zip(row_of_axes(figure, len(panels)), panels.items(), strict=True):
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, gains_of_seeds) in zip(row, panels.items(), strict=True):
         steps = np.arange(1, gains_of_seeds.shape[1] + 1)
         axes.bar(steps, gains_of_seeds.mean(axis=0), width=0.72, color=COLORS["stepwise"], alpha=0.85, linewidth=0)
         for seed_gains in gains_of_seeds:
@@ -153,14 +136,14 @@ def _ablation_figure(summary: AblationSummary) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH, 1.4 + max(2.6, 0.62 * len(summary.rows))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
-    looks = looks_of(row.runs[0].method for row in summary.rows)
+    looks = plotting.looks_of(row.runs[0].method for row in summary.rows)
     for place, (row, (color, marker)) in enumerate(zip(summary.rows, looks, strict=True)):
-        if curves := curves_of(row.runs, summary.metric):
-            draw_band(left, mean_curve(curves), color, marker=marker, alpha=0.10)
-        draw_seeds(right, -place, list(row.finals.values()), color, marker)
+        if curve := mean_curve(row.runs, summary.metric):
+            plotting.draw_band(left, curve, color, marker=marker, alpha=0.10)
+        plotting.draw_seeds(right, -place, list(row.finals.values()), color, marker)
         right.annotate(
             row.label, (0.0, -place), (0, 9), xycoords=("axes fraction", "data"), textcoords="offset points",
-            color=color, weight="bold", va="bottom", bbox=BACKED,
+            color=color, weight="bold", va="bottom", bbox=plotting.BACKED,
         )  # fmt: skip
     if summary.rows[0].finals:
         reference = float(np.mean(list(summary.rows[0].finals.values())))
@@ -237,10 +220,10 @@ def _samples_figure(pair: PairSummary) -> Figure | None:
         frames = []
         for row, column in np.ndindex(rows, columns):
             x, y, side = start + column + space / 2, row + space / 2, 1.0 - space
-            picture = shrunk(images[row * correct.shape[1] + column])
+            picture = plotting.shrunk(images[row * correct.shape[1] + column])
             axes.imshow(picture, extent=(x, x + side, y + side, y), interpolation="none", aspect="auto")
             frames += [Rectangle((x, y), side, side)] * bool(correct[row, column])
-        axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor=FRAME, linewidth=1.6))
+        axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor=plotting.FRAME, linewidth=1.6))
     # Every image sets the limits to its own.
     axes.set(xlim=(0, across), ylim=(rows, -0.45))
     return figure

@@ -146,16 +146,6 @@ def median_ratio(ratios: Iterable[float]) -> float:
     return statistics.median(known) if known else math.nan
 
 
-def median_seconds(histories: Iterable[Sequence[Mapping[str, float]]], phase: str | None = None) -> float:
-    """Return the median seconds of an update, in one phase or in all of them; NaN without updates.
-
-    The median ignores the updates during which the machine was busy.
-    """
-    names = PHASES if phase is None else (phase,)
-    seconds = [sum(entry.get(f"time/{name}_s", 0.0) for name in names) for history in histories for entry in history]
-    return statistics.median(seconds) if seconds else math.nan
-
-
 def gain_magnitudes(history: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
     """Return the mean absolute gain of every step over a history; empty without stepwise credit."""
     names = sorted(

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
@@ -75,11 +74,6 @@ def shrunk(image: NDArray[np.uint8], side: int = 128) -> NDArray[np.uint8]:
     height, width = image.shape[0] // factor * factor, image.shape[1] // factor * factor
     blocks = image[:height, :width].reshape(height // factor, factor, width // factor, factor, 3)
     return np.asarray(blocks.mean(axis=(1, 3)).round(), dtype=np.uint8)
-
-
-def row_of_axes(figure: Figure, count: int) -> list[Axes]:
-    """Return axes side by side."""
-    return list(np.atleast_1d(figure.subplots(1, count)).flat)
 
 
 def looks_of(methods: Iterable[str]) -> list[tuple[str, str]]:

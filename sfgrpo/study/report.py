@@ -13,7 +13,7 @@ from sfgrpo.runtime.shutdown import sigterm_as_exit
 from sfgrpo.study.config import Plan
 from sfgrpo.study.figures import draw_figures, svg_of
 from sfgrpo.study.page import html, markdown
-from sfgrpo.study.results import Run, curves_of, load_results, mean_curve
+from sfgrpo.study.results import Run, load_results, mean_curve
 from sfgrpo.study.run import STUDY, parent_run
 from sfgrpo.study.summary import Summary, summarise
 from sfgrpo.tracking.base import ending
@@ -56,8 +56,7 @@ def plots_of(summary: Summary) -> dict[str, list[dict[str, float]]]:
     for name, metric in PLOTS.items():
         records: dict[int, dict[str, float]] = defaultdict(dict)
         for row, runs in rows.items():
-            if curves := curves_of(runs, metric.format(reward=runs[0].reward)):
-                mean = mean_curve(curves)
+            if mean := mean_curve(runs, metric.format(reward=runs[0].reward)):
                 for update, value in zip(mean.updates, mean.means, strict=True):
                     records[int(update)][row] = float(value)
         plots[name] = [{"update": update, **values} for update, values in sorted(records.items())]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sfgrpo.study.metrics import PHASES
 
 Method = Literal["stepwise", "flow_grpo"]
 Key = tuple[str, int]
@@ -111,13 +115,11 @@ def curve_of(run: Run, metric: str) -> Curve | None:
     return Curve(updates=updates, values=values)
 
 
-def curves_of(runs: Iterable[Run], metric: str) -> list[Curve]:
-    """Return a metric over the evaluations of every run that has it."""
-    return [curve for run in runs if (curve := curve_of(run, metric)) is not None]
-
-
-def mean_curve(curves: Sequence[Curve]) -> MeanCurve:
-    """Average curves over the updates that all of them have."""
+def mean_curve(runs: Iterable[Run], metric: str) -> MeanCurve | None:
+    """Average a metric over the runs that have it, at the updates that all of them have; None if no run has it."""
+    curves = [curve for run in runs if (curve := curve_of(run, metric)) is not None]
+    if not curves:
+        return None
     updates = functools.reduce(np.intersect1d, [curve.updates for curve in curves])
     values = np.array([curve.values[np.isin(curve.updates, updates)] for curve in curves])
     stds = values.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros(len(updates))
@@ -126,14 +128,23 @@ def mean_curve(curves: Sequence[Curve]) -> MeanCurve:
 
 def mean_curves(rows: Mapping[str, Sequence[Run]], metric: str) -> dict[str, MeanCurve]:
     """Average a metric over the runs of every row; rows that do not have it are left out."""
-    curves = {name: curves_of(runs, metric) for name, runs in rows.items()}
-    return {name: mean_curve(of_row) for name, of_row in curves.items() if of_row}
+    return {name: curve for name, runs in rows.items() if (curve := mean_curve(runs, metric)) is not None}
 
 
 def final_values(runs: Iterable[Run], metric: str) -> dict[int, float]:
     """Return a metric at the last evaluation by seed, of the runs that have it."""
     finals = {run.seed: run.evaluations[-1].get(metric) for run in runs}
     return {seed: float(value) for seed, value in finals.items() if value is not None}
+
+
+def seconds_per_update(runs: Iterable[Run], phases: Sequence[str] = PHASES) -> float:
+    """Return the median seconds of an update over updates and runs, in some phases or all; NaN without updates.
+
+    The median ignores the updates during which the machine was busy.
+    """
+    updates = [entry for run in runs for entry in run.history]
+    seconds = [sum(entry.get(f"time/{phase}_s", 0.0) for phase in phases) for entry in updates]
+    return statistics.median(seconds) if seconds else math.nan
 
 
 def _read_run(path: Path, row: str, seed: int) -> Run:

@@ -66,7 +66,8 @@ def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None
         tracker.log_params(to_flat_dict(config))
         tracker.set_tags({"study.preset": plan.preset, "study.row": row, "study.seed": str(seed)})
         policy = make_policy(config.policy, config.seed, environment)
-        before = _samples(policy, asked, config)
+        texts = [asked[index].text for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK)]
+        before, correct_before = _samples(policy, asked, config)
         inputs = TrainerInputs(
             prompts=prompts,
             reward=reward,
@@ -83,12 +84,16 @@ def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None
         with shutdown.deferred():
             trainer.run()
         with trainer.averaged():
-            after = _samples(policy, asked, config)
+            after, correct_after = _samples(policy, asked, config)
+        samples = {
+            "texts": texts,
+            "before": before,
+            "after": after,
+            "correct_before": correct_before,
+            "correct_after": correct_after,
+        }
         with atomic_directory(STUDY / plan.preset / row / str(seed)) as partial:
-            _write_json(partial / "run.json", _description(config, row, plan.rows[row], tracker.run_id))
-            _write_trained(partial, trainer)
-            texts = [asked[index].text for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK)]
-            _write_samples(partial / "samples.npz", texts, before, after)
+            _write_results(partial, _description(config, row, plan.rows[row], tracker.run_id), trainer, samples)
 
 
 def parent_run(plan: Plan, environment: Environment) -> MlflowTracker:
@@ -109,20 +114,15 @@ def parent_run(plan: Plan, environment: Environment) -> MlflowTracker:
     return tracker
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Samples:
-    """Images [P * G, H, W, 3] of a few prompts, and whether each is correct by GenEval, [P, G]."""
-
-    images: NDArray[np.uint8]
-    correct: NDArray[np.bool_]
-
-
-def _samples(policy: Policy, asked: Sequence[Prompt], config: TrainStage) -> Samples:
+def _samples(
+    policy: Policy, asked: Sequence[Prompt], config: TrainStage
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Draw G images of a few prompts, [P * G, H, W, 3], and return with them which are correct by GenEval, [P, G]."""
     prompts = [asked[index] for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK) for _ in range(SAMPLES_PER_PROMPT)]
     protocol = dataclasses.replace(protocol_of(config.evaluation), images_per_prompt=SAMPLES_PER_PROMPT)
     images = draw_images(policy, policy.encode([prompt.text for prompt in prompts]), protocol)
     verdicts = checked_rewards(build_reward("geneval_correct"), images, prompts).numpy()
-    return Samples(images=images, correct=verdicts.reshape(-1, SAMPLES_PER_PROMPT) == 1.0)
+    return images, verdicts.reshape(-1, SAMPLES_PER_PROMPT) == 1.0
 
 
 def _description(config: TrainStage, row: str, label: str, run_id: str | None) -> dict[str, Any]:
@@ -144,22 +144,8 @@ def _description(config: TrainStage, row: str, label: str, run_id: str | None) -
     }
 
 
-def _write_trained(folder: Path, trainer: Trainer) -> None:
+def _write_results(folder: Path, description: dict[str, Any], trainer: Trainer, samples: dict[str, Any]) -> None:
     evaluations = [{"update": each["update"], **each["metrics"]} for each in trainer.evaluations]
-    _write_json(folder / "history.json", trainer.history)
-    _write_json(folder / "evaluations.json", evaluations)
-
-
-def _write_samples(path: Path, texts: Sequence[str], before: Samples, after: Samples) -> None:
-    np.savez_compressed(
-        path,
-        texts=np.array(texts),
-        before=before.images,
-        after=after.images,
-        correct_before=before.correct,
-        correct_after=after.correct,
-    )
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for name, content in (("run", description), ("history", trainer.history), ("evaluations", evaluations)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    np.savez_compressed(folder / "samples.npz", **samples)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from sfgrpo.study.config import Ablation, Pair, Plan
-from sfgrpo.study.metrics import PHASES, Difference, Reach, difference, median_ratio, median_seconds, reach
+from sfgrpo.study.metrics import PHASES, Difference, Reach, difference, median_ratio, reach
 from sfgrpo.study.paper import Column
-from sfgrpo.study.results import Key, Results, Run, curve_of, final_values, runs_of_row
+from sfgrpo.study.results import Key, Results, Run, curve_of, final_values, runs_of_row, seconds_per_update
 from sfgrpo.types import TAGS
 
 Sampler = Literal["noisy", "noise-free"]
@@ -157,11 +157,6 @@ def summarise(plan: Plan, results: Results) -> Summary:
     )
 
 
-def seconds_per_update(runs: Iterable[Run]) -> float:
-    """Return the median seconds of an update of a row, over updates and seeds."""
-    return median_seconds([run.history for run in runs])
-
-
 def _summarise_pair(plan: Plan, results: Results, pair: Pair) -> PairSummary:
     flow_grpo = runs_of_row(results, pair.flow_grpo, plan.seeds)
     stepwise = runs_of_row(results, pair.stepwise, plan.seeds)
@@ -237,7 +232,7 @@ def _costs(plan: Plan, results: Results) -> tuple[Cost, ...]:
         Cost(
             label=_unique_label(plan, rows, row),
             runs=runs,
-            phases={phase: median_seconds([run.history for run in runs], phase) for phase in PHASES},
+            phases={phase: seconds_per_update(runs, [phase]) for phase in PHASES},
             seconds=seconds[row],
             ratio=ratios[row],
             targets=tuple(targets[row]),

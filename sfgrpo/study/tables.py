@@ -8,34 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from sfgrpo.geneval.table import COLUMNS
+from sfgrpo.study import text
 from sfgrpo.study.metrics import PHASES, Difference, Reach, spread
 from sfgrpo.study.paper import paper_base, paper_row
-from sfgrpo.study.results import Run, final_values
-from sfgrpo.study.summary import (
-    GENEVAL,
-    PREFIXES,
-    TARGETS,
-    AblationSummary,
-    PairSummary,
-    Ratio,
-    Sampler,
-    Summary,
-    Unit,
-    seconds_per_update,
-)
-from sfgrpo.study.text import (
-    DASH,
-    PLUS_MINUS,
-    difference_of,
-    digits_for,
-    factor,
-    mark,
-    number,
-    ratio,
-    signed,
-    significance,
-    spread_of,
-)
+from sfgrpo.study.results import Run, final_values, seconds_per_update
+from sfgrpo.study.summary import GENEVAL, PREFIXES, TARGETS, AblationSummary, PairSummary, Ratio, Sampler, Summary, Unit
 
 SAMPLERS: Mapping[Sampler, str] = {"noisy": "training sampler", "noise-free": "noise-free sampler"}
 OVERVIEW: Mapping[tuple[Sampler, Unit], str] = {
@@ -45,7 +22,7 @@ OVERVIEW: Mapping[tuple[Sampler, Unit], str] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
     """One cell of a table."""
 
@@ -82,9 +59,7 @@ def missing_table(summary: Summary) -> Table:
     for (row, seed), reason in summary.missing.items():
         seeds[row, reason].append(seed)
     rows = [(row, ", ".join(map(str, of_row)), reason) for (row, reason), of_row in seeds.items()]
-    return Table(
-        header=("Missing", "Seeds", "Why"), rows=tuple(tuple(Entry(text=text) for text in row) for row in rows)
-    )
+    return Table(header=("Missing", "Seeds", "Why"), rows=tuple(tuple(map(Entry, row)) for row in rows))
 
 
 def ratio_table(pair: PairSummary, seeds: Sequence[int]) -> Table:
@@ -105,11 +80,11 @@ def geneval_table(pair: PairSummary) -> Table:
         if runs
     ]
     if pair.geneval:
-        name = Entry(text=f"Difference, {PLUS_MINUS} paired and pooled standard error", look="strong")
+        name = Entry(f"Difference, {text.PLUS_MINUS} paired and pooled standard error", look="strong")
         rows.append((name, *(_difference_entry(pair.geneval.get(column)) for column in GENEVAL)))
     for paper in _paper_names(pair):
         printed = paper_row(paper)
-        rows.append(_row(f"Paper: {paper}", (number(printed.get(column)) for column in GENEVAL), "paper"))
+        rows.append(_row(f"Paper: {paper}", (text.number(printed.get(column)) for column in GENEVAL), "paper"))
     return Table(header=("GenEval", "Overall", *COLUMNS.values()), rows=tuple(rows))
 
 
@@ -118,20 +93,20 @@ def ablation_table(summary: AblationSummary) -> Table:
     others = {"Reward, noise-free": f"{PREFIXES['noise-free']}/{summary.reward}", "GenEval": "geneval/overall"}
     if summary.sampler == "noise-free":
         del others["Reward, noise-free"]
-    digits = digits_for(spread(row.finals.values()).std for row in summary.rows)
+    digits = text.digits_for(spread(row.finals.values()).std for row in summary.rows)
     rows = []
     for row in summary.rows:
-        compared = Entry(text="reference" if row.is_reference else DASH)
+        compared = Entry("reference" if row.is_reference else text.DASH)
         if row.difference is not None:
-            compared = Entry(text=difference_of(row.difference, digits), note=significance(row.difference))
+            compared = Entry(text.difference_of(row.difference, digits), note=text.significance(row.difference))
         finals = [spread(final_values(row.runs, metric).values()) for metric in others.values()]
         rows.append(
             (
-                Entry(text=row.label),
-                Entry(text=spread_of(spread(row.finals.values()), digits)),
+                Entry(row.label),
+                Entry(text.spread_of(spread(row.finals.values()), digits)),
                 compared,
-                *(Entry(text=spread_of(final, 3)) for final in finals),
-                Entry(text=number(seconds_per_update(row.runs))),
+                *(Entry(text.spread_of(final, 3)) for final in finals),
+                Entry(text.number(seconds_per_update(row.runs))),
             )
         )
     header = ("Row", f"Reward, {SAMPLERS[summary.sampler]}", "Difference", *others, "s / update")
@@ -143,22 +118,22 @@ def cost_table(summary: Summary) -> Table:
     header = ("Median seconds of an update", *(phase.capitalize() for phase in PHASES), "All", "Ratio", "Target", "")
     rows = []
     for cost in summary.costs:
-        marks = [mark(cost.ratio <= target) for target in cost.targets]
+        marks = [text.mark(cost.ratio <= target) for target in cost.targets]
         rows.append(
             (
-                Entry(text=cost.label, look=cost.runs[0].method),
-                *(Entry(text=number(cost.phases[phase])) for phase in PHASES),
-                Entry(text=number(cost.seconds), look="strong"),
-                Entry(text=factor(cost.ratio)),
-                Entry(text=", ".join(f"{target:.1f}" for target in cost.targets)),
-                Entry(text=", ".join(marks), look=next((word for word in ("missed", "met") if word in marks), "")),
+                Entry(cost.label, look=cost.runs[0].method),
+                *(Entry(text.number(cost.phases[phase])) for phase in PHASES),
+                Entry(text.number(cost.seconds), look="strong"),
+                Entry(text.factor(cost.ratio)),
+                Entry(", ".join(f"{target:.1f}" for target in cost.targets)),
+                Entry(", ".join(marks), look=next((word for word in ("missed", "met") if word in marks), "")),
             )
         )
     return Table(header=header, rows=tuple(rows))
 
 
 def _row(name: str, texts: Iterable[str], look: str) -> tuple[Entry, ...]:
-    return Entry(text=name, look=look), *(Entry(text=text) for text in texts)
+    return Entry(name, look=look), *map(Entry, texts)
 
 
 def _overview_row(pair: PairSummary) -> tuple[Entry, ...]:
@@ -166,47 +141,47 @@ def _overview_row(pair: PairSummary) -> tuple[Entry, ...]:
     for (sampler, unit), _ in OVERVIEW.items():
         measured = pair.ratio(sampler, unit)
         if measured is None:
-            entries.append(Entry(text=DASH))
+            entries.append(Entry(text.DASH))
         else:
-            word = mark(measured.is_met)
-            entries.append(Entry(text=ratio(measured.median), note=f"{word}, target {TARGETS[unit]:.2f}", look=word))
+            word = text.mark(measured.is_met)
+            entries.append(Entry(text.ratio(measured.median), note=f"{word}, target {TARGETS[unit]:.2f}", look=word))
     overall = pair.geneval.get("overall")
-    gap = Entry(text=DASH) if overall is None else Entry(text=difference_of(overall), note=significance(overall))
-    return Entry(text=pair.pair.title), *entries, gap, Entry(text=factor(pair.cost))
+    gap = Entry(text.DASH) if overall is None else Entry(text.difference_of(overall), note=text.significance(overall))
+    return Entry(pair.pair.title), *entries, gap, Entry(text.factor(pair.cost))
 
 
 def _ratio_row(measured: Ratio, seeds: Sequence[int]) -> tuple[Entry, ...]:
     what = "Updates" if measured.unit == "updates" else "Compute seconds"
-    word = mark(measured.is_met)
+    word = text.mark(measured.is_met)
     return (
-        Entry(text=f"{what}, {SAMPLERS[measured.sampler]}", look="strong" if measured.sampler == "noisy" else ""),
+        Entry(f"{what}, {SAMPLERS[measured.sampler]}", look="strong" if measured.sampler == "noisy" else ""),
         *(_reach_entry(measured.reaches.get(seed)) for seed in seeds),
-        Entry(text=ratio(measured.median), look="strong"),
-        Entry(text=f"{TARGETS[measured.unit]:.2f}"),
-        Entry(text=word, look=word),
+        Entry(text.ratio(measured.median), look="strong"),
+        Entry(f"{TARGETS[measured.unit]:.2f}"),
+        Entry(word, look=word),
     )
 
 
 def _reach_entry(reach: Reach | None) -> Entry:
     if reach is None:
-        return Entry(text=DASH)
-    reached = DASH if reach.candidate is None else f"{reach.candidate:.0f}"
-    return Entry(text=ratio(reach.ratio), note=f"{reached} / {reach.baseline:.0f}")
+        return Entry(text.DASH)
+    reached = text.DASH if reach.candidate is None else f"{reach.candidate:.0f}"
+    return Entry(text.ratio(reach.ratio), note=f"{reached} / {reach.baseline:.0f}")
 
 
 def _geneval_row(name: str, runs: Sequence[Run], look: str, place: int) -> tuple[Entry, ...]:
     entries = [run.evaluations[place] for run in runs]
     metrics = [f"geneval/{column}" for column in GENEVAL]
     values = ([entry[metric] for entry in entries if metric in entry] for metric in metrics)
-    return _row(name, (spread_of(spread(of_column)) for of_column in values), look)
+    return _row(name, (text.spread_of(spread(of_column)) for of_column in values), look)
 
 
 def _difference_entry(difference: Difference | None) -> Entry:
     if difference is None:
-        return Entry(text=DASH)
-    errors = [number(error, 3) for error in (difference.paired_stderr, difference.pooled_stderr)]
-    note = "" if math.isnan(difference.std) else f"{PLUS_MINUS} {', '.join(errors)}"
-    return Entry(text=signed(difference.mean), note=note)
+        return Entry(text.DASH)
+    errors = [text.number(error, 3) for error in (difference.paired_stderr, difference.pooled_stderr)]
+    note = "" if math.isnan(difference.std) else f"{text.PLUS_MINUS} {', '.join(errors)}"
+    return Entry(text.signed(difference.mean), note=note)
 
 
 def _paper_names(pair: PairSummary) -> list[str]:

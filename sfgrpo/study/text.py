@@ -12,7 +12,7 @@ PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 ROUNDING = 1e-9
-REWARDS = {"clip": "CLIP", "geneval": "GenEval", "geneval_correct": "GenEval correctness", "pickscore": "PickScore"}
+REWARDS = {"clip": "CLIP", "geneval": "GenEval", "geneval_correct": "GenEval verdict", "pickscore": "PickScore"}
 
 
 def reward_name(name: str) -> str:

@@ -17,8 +17,8 @@ from sfgrpo.promotion.history import (
     HISTORY_TAG,
     HistoryError,
     Promotion,
+    PromotionHistory,
     append,
-    champions_of,
     experiment_of,
     read_history,
 )
@@ -96,7 +96,7 @@ def aliases(client: MlflowClient) -> tuple[int | None, int | None]:
     ],
 )
 def test_champions_are_those_promoted_and_not_rolled_back(entries, champions):
-    assert champions_of(entries) == champions
+    assert PromotionHistory(model="model", run_id="r", entries=tuple(entries)).champions == champions
 
 
 def test_entries_are_read_as_they_were_written(store):

@@ -209,13 +209,6 @@ def test_nothing_pickled_is_stored(registry):
     assert not suffixes & {".pkl", ".bin", ".pt", ".pth"}
 
 
-def test_record_is_saved_as_json(tmp_path):
-    RegisteredVersion(name="m", version=3, alias="challenger", run_id="r", created=True).write(
-        tmp_path / "a" / "b.json"
-    )
-    assert '"version": 3' in (tmp_path / "a" / "b.json").read_text()
-
-
 def test_branch_of_a_scheduled_run_is_a_tag_of_version_and_run(registry):
     named = {"git_commit": "c0ffee", "prompts_sha256": "d1ce", "run_branch": "runs/calm-owl", "run_commit": "beef"}
     version = registry.register("branched", provenance=named)

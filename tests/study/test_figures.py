@@ -10,8 +10,8 @@ import pytest
 
 from sfgrpo.study.figures import draw_figures, slug, svg_of
 from sfgrpo.study.plotting import COLORS
-from sfgrpo.study.results import load_results
-from sfgrpo.study.summary import seconds_per_update, summarise
+from sfgrpo.study.results import load_results, seconds_per_update
+from sfgrpo.study.summary import summarise
 from tests.support.synthetic_study import EVERY, SEEDS, STEPS, UPDATES, make_plan, write_study
 
 NAMES = {

@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 
 from sfgrpo.study.metrics import (
-    PHASES,
     difference,
     first_reached,
     gain_magnitudes,
     median_ratio,
-    median_seconds,
     reach,
     running_mean,
     spread,
@@ -130,17 +128,6 @@ def test_median_counts_seeds_that_never_arrive_and_leaves_out_those_without_a_ra
     assert median_ratio([0.4, math.inf]) == math.inf
     assert median_ratio([0.4, math.nan, 0.6]) == 0.5
     assert math.isnan(median_ratio([math.nan]))
-
-
-def test_seconds_are_the_median_of_whole_updates_over_all_seeds():
-    histories = [
-        [{f"time/{phase}_s": 1.0 * update for phase in PHASES} for update in (1, 2, 90)],
-        [{"time/reward_s": 3.0}],
-    ]
-    assert median_seconds(histories) == np.median([5.0, 10.0, 450.0, 3.0])
-    assert median_seconds(histories, "reward") == np.median([1.0, 2.0, 90.0, 3.0])
-    assert median_seconds([[{"time/evaluation_s": 99.0, "time/update_s": 1.0}]]) == 1.0
-    assert math.isnan(median_seconds([]))
 
 
 def test_gains_are_averaged_for_every_step_in_its_order():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from sfgrpo.study.metrics import PHASES
 from sfgrpo.study.paper import PAPER, paper_base, paper_row
-from sfgrpo.study.results import curve_of, final_values, load_results, runs_of_row
+from sfgrpo.study.results import curve_of, final_values, load_results, runs_of_row, seconds_per_update
 from sfgrpo.types import TAGS
 from tests.support.synthetic_study import SEEDS, UPDATES, write_study
 
@@ -88,6 +91,16 @@ def test_what_is_no_run_is_passed_over(folder):
     (folder / ROW / "notes.txt").write_text("")
     assert len(load_results(folder).runs) == len(SEEDS)
     assert not load_results(folder).unusable
+
+
+def test_seconds_are_the_median_of_whole_updates_over_all_seeds():
+    history = [{f"time/{phase}_s": 1.0 * update for phase in PHASES} for update in (1, 2, 90)]
+    runs = [SimpleNamespace(history=history), SimpleNamespace(history=[{"time/reward_s": 3.0}])]
+    other = SimpleNamespace(history=[{"time/evaluation_s": 99.0, "time/update_s": 1.0}])
+    assert seconds_per_update(runs) == np.median([5.0, 10.0, 450.0, 3.0])
+    assert seconds_per_update(runs, ["reward"]) == np.median([1.0, 2.0, 90.0, 3.0])
+    assert seconds_per_update([other]) == 1.0
+    assert math.isnan(seconds_per_update([]))
 
 
 def test_paper_means_are_those_of_its_tasks():
