@@ -74,7 +74,7 @@ def build_sd3(
     torch.set_default_dtype(dtype)
     try:
         with device:
-            tokenizers = [_load_tokenizer(CLIPTokenizer, name) for name in ("tokenizer", "tokenizer_2")]
+            tokenizers = [_load_tokenizer(name) for name in ("tokenizer", "tokenizer_2")]
             t5_tokenizer = T5TokenizerFast.from_pretrained(TOKENIZERS / "tokenizer_3")
             parts = {
                 "transformer": SD3Transformer2DModel(**transformer),
@@ -94,8 +94,8 @@ def build_sd3(
     )
 
 
-def _load_tokenizer(cls: type[PreTrainedTokenizerBase], name: str) -> PreTrainedTokenizerBase:
-    tokenizer = cls.from_pretrained(TOKENIZERS / name)
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZERS / name)
     tokenizer.model_max_length = CLIP_TOKENS
     return tokenizer
 

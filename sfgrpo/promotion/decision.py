@@ -92,11 +92,7 @@ def tag_version(client: MlflowClient, decision: PromotionDecision, record: Evalu
 
 
 def read_record(address: str, tags: Mapping[str, str]) -> EvaluationRecord:
-    """Read how a version was evaluated last.
-
-    Raises:
-        RegistryError: It never was.
-    """
+    """Read how a version was evaluated last; raise `RegistryError` if it never was."""
     if RECORD_TAG not in tags:
         raise RegistryError(
             f"{address} was never evaluated by `python -m sfgrpo promote`, so there are no metrics to compare with"
@@ -105,20 +101,12 @@ def read_record(address: str, tags: Mapping[str, str]) -> EvaluationRecord:
 
 
 def read_decision(run_id: str) -> PromotionDecision:
-    """Read a decision from its MLflow run.
-
-    Raises:
-        RegistryError: There is no such run, or it holds no decision.
-    """
+    """Read a decision from its MLflow run; raise `RegistryError` if there is none."""
     return PromotionDecision.from_json(read_file(run_id, PROMOTION_DECISION.name))
 
 
 def read_file(run_id: str, name: str) -> str:
-    """Read a text file of an MLflow run.
-
-    Raises:
-        RegistryError: There is no such run or file.
-    """
+    """Read a text file of an MLflow run; raise `RegistryError` if there is none."""
     import mlflow
 
     try:

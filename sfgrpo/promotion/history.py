@@ -80,11 +80,7 @@ def experiment_of(model: str) -> str:
 
 
 def read_history(client: MlflowClient, uri: str, model: str) -> PromotionHistory:
-    """Read a model's promotion history; create an empty one if there is none.
-
-    Raises:
-        HistoryError: The run of the history was deleted.
-    """
+    """Read a model's promotion history, or create it; raise `HistoryError` if its run was deleted."""
     run_id = _history_run(client, uri, model)
     run = find_run(client, run_id)
     if run is None:
@@ -99,11 +95,7 @@ def read_history(client: MlflowClient, uri: str, model: str) -> PromotionHistory
 
 
 def append(client: MlflowClient, history: PromotionHistory, entry: Promotion) -> PromotionHistory:
-    """Write the next entry and return the history with it.
-
-    Raises:
-        HistoryError: Somebody else was faster.
-    """
+    """Write the next entry and return the history with it; raise `HistoryError` if somebody else was faster."""
     from mlflow.exceptions import MlflowException
 
     # Parameters of a run are write-once: run and key are the primary key of their table, and MLflow refuses another

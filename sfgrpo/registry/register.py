@@ -111,7 +111,8 @@ def register_version(
             MANIFEST_TAG: manifest_digest,
             "parent_run_id": adapter.run_id or run_id,
         }
-        version = _create_version(client, name, run_id, model_id, tags)
+        registered = mlflow.register_model(f"models:/{model_id}", name, await_registration_for=None, tags=tags)
+        version = int(registered.version), run_id
     number, parent_run_id = version
     for key in {BRANCH_TAG, COMMIT_TAG} & adapter.provenance.keys():
         client.set_tag(parent_run_id, key, adapter.provenance[key])
@@ -131,11 +132,7 @@ def draw(uri: str, model_uri: str, prompts: list[str], **params: Any) -> list[by
 
 
 def smoke_test(uri: str, model_uri: str) -> None:
-    """Draw an image with a registered model: MLflow calls a version READY even when its files are missing.
-
-    Raises:
-        RegistryError: The model cannot be loaded, or does not return a PNG file.
-    """
+    """Raise `RegistryError` unless a registered model draws an image: READY versions of MLflow may lack their files."""
     try:
         (image,) = draw(uri, model_uri, [SMOKE_PROMPT], num_inference_steps=2)
     except Exception as error:
@@ -209,17 +206,3 @@ def _log_model(client: MlflowClient, experiment_id: str, run_id: str, name: str,
     client.log_model_artifacts(model.model_id, str(package))
     client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
-
-
-def _create_version(
-    client: MlflowClient, name: str, run_id: str, model_id: str, tags: dict[str, str]
-) -> tuple[int, str]:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    version = client.create_model_version(name, f"models:/{model_id}", run_id=run_id, tags=tags, model_id=model_id)
-    return int(version.version), run_id

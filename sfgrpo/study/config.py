@@ -74,11 +74,7 @@ class Plan:
 
 
 def load_plan(preset: str, path: Path = PLANS) -> Plan:
-    """Read one preset of the study.
-
-    Raises:
-        ConfigError: there is no such preset, or its parts do not fit together.
-    """
+    """Read one preset of the study; raise `ConfigError` if there is none or its parts do not fit together."""
     presets = read_mapping(path)
     if preset not in presets:
         raise ConfigError(f"{path}: {preset}: {unknown_key(preset, list(presets))}")

@@ -142,7 +142,7 @@ def _ablation_figure(summary: AblationSummary) -> Figure | None:
             plotting.draw_band(left, curve, color, marker=marker, alpha=0.10)
         plotting.draw_seeds(right, -place, list(row.finals.values()), color, marker)
         right.annotate(
-            row.label, (0.0, -place), (0, 9), xycoords=("axes fraction", "data"), textcoords="offset points",
+            row.runs[0].label, (0.0, -place), (0, 9), xycoords=("axes fraction", "data"), textcoords="offset points",
             color=color, weight="bold", va="bottom", bbox=plotting.BACKED,
         )  # fmt: skip
     if summary.rows[0].finals:

@@ -32,11 +32,7 @@ PAPER: Mapping[str, Mapping[Column, float]] = {
 
 
 def paper_row(name: str) -> Mapping[Column, float]:
-    """Return a row of the paper's table.
-
-    Raises:
-        ValueError: the paper has no such row.
-    """
+    """Return a row of the paper's table; raise `ValueError` with the rows that it has if there is none."""
     if name not in PAPER:
         raise ValueError(f"the paper has no row {name!r}; it has {', '.join(map(repr, PAPER))}")
     return PAPER[name]

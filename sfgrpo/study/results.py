@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import statistics
@@ -69,21 +68,13 @@ class Results:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """A metric over the updates at which it was evaluated."""
-
-    updates: NDArray[np.float64]
-    values: NDArray[np.float64]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MeanCurve:
-    """Mean and sample standard deviation of curves, where all of them were evaluated."""
+    """Mean and sample standard deviation of a metric over runs, at the updates at which all were evaluated."""
 
     updates: NDArray[np.float64]
     means: NDArray[np.float64]
     stds: NDArray[np.float64]
-    """Zero for a single curve."""
+    """Zero for a single run."""
 
 
 def load_results(folder: Path) -> Results:
@@ -106,24 +97,18 @@ def runs_of_row(results: Results, row: str, seeds: Sequence[int]) -> tuple[Run, 
     return tuple(results.runs[row, seed] for seed in seeds if (row, seed) in results.runs)
 
 
-def curve_of(run: Run, metric: str) -> Curve | None:
-    """Return a metric over the evaluations of a run; None if it was never evaluated."""
-    points = [(entry["update"], entry[metric]) for entry in run.evaluations if entry.get(metric) is not None]
-    if not points:
-        return None
-    updates, values = np.array(points, dtype=np.float64).T
-    return Curve(updates=updates, values=values)
-
-
 def mean_curve(runs: Iterable[Run], metric: str) -> MeanCurve | None:
     """Average a metric over the runs that have it, at the updates that all of them have; None if no run has it."""
-    curves = [curve for run in runs if (curve := curve_of(run, metric)) is not None]
+    values_of_runs = [
+        {entry["update"]: entry[metric] for entry in run.evaluations if entry.get(metric) is not None} for run in runs
+    ]
+    curves = [values for values in values_of_runs if values]
     if not curves:
         return None
-    updates = functools.reduce(np.intersect1d, [curve.updates for curve in curves])
-    values = np.array([curve.values[np.isin(curve.updates, updates)] for curve in curves])
+    updates = sorted(set.intersection(*map(set, curves)))
+    values = np.array([[curve[update] for update in updates] for curve in curves], dtype=np.float64)
     stds = values.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros(len(updates))
-    return MeanCurve(updates=updates, means=values.mean(axis=0), stds=stds)
+    return MeanCurve(updates=np.array(updates, dtype=np.float64), means=values.mean(axis=0), stds=stds)
 
 
 def mean_curves(rows: Mapping[str, Sequence[Run]], metric: str) -> dict[str, MeanCurve]:

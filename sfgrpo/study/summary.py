@@ -10,7 +10,7 @@ from typing import Literal
 from sfgrpo.study.config import Ablation, Pair, Plan
 from sfgrpo.study.metrics import PHASES, Difference, Reach, difference, median_ratio, reach
 from sfgrpo.study.paper import Column
-from sfgrpo.study.results import Key, Results, Run, curve_of, final_values, runs_of_row, seconds_per_update
+from sfgrpo.study.results import Key, Results, Run, final_values, mean_curve, runs_of_row, seconds_per_update
 from sfgrpo.types import TAGS
 
 Sampler = Literal["noisy", "noise-free"]
@@ -86,11 +86,6 @@ class AblationRow:
     """Whether this is the plan's first row, which the others are compared with."""
     difference: Difference | None
     """From the reference; None for itself, or if it has no runs."""
-
-    @property
-    def label(self) -> str:
-        """Name of the row."""
-        return self.runs[0].label
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,9 +183,9 @@ def _reaches(stepwise: Iterable[Run], flow_grpo: Iterable[Run], sampler: Sampler
         if run.seed not in baselines:
             continue
         metric = f"{PREFIXES[sampler]}/{baselines[run.seed].reward}"
-        curve, baseline = curve_of(run, metric), curve_of(baselines[run.seed], metric)
+        curve, baseline = mean_curve([run], metric), mean_curve([baselines[run.seed]], metric)
         if curve is not None and baseline is not None:
-            reaches[run.seed] = reach(curve.updates, curve.values, baseline.updates, baseline.values)
+            reaches[run.seed] = reach(curve.updates, curve.means, baseline.updates, baseline.means)
     return reaches
 
 

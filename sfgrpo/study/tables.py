@@ -102,7 +102,7 @@ def ablation_table(summary: AblationSummary) -> Table:
         finals = [spread(final_values(row.runs, metric).values()) for metric in others.values()]
         rows.append(
             (
-                Entry(row.label),
+                Entry(row.runs[0].label),
                 Entry(text.spread_of(spread(row.finals.values()), digits)),
                 compared,
                 *(Entry(text.spread_of(final, 3)) for final in finals),

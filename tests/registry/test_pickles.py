@@ -267,7 +267,7 @@ NEED: dict[str, tuple[str, str]] = {
     "from_pretrained": ("use_safetensors", "True"),
 }
 """Functions, by whole name, and methods that read weights, with the argument without which they might unpickle."""
-WITHOUT_WEIGHTS = ("Tokenizer", "ImageProcessorPil", "SD3Policy", "ClipReward")
+WITHOUT_WEIGHTS = ("Tokenizer", "TokenizerFast", "ImageProcessorPil", "SD3Policy", "ClipReward")
 """Ends of the names of classes whose `from_pretrained` reads text alone, or is ours."""
 
 

@@ -92,7 +92,7 @@ def test_gain_bars_are_the_mean_gains_of_the_steps(figures, summary):
 def test_ablation_shows_every_seed_and_names_every_row(figures, summary):
     one = summary.ablations[0]
     right = figures["ablation_what_normalises_the_gains"].axes[1]
-    assert words(figures["ablation_what_normalises_the_gains"]) == [row.label for row in one.rows]
+    assert words(figures["ablation_what_normalises_the_gains"]) == [row.runs[0].label for row in one.rows]
     dots = [
         line.get_xdata() for line in right.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata()) == 3
     ]

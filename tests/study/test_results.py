@@ -11,7 +11,7 @@ import pytest
 
 from sfgrpo.study.metrics import PHASES
 from sfgrpo.study.paper import PAPER, paper_base, paper_row
-from sfgrpo.study.results import curve_of, final_values, load_results, runs_of_row, seconds_per_update
+from sfgrpo.study.results import final_values, load_results, mean_curve, runs_of_row, seconds_per_update
 from sfgrpo.types import TAGS
 from tests.support.synthetic_study import SEEDS, UPDATES, write_study
 
@@ -41,12 +41,12 @@ def test_a_folder_that_is_not_there_has_no_runs(tmp_path):
 def test_curves_and_final_values_are_those_of_the_evaluations(folder):
     run = load_results(folder).runs[ROW, 0]
     raw = json.loads((folder / ROW / "0" / "evaluations.json").read_text())
-    curve = curve_of(run, "geneval/overall")
+    curve = mean_curve([run], "geneval/overall")
     assert curve is not None
     np.testing.assert_array_equal(curve.updates, [entry["update"] for entry in raw])
-    np.testing.assert_array_equal(curve.values, [entry["geneval/overall"] for entry in raw])
+    np.testing.assert_array_equal(curve.means, [entry["geneval/overall"] for entry in raw])
     assert final_values([run], "geneval/overall") == {0: raw[-1]["geneval/overall"]}
-    assert curve_of(run, "evaluation/none") is None
+    assert mean_curve([run], "evaluation/none") is None
     assert final_values([run], "evaluation/none") == {}
 
 
