@@ -79,7 +79,7 @@ def _evaluate_snapshot(args: argparse.Namespace, environment: Environment) -> No
 
 def _promote(args: argparse.Namespace, environment: Environment) -> None:
     if args.apply and (args.model or args.version):
-        raise ConfigError("--apply RUN is about the version that was judged; leave --model and --version out")
+        raise ConfigError("--apply RUN is about the version that was compared; leave --model and --version out")
     config = None if args.apply else load_config(stages.PromoteStage, args.params)
     from sfgrpo.commands import promote
 
