@@ -13,6 +13,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -56,7 +57,7 @@ class Variant:
 NAIVE = Variant(
     shared_start=False, capped=False, mixed_batches=False, kept_velocity=False, kept_texts=False, dropped_groups=False
 )
-SAVINGS: Mapping[str, Mapping[str, object]] = {
+SAVINGS: Mapping[str, Mapping[str, Any]] = {
     "1. start state estimated once a group": {"shared_start": True},
     "2. substeps capped by the steps that remain": {"capped": True},
     "3. states of all noise levels in one batch": {"mixed_batches": True},
@@ -184,7 +185,7 @@ def variants(states: tuple[int, ...] | None) -> dict[str, Variant]:
     named = {"Flow-GRPO": Variant(stepwise=False), f"Stepwise, T' = {SUBSTEPS}, naive": NAIVE}
     saved = NAIVE
     for name, change in SAVINGS.items():
-        saved = dataclasses.replace(saved, **change)  # type: ignore[arg-type]
+        saved = dataclasses.replace(saved, **change)
         named[name] = saved
     return named | {
         "T' = 2": dataclasses.replace(saved, num_substeps=2),

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class SD3Policy(Policy):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained: str | Path, *, revision: str | None = None, dtype: str = "float32", **options: object
+        cls, pretrained: str | Path, *, revision: str | None = None, dtype: str = "float32", **options: Any
     ) -> SD3Policy:
         """Load a pipeline from a folder or from the Hugging Face hub (`revision` pins the latter)."""
         # An unused T5 is not read: SD3's has 9.5 GB, and a pipeline may lack one.
@@ -79,7 +80,7 @@ class SD3Policy(Policy):
             pretrained, revision=revision, dtype=DTYPES[dtype], use_safetensors=True, **left_out
         )
         # The options are those of __init__, which checks them when it is called.
-        return cls(pipeline, dtype=DTYPES[dtype], **options)  # type: ignore[arg-type]
+        return cls(pipeline, dtype=DTYPES[dtype], **options)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -117,11 +118,24 @@ class SD3Policy(Policy):
     def velocity(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
     ) -> Tensor:
-        if guidance_scale == 1.0:
-            return self._predict(latents, sigma, conditioning)
-        both = joined([self._unconditional[[0] * len(conditioning)], conditioning])
-        doubled = self._predict(latents.repeat(2, 1, 1, 1), sigma.repeat(2), both)
-        unconditional, conditional = doubled.chunk(2)
+        if not len(latents):
+            # diffusers' attention takes no empty batch, but a sharded transformer needs every process in every pass.
+            return self.velocity(_one_row(latents), _one_row(sigma), self._unconditional, guidance_scale)[:0]
+        is_guided, device = guidance_scale != 1.0, self.device
+        if is_guided:
+            conditioning = joined([self._unconditional[[0] * len(latents)], conditioning])
+            latents, sigma = latents.repeat(2, 1, 1, 1), sigma.repeat(2)
+        with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
+            velocity: Tensor = self.pipeline.transformer(
+                hidden_states=latents.to(device, self._dtype),
+                encoder_hidden_states=conditioning.tokens.to(device),
+                pooled_projections=conditioning.pooled.to(device),
+                timestep=sigma.to(device) * self.pipeline.scheduler.config.num_train_timesteps,
+                return_dict=False,
+            )[0].float()
+        if not is_guided:
+            return velocity
+        unconditional, conditional = velocity.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
     @torch.no_grad()
@@ -133,21 +147,6 @@ class SD3Policy(Policy):
             return self.velocity(latents, sigma, conditioning, guidance_scale)
         finally:
             self.pipeline.transformer.enable_adapters()
-
-    def _predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        if not len(latents):
-            # diffusers' attention takes no empty batch, but a sharded transformer needs every process in every pass.
-            return self._predict(_one_row(latents), _one_row(sigma), self._unconditional)[:0]
-        device = self.device
-        with torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32):
-            velocity = self.pipeline.transformer(
-                hidden_states=latents.to(device, self._dtype),
-                encoder_hidden_states=conditioning.tokens.to(device),
-                pooled_projections=conditioning.pooled.to(device),
-                timestep=sigma.to(device) * self.pipeline.scheduler.config.num_train_timesteps,
-                return_dict=False,
-            )[0]
-        return velocity.float()
 
     def shard(self) -> None:
         """Shard the transformer's frozen weights over all processes, which gather them block by block (FSDP2).

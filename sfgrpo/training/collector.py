@@ -22,7 +22,7 @@ from sfgrpo.policies.base import Policy
 from sfgrpo.prompts import prompts_of_update
 from sfgrpo.rewards.base import Reward
 from sfgrpo.runtime.timing import PhaseClock
-from sfgrpo.types import Conditioning, Prompt, RolloutBatch, Trajectory, joined
+from sfgrpo.types import Conditioning, Prompt, RolloutBatch, joined
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,10 @@ class Collector:
         for part in row_slices(len(rows), self._micro_batch_size):
             images = rows[part].tolist()
             with clock("rollout"):
-                trajectories.append(self._sample(update_index, images, conditioning[part]))
+                start, noise = self._noise_of(update_index, images)
+                trajectories.append(
+                    roll_out(self._policy, conditioning[part], start, noise, self._sigmas_S, self._config.sampling)
+                )
             # The first image of a group scores the start state, which the whole group shares.
             first_rows = [row for row, image in enumerate(images) if image % rollout.group_size == 0]
             own_prompts = [prompts[image] for image in images]
@@ -127,19 +130,13 @@ class Collector:
         positions = prompts_of_update(self._pool, update_index, rollout.prompts_per_update, self._config.seed)
         return [self._pool[position] for position in positions for _ in range(rollout.group_size)]
 
-    def _sample(self, update_index: int, images: Sequence[int], conditioning: Conditioning) -> Trajectory:
-        """Roll out images of an update; start noise belongs to the group, step noise to the image."""
-        config, shape = self._config, self._policy.latent_shape
+    def _noise_of(self, update_index: int, images: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw the start noise, which belongs to the group, and the step noise, which belongs to the image."""
+        config, shape, device = self._config, self._policy.latent_shape, self._policy.device
         groups = [image // config.rollout.group_size for image in images]
         step_shape = (config.sampling.num_steps, *shape)
-        return roll_out(
-            self._policy,
-            conditioning,
-            gaussian_noise(config.seed, "start_noise", update_index, groups, shape).to(self._policy.device),
-            gaussian_noise(config.seed, "step_noise", update_index, images, step_shape).to(self._policy.device),
-            self._sigmas_S,
-            config.sampling,
-        )
+        start = gaussian_noise(config.seed, "start_noise", update_index, groups, shape)
+        return start.to(device), gaussian_noise(config.seed, "step_noise", update_index, images, step_shape).to(device)
 
 
 def _encode_in_batches(policy: Policy, texts: Sequence[str], batch_size: int = 128) -> Conditioning:
