@@ -1,8 +1,8 @@
-"""Time a checkpoint's way to S3 and back: `python -m benchmarks.bucket`.
+"""Time the upload and the download of a checkpoint: `python -m benchmarks.bucket`.
 
-Sends 200 MB of random bytes to the local S3 server and fetches them, by boto3 alone with its own defaults, which proves
-nothing, and by `Bucket` with its proofs: digests before, while and after. Both take turns, and medians are printed,
-because machines are noisy. The last column is the CPU time of this process, which a training beside it would miss.
+Sends 200 MB of random bytes to the local S3 server and fetches them: by boto3 alone with its own defaults, which
+verifies nothing, and by `Bucket`, which verifies every transfer. The two alternate, and medians are printed, because
+machines are noisy. The last column is the CPU time of this process, which a training beside it would lose.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from sfgrpo.storage.s3 import Bucket
 SIZE = 200_000_000
 ROUNDS = 5
 
-Way = tuple[Callable[[Path], object], Callable[[Path], object]]
+Transfer = tuple[Callable[[Path], object], Callable[[Path], object]]
+"""Upload of a file and download to one."""
 
 
-def by_boto3() -> Way:
+def boto3_transfer() -> Transfer:
     """Return upload and download by boto3 alone."""
     import boto3
 
@@ -42,9 +43,9 @@ def by_boto3() -> Way:
     return send, fetch
 
 
-def by_bucket(sha256: str) -> Way:
-    """Return upload and download as the mirror of a run does them; checkpoints bring their digests."""
-    bucket = Bucket(f"s3://{BUCKET}/proven")
+def bucket_transfer(sha256: str) -> Transfer:
+    """Return upload and download as the mirror of a run does them; the manifest of a checkpoint has the digests."""
+    bucket = Bucket(f"s3://{BUCKET}/verified")
 
     def send(path: Path) -> None:
         with path.open("rb") as file:
@@ -53,45 +54,49 @@ def by_bucket(sha256: str) -> Way:
     def fetch(path: Path) -> None:
         with path.open("wb") as file:
             if bucket.fetch("checkpoint", file) != bucket.sha256("checkpoint"):
-                raise RuntimeError("what came back is not what was sent")
+                raise RuntimeError("the download differs from the upload")
 
     return send, fetch
 
 
-def clocked(work: Callable[[Path], object], path: Path) -> tuple[float, float]:
-    """Return the seconds that the work took, and the CPU seconds of this process."""
-    started, computed = time.perf_counter(), time.process_time()
-    work(path)
-    return time.perf_counter() - started, time.process_time() - computed
+def timed(transfer: Callable[[Path], object], path: Path) -> tuple[float, float]:
+    """Return the seconds that a transfer took, and the CPU seconds of this process."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    transfer(path)
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both ways and print a table."""
     argparse.ArgumentParser(prog="python -m benchmarks.bucket", description=str(__doc__).split("\n\n")[1]).parse_args()
     seconds: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        source, target = Path(name, "source"), Path(name, "target")
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "source"), Path(folder, "target")
         source.write_bytes(os.urandom(SIZE))
-        server, variables = s3_server(Path(name, "server"))
+        server, variables = s3_server(Path(folder, "server"))
         os.environ.update(variables)
         try:
             server.start()
             make_bucket()
-            ways: Mapping[str, Way] = {"plain boto3": by_boto3(), "Bucket": by_bucket(sha256_of_file(source))}
+            transfers: Mapping[str, Transfer] = {
+                "plain boto3": boto3_transfer(),
+                "Bucket": bucket_transfer(sha256_of_file(source)),
+            }
             for round_index in range(ROUNDS + 1):
-                for way, (send, fetch) in ways.items():
-                    measured = {"up": clocked(send, source), "down": clocked(fetch, target)}
-                    for direction, both in measured.items() if round_index else ():  # the first round warms up
-                        seconds.setdefault((direction, way), []).append(both)
+                for name, (send, fetch) in transfers.items():
+                    measured = {"up": timed(send, source), "down": timed(fetch, target)}
+                    # The first round only warms up.
+                    for direction, both in measured.items() if round_index else ():
+                        seconds.setdefault((direction, name), []).append(both)
         finally:
             server.kill()
     print("| | | s | MB/s | of plain boto3 | CPU s |\n|---|---|---:|---:|---:|---:|")
     for direction in ("up", "down"):
         base = statistics.median(taken for taken, _ in seconds[direction, "plain boto3"])
-        for way in ways:
-            taken, computed = (statistics.median(each) for each in zip(*seconds[direction, way], strict=True))
+        for name in transfers:
+            taken, cpu = (statistics.median(each) for each in zip(*seconds[direction, name], strict=True))
             rate = f"{SIZE / taken / 1e6:.0f} | {base / taken:.0%}"
-            print(f"| {direction} | {way} | {taken:.2f} | {rate} | {computed:.2f} |")
+            print(f"| {direction} | {name} | {taken:.2f} | {rate} | {cpu:.2f} |")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
     """Evaluate base model and trained policy on the same prompts and noise; write table, metrics and images."""
     from sfgrpo.evaluation.evaluate import evaluate_policy, protocol_of
     from sfgrpo.rewards import build_reward, distinct_rewards
-    from sfgrpo.tracking.image_archive import image_archive
+    from sfgrpo.tracking.image_archive import add_images
     from sfgrpo.tracking.sample_grid import pick_rows
 
     rewards = distinct_rewards(make_reward(config.reward), build_reward("likeness"))
@@ -34,10 +35,10 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
     policy = make_policy(config.policy, config.seed, environment)
     protocol, shown = protocol_of(config.evaluation), pick_rows(prompts)
     with atomic_directory(EVALUATE_REPORT) as partial:
-        with image_archive(partial / "images.tar") as archive:
+        with tarfile.open(partial / "images.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
 
             def evaluated(model: str) -> Evaluation:
-                pack = functools.partial(archive.add, model, prompts, protocol.images_per_prompt)
+                pack = functools.partial(add_images, tar, model, prompts, protocol.images_per_prompt)
                 return evaluate_policy(policy, prompts, rewards, protocol, shown=shown, on_images=pack)
 
             base = evaluated("base")

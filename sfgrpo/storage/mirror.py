@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
-import random
 import re
-import threading
 import time
-from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from sfgrpo.checkpoint.snapshots import SNAPSHOTS
 from sfgrpo.checkpoint.state import CHECKPOINTS, checkpoint_path, saved_updates
-from sfgrpo.errors import IntegrityError, SfgrpoError
+from sfgrpo.errors import IntegrityError
 from sfgrpo.runtime.files import PARTIAL_SUFFIX
 from sfgrpo.runtime.manifest import MANIFEST, manifest_digests, verify_manifest
-from sfgrpo.storage.parts import sha256_of
 from sfgrpo.storage.s3 import Bucket
+from sfgrpo.tracking.delivery import DeliveryQueue
 
 logger = logging.getLogger(__name__)
 
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 60.0
+MAX_DELAY_S = 60.0
+"""Longest pause between attempts; each reads a damaged checkpoint anew."""
 
 
 class Mirror:
@@ -46,82 +45,26 @@ class Mirror:
         self._root = folder / CHECKPOINTS
         self._uploaded: dict[str, _Stamp] = {}
         """Files known to be in the bucket with this content."""
-        self._state = threading.Condition()
-        self._num_requests = 0
-        self._num_done = 0
-        self._retry_now = False
-        self._closed = False
-        self._thread: threading.Thread | None = None
+        # Whatever the error is, training continues.
+        self._queue = DeliveryQueue(self._bucket.uri, lambda error: True, MAX_DELAY_S)
 
     def sync(self) -> None:
-        """Request an upload of the folder's present state and return at once.
-
-        A failing bucket raises nothing: the upload is retried until it succeeds, with one warning. Does nothing after
-        `close`.
-        """
-        with self._state:
-            self._num_requests += 1
-            self._state.notify_all()
-            if self._thread is None:
-                # A daemon, since a server that hangs must not keep the process from ending.
-                name = f"mirror of {self._folder.name}"
-                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-                self._thread.start()
+        """Request an upload of the folder's present state, retried until it succeeds, and return at once."""
+        # The first may have begun and missed something; the second has not, so a third would find nothing left.
+        if len(self._queue) < 2:
+            self._queue.put(self._upload)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until every requested upload is done; return whether it was within `timeout_s` seconds."""
-        with self._state:
-            requested = self._num_requests
-            self._retry_now = True
-            self._state.notify_all()
-            return self._state.wait_for(lambda: self._num_done >= requested, timeout_s)
+        return self._queue.wait_until_empty(time.monotonic() + timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """Wait as `wait` does, warn if something is still missing, and stop the background thread."""
+        """Wait as `wait` does, then drop what is left with a warning."""
         if not self.wait(timeout_s):
             logger.warning(
                 "%s is incomplete after waiting %g s; the whole run is in %s", self._bucket.uri, timeout_s, self._folder
             )
-        with self._state:
-            self._closed = True
-            self._state.notify_all()
-
-    def _run(self) -> None:
-        """Upload whenever requested, until closed; retry failures with growing pauses."""
-        pauses = _pauses()
-        failing_since: float | None = None
-        while (requested := self._next_request()) is not None:
-            try:
-                self._upload()
-            except Exception as error:  # whatever it is, training continues
-                if failing_since is None and not self._closed:
-                    failing_since = time.monotonic()
-                    reason = str(error) if isinstance(error, SfgrpoError) else f"{type(error).__name__}: {error}"
-                    logger.warning("mirroring failed and is retried until it succeeds: %s", reason)
-                if self._pause(next(pauses)):
-                    pauses = _pauses()
-                continue
-            if failing_since is not None:
-                logger.warning(
-                    "%s is up to date again after %.0f s", self._bucket.uri, time.monotonic() - failing_since
-                )
-                pauses, failing_since = _pauses(), None
-            with self._state:
-                self._num_done = requested
-                self._state.notify_all()
-
-    def _next_request(self) -> int | None:
-        """Wait for a request; return the number of requests so far, or None after `close`."""
-        with self._state:
-            self._state.wait_for(lambda: self._closed or self._num_requests > self._num_done)
-            return None if self._closed else self._num_requests
-
-    def _pause(self, pause_s: float) -> bool:
-        """Pause after a failure; return whether `wait` or `close` cut the pause short."""
-        with self._state:
-            cut_short = self._state.wait_for(lambda: self._closed or self._retry_now, pause_s)
-            self._retry_now = False
-            return cut_short
+            self._queue.clear()
 
     def _upload(self) -> None:
         """Upload what the bucket lacks, newest checkpoint first.
@@ -177,16 +120,20 @@ class Mirror:
             if sizes.get(name) != _stamp(file).size or not self._is_uploaded(name, file):
                 self._put(name, file, sizes, sha256)
 
-    def _put(self, name: str, file: BinaryIO, sizes: dict[str, int], sha256: str | None = None) -> None:
+    def _put(self, name: str, file: BufferedReader, sizes: dict[str, int], sha256: str | None = None) -> None:
         stamp = _stamp(file)
         self._bucket.put(name, file, sha256)
         self._uploaded[name], sizes[name] = stamp, stamp.size
 
-    def _is_uploaded(self, name: str, file: BinaryIO) -> bool:
+    def _is_uploaded(self, name: str, file: BufferedReader) -> bool:
         """Return whether an existing object has the content of `file`."""
-        if self._uploaded.get(name) != _stamp(file) and self._bucket.sha256(name) == sha256_of(file):
-            self._uploaded[name] = _stamp(file)
-        return self._uploaded.get(name) == _stamp(file)
+        stamp = _stamp(file)
+        if self._uploaded.get(name) == stamp:
+            return True
+        is_same = self._bucket.sha256(name) == hashlib.file_digest(file, "sha256").hexdigest()
+        if is_same:
+            self._uploaded[name] = stamp
+        return is_same
 
     def _prune(self, sizes: dict[str, int]) -> None:
         """Remove checkpoints and snapshots that the folder no longer has.
@@ -232,14 +179,6 @@ class _Stamp(NamedTuple):
     inode: int
 
 
-def _stamp(file: BinaryIO) -> _Stamp:
+def _stamp(file: BufferedReader) -> _Stamp:
     status = os.fstat(file.fileno())
     return _Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-def _pauses() -> Iterator[float]:
-    """Yield pauses in seconds that double, with jitter so that many runs do not retry in step."""
-    pause = FIRST_PAUSE_S
-    while True:
-        yield pause * random.uniform(0.5, 1.0)
-        pause = min(2 * pause, LONGEST_PAUSE_S)

@@ -49,19 +49,6 @@ class FileParts:
         return f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(self._md5_of_parts)}"
 
 
-def sha256_of(file: BinaryIO) -> str:
-    """Return the SHA-256 of the rest of an open file as 64 hex digits."""
-    return sha256_of_parts(iter(lambda: file.read(2**20), b""))
-
-
-def sha256_of_parts(parts: Iterable[bytes]) -> str:
-    """Return the SHA-256 of joined byte strings as 64 hex digits."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
 def overlapped(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yield `work(item)` for every item, in order, with `NUM_PARTS_AT_ONCE` of them running at a time.
 

@@ -11,21 +11,15 @@ from pathlib import Path
 from sfgrpo.checkpoint.state import CHECKPOINTS, checkpoint_path, latest_checkpoint, update_of
 from sfgrpo.errors import IntegrityError, MirrorError
 from sfgrpo.runtime.files import PARTIAL_SUFFIX, atomic_directory
-from sfgrpo.runtime.manifest import MANIFEST, verify_manifest
-from sfgrpo.storage.parts import sha256_of
+from sfgrpo.runtime.manifest import MANIFEST, sha256_of_file, verify_manifest
 from sfgrpo.storage.s3 import Bucket, ObjectAbsentError
 
 logger = logging.getLogger(__name__)
 
 
-def run_names(uri: str) -> list[str]:
-    """List the runs that are mirrored below `uri`; raise `MirrorError` when the bucket cannot be listed."""
-    return Bucket(uri).folders()
-
-
 def require_run(uri: str, name: str) -> None:
     """Raise `MirrorError`, listing the runs there are, unless a run of this name is mirrored below `uri`."""
-    names = run_names(uri)
+    names = Bucket(uri).folders()
     if name not in names:
         raise MirrorError(f"no run {name} in {uri}; the runs there are {', '.join(names) or 'none'}")
 
@@ -98,10 +92,8 @@ def _restore_files(bucket: Bucket, folder: Path, sizes: Mapping[str, int], *, re
 
 def _restore_file(bucket: Bucket, name: str, path: Path) -> bool:
     expected = bucket.sha256(name)
-    if path.exists():
-        with path.open("rb") as file:
-            if sha256_of(file) == expected:
-                return False
+    if path.exists() and sha256_of_file(path) == expected:
+        return False
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     with partial.open("wb") as file:

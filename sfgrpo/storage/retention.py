@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 
-DAY_MS = 24 * 3600 * 1000
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Removed:
     """A folder or S3 prefix that was removed or, in a rehearsal, would be."""
@@ -91,7 +88,7 @@ def _branches_in_use(client: MlflowClient) -> list[str]:
 
 def _is_over(runs: Sequence[Run], days: float) -> bool:
     """Return whether all runs of a key FINISHED more than `days` ago; False without runs."""
-    latest_ms = time.time() * 1000 - days * DAY_MS
+    latest_ms = (time.time() - days * 24 * 3600) * 1000
     return bool(runs) and all(run.info.status == "FINISHED" and run.info.end_time < latest_ms for run in runs)
 
 

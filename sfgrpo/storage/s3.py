@@ -1,15 +1,5 @@
 """Objects in an S3 bucket, each verified after its upload.
 
-Endpoint, region and credentials come from the standard AWS variables and files. Required are the rights to list, read,
-write and delete objects and to abort multipart uploads. A killed writer may leave parts that nobody lists: configure a
-lifecycle rule that aborts incomplete multipart uploads.
-
-After each upload, size and ETag are compared with the file's; S3 defines the ETag as an MD5 of the object or of its
-parts. Where it is something else, as under encryption by KMS, the object is read back and its SHA-256 compared.
-
-Requests that fail by the network or with status 500 and above are retried by botocore in its standard mode, with
-exponential backoff and jitter. Downloads that break off midway are retried here in the same way.
-
 boto3's transfer manager is no substitute: its threads keep the process alive while a server hangs, it retries broken
 downloads without a pause, and without threads it sends one part at a time, which took 1.6 times as long.
 """
@@ -24,16 +14,17 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from io import BufferedReader
 from typing import Any, BinaryIO
 
 from sfgrpo.errors import ConfigError, MirrorError
 from sfgrpo.runtime.redaction import without_secrets
-from sfgrpo.storage.parts import PART_SIZE, FileParts, overlapped, sha256_of, sha256_of_parts
+from sfgrpo.storage.parts import PART_SIZE, FileParts, overlapped
 
 PIECE_SIZE = 2**18
 """Bytes to read from the network at a time; reading whole parts takes twice the CPU time."""
 NUM_ATTEMPTS = 5
-"""Attempts of one request, with growing pauses of at most 15 seconds in total."""
+"""Attempts of one request that fails by the network or the server, with growing pauses of at most 15 s in total."""
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
 
@@ -70,9 +61,10 @@ class Bucket:
                 f"{without_secrets(uri)!r} is not the address of a bucket; use one like s3://bucket/prefix"
             )
         self._bucket = match[1]
-        self._prefix = (match[2] or "").strip("/")
+        prefix = (match[2] or "").strip("/")
+        self._below = f"{prefix}/" if prefix else ""
         self._encryption = _encryption_options(encryption)
-        self.uri = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+        self.uri = f"s3://{self._bucket}/{prefix}".rstrip("/")
 
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of every object."""
@@ -90,7 +82,7 @@ class Bucket:
         entries = (entry for page in self._pages(Delimiter="/") for entry in page.get("CommonPrefixes", ()))
         return sorted(entry["Prefix"].removeprefix(self._below).rstrip("/") for entry in entries)
 
-    def put(self, name: str, file: BinaryIO, sha256: str | None = None) -> None:
+    def put(self, name: str, file: BufferedReader, sha256: str | None = None) -> None:
         """Upload an open file and verify that the object holds it.
 
         Args:
@@ -100,23 +92,25 @@ class Bucket:
         send = self._put_parts if file.seek(0, os.SEEK_END) >= PART_SIZE else self._put_whole
         file.seek(0)
         if sha256 is None:
-            sha256 = sha256_of(file)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
         parts = FileParts(file)
-        with self._as_mirror_error():
+        with _as_mirror_error(self.uri):
             send(self._place(name), parts, {"Metadata": {"sha256": sha256}, **self._encryption})
             head = self._client.head_object(**self._place(name))
             if parts.sha256 != sha256:
                 raise MirrorError(f"{self.uri}/{name} changed during its upload; upload it again")
             if (head["ContentLength"], head["ETag"].strip('"')) == (parts.size, parts.etag):
                 return
-            if sha256_of_parts(self._content_of(name)) != sha256:
+        # An ETag may be something else than an MD5, as under encryption by KMS.
+        with open(os.devnull, "wb") as nowhere:
+            if self.fetch(name, nowhere) != sha256:
                 raise MirrorError(f"{self.uri}/{name} is not what was sent; check the server and the network")
 
     def fetch(self, name: str, file: BinaryIO) -> str:
         """Download an object to an open file; return the SHA-256 of the download, which the caller has to compare."""
         digest = hashlib.sha256()
-        with self._as_mirror_error():
+        with _as_mirror_error(self.uri):
             for part in self._content_of(name):
                 digest.update(part)
                 file.write(part)
@@ -124,41 +118,25 @@ class Bucket:
 
     def sha256(self, name: str) -> str | None:
         """Return the SHA-256 of the file that `put` uploaded; None if the object was not made by `put`."""
-        with self._as_mirror_error():
+        with _as_mirror_error(self.uri):
             head = self._client.head_object(**self._place(name))
         digest: str | None = head["Metadata"].get("sha256")
         return digest
 
     def remove(self, name: str) -> None:
         """Remove an object; do nothing if there is none."""
-        with contextlib.suppress(ObjectAbsentError), self._as_mirror_error():
+        with contextlib.suppress(ObjectAbsentError), _as_mirror_error(self.uri):
             self._client.delete_object(**self._place(name))
-
-    @property
-    def _below(self) -> str:
-        return f"{self._prefix}/" if self._prefix else ""
 
     def _place(self, name: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._below + name}
 
     @functools.cached_property
     def _client(self) -> Any:
-        import boto3
-        from botocore.config import Config
-
-        config = Config(
-            retries={"mode": "standard", "total_max_attempts": NUM_ATTEMPTS},
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
-            # Many servers other than AWS do not support the newer checksums; ours need no support.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
-        # boto3's shared default session is not thread-safe.
-        return boto3.session.Session().client("s3", config=config)
+        return _connect()
 
     def _pages(self, **options: str) -> Iterator[dict[str, Any]]:
-        with self._as_mirror_error():
+        with _as_mirror_error(self.uri):
             pages = self._client.get_paginator("list_objects_v2")
             yield from pages.paginate(Bucket=self._bucket, Prefix=self._below, **options)
 
@@ -212,28 +190,46 @@ class Bucket:
             time.sleep(random.random() * 2 ** (attempt - 1))
         raise AssertionError("unreachable")
 
-    @contextlib.contextmanager
-    def _as_mirror_error(self) -> Iterator[None]:
-        """Turn errors of boto3 into one sentence, without the original, which may contain credentials."""
-        from botocore.exceptions import BotoCoreError, ClientError
 
-        try:
-            yield
-        except (BotoCoreError, ClientError, ValueError) as error:
-            raise self._mirror_error(error) from None
+def _connect() -> Any:
+    import boto3
+    from botocore.config import Config
 
-    def _mirror_error(self, error: Exception) -> MirrorError:
-        response = getattr(error, "response", None) or {}
-        code = response.get("Error", {}).get("Code") or type(error).__name__
-        reason = without_secrets(f"{code}: {error}")
-        if code in ABSENT:
-            return ObjectAbsentError(f"an object of {self.uri} was removed or replaced meanwhile ({reason})")
-        if code == "NoSuchBucket":
-            return MirrorError(f"{self.uri}: there is no bucket {self._bucket}; create it or correct the address")
-        if code in REFUSALS:
-            cure = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they are allowed to do"
-            return MirrorError(f"{self.uri} cannot be used with these credentials ({reason}); {cure}")
-        return MirrorError(f"{self.uri} cannot be used ({reason}); check the server, the network and AWS_ENDPOINT_URL")
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": NUM_ATTEMPTS},
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        # Many servers other than AWS do not support the newer checksums; ours need no support.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    # boto3's shared default session is not thread-safe.
+    return boto3.session.Session().client("s3", config=config)
+
+
+@contextlib.contextmanager
+def _as_mirror_error(uri: str) -> Iterator[None]:
+    """Turn errors of boto3 into one sentence, without the original, which may contain credentials."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError, ValueError) as error:
+        raise _mirror_error(uri, error) from None
+
+
+def _mirror_error(uri: str, error: Exception) -> MirrorError:
+    response = getattr(error, "response", None) or {}
+    code = response.get("Error", {}).get("Code") or type(error).__name__
+    reason = without_secrets(f"{code}: {error}")
+    if code in ABSENT:
+        return ObjectAbsentError(f"an object of {uri} was removed or replaced meanwhile ({reason})")
+    if code == "NoSuchBucket":
+        return MirrorError(f"{uri}: there is no such bucket; create it or correct the address")
+    if code in REFUSALS:
+        cure = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they are allowed to do"
+        return MirrorError(f"{uri} cannot be used with these credentials ({reason}); {cure}")
+    return MirrorError(f"{uri} cannot be used ({reason}); check the server, the network and AWS_ENDPOINT_URL")
 
 
 def _encryption_options(encryption: str | None) -> dict[str, str]:

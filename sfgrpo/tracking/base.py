@@ -74,32 +74,15 @@ class SilentTracker(Tracker):
     """Logs nothing: for all processes of a distributed run but the first."""
 
     @property
-    def run_id(self) -> None:
-        return None
-
-    def open(self) -> None:
-        pass
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        pass
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        pass
-
-    def log_image(self, path: Path, key: str, step: int) -> None:
-        pass
-
-    def log_text(self, text: str, name: str) -> None:
-        pass
-
-    def log_prompts(self, path: Path, name: str, context: Literal["training", "evaluation"]) -> None:
-        pass
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        pass
-
-    def finish(self, status: RunStatus) -> None:
-        pass
+    def run_id(self) -> None: ...
+    def open(self) -> None: ...
+    def log_params(self, params: Mapping[str, Any]) -> None: ...
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def log_image(self, path: Path, key: str, step: int) -> None: ...
+    def log_text(self, text: str, name: str) -> None: ...
+    def log_prompts(self, path: Path, name: str, context: Literal["training", "evaluation"]) -> None: ...
+    def set_tags(self, tags: Mapping[str, str]) -> None: ...
+    def finish(self, status: RunStatus) -> None: ...
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Makes MLflow's pages show runs and curves first, rather than traces and judges of language models."""
 KEY_TAG = "sfgrpo.key"
@@ -80,18 +79,18 @@ def find_or_create_experiment(client: MlflowClient, uri: str, name: str, tags: M
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    database = sqlite_path(uri)
-    location = None if database is None else (database.resolve().parent / "mlartifacts").as_uri()
-    try:
-        return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS | dict(tags or {})))
-    except MlflowException as error:
-        # Another process was faster, or the response to an earlier request of this one was lost.
-        experiment = client.get_experiment_by_name(name)
-        if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
-            raise
-        return str(experiment.experiment_id)
+    if experiment is None:
+        database = sqlite_path(uri)
+        location = None if database is None else (database.resolve().parent / "mlartifacts").as_uri()
+        tags = EXPERIMENT_TAGS | dict(tags or {})
+        try:
+            return str(client.create_experiment(name, artifact_location=location, tags=tags))
+        except MlflowException as error:
+            # Another process was faster, or the response to an earlier request of this one was lost.
+            experiment = client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
+                raise
+    return str(experiment.experiment_id)
 
 
 def find_run(client: MlflowClient, run_id: str) -> Run | None:

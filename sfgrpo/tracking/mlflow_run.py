@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfgrpo.tracking.mlflow_client import (
-    KEY_TAG,
-    connect,
-    find_or_create_experiment,
-    find_run,
-    owner_tags,
-)
+from sfgrpo.tracking.mlflow_client import KEY_TAG, connect, find_or_create_experiment, find_run, owner_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,6 +22,7 @@ HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TI
 """The delivery queue retries; by its own defaults MLflow would block for many minutes before it fails."""
 
 
+@dataclasses.dataclass(slots=True, kw_only=True, eq=False)
 class MlflowRun:
     """A run that is created or reopened by the first request.
 
@@ -35,29 +30,20 @@ class MlflowRun:
     a metric whose key, step, value and time it already has. Not thread-safe.
     """
 
-    def __init__(
-        self,
-        uri: str,
-        experiment: str,
-        run_name: str | None,
-        run_id: str | None,
-        key: str | None,
-        parent_run_id: str | None,
-    ) -> None:
-        """Connect to nothing yet; the arguments are those of `MlflowTracker`."""
-        self._uri = uri
-        self._experiment = experiment
-        self._run_name = run_name
-        self._wanted_run_id = run_id
-        # With a unique key a run is found again even if the response to its creation was lost.
-        self._key = uuid.uuid4().hex if key is None else key
-        self._parent_run_id = parent_run_id
-        self._client: MlflowClient | None = None
-        self._run: Run | None = None
-        self._last_steps: dict[str, int] = {}
-        """Last step of every metric that was looked up or sent."""
-        self._image_names: set[str] | None = None
-        """Image files of the run; None until they are looked up."""
+    uri: str
+    experiment: str
+    run_name: str | None
+    wanted_run_id: str | None
+    """An earlier run to reopen."""
+    key: str
+    """By it the run is found again, even if the response to its creation was lost."""
+    parent_run_id: str | None
+    _client: MlflowClient | None = None
+    _run: Run | None = None
+    _last_steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Last step of every metric that was looked up or sent."""
+    _image_names: set[str] | None = None
+    """Image files of the run; None until they are looked up."""
 
     @property
     def run_id(self) -> str | None:
@@ -69,9 +55,9 @@ class MlflowRun:
         if self._client is None:
             for name, value in HTTP_SETTINGS.items():
                 os.environ.setdefault(name, value)
-            self._client = connect(self._uri)
+            self._client = connect(self.uri)
         if self._run is None:
-            self._run = self._reopen(self._client) or self._create(self._client)
+            self._run = self._reopen_or_create(self._client)
         return self._client, self._run
 
     def log_params(self, params: Mapping[str, str]) -> None:
@@ -132,25 +118,21 @@ class MlflowRun:
         client, run = self.open()
         client.set_terminated(run.info.run_id, status)
 
-    def _reopen(self, client: MlflowClient) -> Run | None:
-        run = find_run(client, self._wanted_run_id) if self._wanted_run_id else None
+    def _reopen_or_create(self, client: MlflowClient) -> Run:
+        run = find_run(client, self.wanted_run_id) if self.wanted_run_id else None
         if run is None:
-            experiment_id = find_or_create_experiment(client, self._uri, self._experiment)
-            found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{self._key}'", max_results=10)
+            experiment_id = find_or_create_experiment(client, self.uri, self.experiment)
+            found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{self.key}'", max_results=10)
             # There are two if the server handled a repeated creation twice; one of them is empty.
             run = max(found, key=lambda run: len(run.data.metrics), default=None)
-        if run is not None:
-            # The owner first, so that `close-stale-runs` does not close the run for its dead owner.
-            _set_tags(client, run, owner_tags())
-            client.update_run(run.info.run_id, status="RUNNING")
+            if run is None:
+                parent = {} if self.parent_run_id is None else {PARENT_TAG: self.parent_run_id}
+                tags = {KEY_TAG: self.key, **owner_tags(), **parent}
+                return client.create_run(experiment_id, run_name=self.run_name, tags=tags)
+        # The owner first, so that `close-stale-runs` does not close the run for its dead owner.
+        _set_tags(client, run, owner_tags())
+        client.update_run(run.info.run_id, status="RUNNING")
         return run
-
-    def _create(self, client: MlflowClient) -> Run:
-        experiment_id = find_or_create_experiment(client, self._uri, self._experiment)
-        tags = {KEY_TAG: self._key, **owner_tags()}
-        if self._parent_run_id is not None:
-            tags[PARENT_TAG] = self._parent_run_id
-        return client.create_run(experiment_id, run_name=self._run_name, tags=tags)
 
     def _last_step(self, key: str) -> int:
         client, run = self.open()

@@ -53,7 +53,14 @@ class MlflowTracker(Tracker):
                 with the same key is reopened.
         """
         self._uri = uri
-        self._run = MlflowRun(uri, experiment, run_name, run_id, key, parent_run_id)
+        self._run = MlflowRun(
+            uri=uri,
+            experiment=experiment,
+            run_name=run_name,
+            wanted_run_id=run_id,
+            key=uuid.uuid4().hex if key is None else key,
+            parent_run_id=parent_run_id,
+        )
         self._queue = DeliveryQueue(f"MLflow at {uri}", is_outage)
 
     @property
@@ -81,14 +88,14 @@ class MlflowTracker(Tracker):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         values = {key: float(value) for key, value in metrics.items()}
-        self._put(functools.partial(self._run.log_metrics, values, step, _now_ms()))
+        self._put(functools.partial(self._run.log_metrics, values, step, time.time_ns() // 1_000_000))
 
     def log_image(self, path: Path, key: str, step: int) -> None:
         # Read now: the file may be gone by the time the server is back.
         image = path.read_bytes()
         # MLflow's pages find key, step and time of an image in its name.
         prefix = f"{key.replace('/', '~')}+step+{step}+timestamp+"
-        stem = f"{prefix}{_now_ms()}+{uuid.uuid4()}"
+        stem = f"{prefix}{time.time_ns() // 1_000_000}+{uuid.uuid4()}"
         self._put(functools.partial(self._run.log_image, image, _thumbnail(image), prefix, stem))
 
     def log_text(self, text: str, name: str) -> None:
@@ -139,10 +146,8 @@ class MlflowTracker(Tracker):
             raise TrackingError(self._refused(refusal)) from refusal
 
     def _refused(self, refusal: Exception) -> str:
-        return (
-            f"MLflow at {self._uri} refuses to record the run ({first_line(refusal)}); fix that and start the run "
-            "again to resume it"
-        )
+        reason = first_line(refusal)
+        return f"MLflow at {self._uri} refuses to record the run ({reason}); fix that and start the run again"
 
     def _undelivered(self, waited_s: float) -> str:
         reason = "" if self._queue.outage is None else f" ({first_line(self._queue.outage)})"
@@ -161,7 +166,3 @@ def _thumbnail(image: bytes) -> bytes:
         opened.thumbnail((MAX_THUMBNAIL_PIXELS, MAX_THUMBNAIL_PIXELS))
         opened.save(buffer, "WEBP")
     return buffer.getvalue()
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -5,12 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
-
 
 COLUMNS: Mapping[str, tuple[str, str]] = {
     "reward/mean": ("reward", ".3f"),
@@ -53,16 +51,15 @@ class Progress:
         self._started = clock()
         self._shown = shown
         self._bar = _open_bar(self._file) if shown and self._file.isatty() else None
-        self._task = None if self._bar is None else self._bar.add_task("", total=num_updates, completed=first_update)
+        if self._bar is not None:
+            self._bar.add_task("", total=num_updates, completed=first_update)
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -73,8 +70,8 @@ class Progress:
         images_per_s = self._images_per_update / max(seconds_per_update, 1e-9)
         left = _clock_time((self._num_updates - done) * seconds_per_update)
         line = f"{progress_line(done, self._num_updates, metrics)}  {images_per_s:.1f} img/s  eta {left}"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, description=line)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, description=line)
         elif self._shown:
             print(line, file=self._file, flush=True)
 

@@ -52,6 +52,5 @@ def sample_grid(
                 picture = Image.fromarray(images[name][line * per_prompt + index])
                 canvas.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), corner)
                 if correct[name][row, index]:
-                    box = (corner[0], corner[1], corner[0] + CELL - 1, corner[1] + CELL - 1)
-                    pen.rectangle(box, outline=(0, 170, 60), width=3)
+                    pen.rectangle((*corner, corner[0] + CELL - 1, corner[1] + CELL - 1), outline=(0, 170, 60), width=3)
     return canvas

@@ -7,17 +7,15 @@ import datetime
 import os
 import socket
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sfgrpo.runtime.environment import Environment
-from sfgrpo.runtime.process import is_gone
+from sfgrpo.runtime.process import ProcessIdentity, is_gone
 from sfgrpo.tracking.mlflow_client import owner_of, project_runs, reachable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
-
 
 CLOSED_BY_TAG = "sfgrpo.closed_by"
 HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
@@ -41,11 +39,11 @@ class RunningRun:
 class RunningRuns:
     """The runs with the status RUNNING, by what became of their process."""
 
-    at_work: Sequence[RunningRun]
+    at_work: list[RunningRun]
     """The process runs on this machine, or has recorded something lately."""
-    closed: Sequence[RunningRun]
+    closed: list[RunningRun]
     """The process is gone; the run is now KILLED until somebody resumes it."""
-    silent: Sequence[RunningRun]
+    silent: list[RunningRun]
     """Nothing was recorded for long, and the process cannot be checked from here."""
 
 
@@ -60,21 +58,20 @@ def close_stale_runs(environment: Environment, quiet_s: float) -> RunningRuns:
     """
     for name, value in HTTP_SETTINGS.items():
         os.environ.setdefault(name, value)
-    at_work: list[RunningRun] = []
-    closed: list[RunningRun] = []
-    silent: list[RunningRun] = []
+    runs = RunningRuns(at_work=[], closed=[], silent=[])
     with reachable(environment.tracking_uri, "start the server there and run this command again") as client:
         # A list, because closing runs changes what the next page would hold.
         for run in list(project_runs(client, "attributes.status = 'RUNNING'")):
-            owner, described = owner_of(run), _describe(run)
+            owner = owner_of(run)
+            described = _describe(run, owner)
             gone = None if owner is None else is_gone(owner)
             if gone and _close(client, run):
-                closed.append(described)
+                runs.closed.append(described)
             elif gone is None and described.silent_s >= quiet_s:
-                silent.append(described)
+                runs.silent.append(described)
             else:
-                at_work.append(described)
-    return RunningRuns(at_work=at_work, closed=closed, silent=silent)
+                runs.at_work.append(described)
+    return runs
 
 
 def _close(client: MlflowClient, run: Run) -> bool:
@@ -93,8 +90,7 @@ def _close(client: MlflowClient, run: Run) -> bool:
     return False
 
 
-def _describe(run: Run) -> RunningRun:
-    owner = owner_of(run)
+def _describe(run: Run, owner: ProcessIdentity | None) -> RunningRun:
     last_ms = max([run.info.start_time, *(metric.timestamp for metric in run.data._metric_objs)])
     return RunningRun(
         run_id=run.info.run_id,

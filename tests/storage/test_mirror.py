@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,8 +24,9 @@ from sfgrpo.runtime.redaction import without_secrets
 from sfgrpo.storage import mirror, s3
 from sfgrpo.storage.mirror import Mirror
 from sfgrpo.storage.parts import PART_SIZE
-from sfgrpo.storage.restore import require_run, restore_run, run_names
+from sfgrpo.storage.restore import require_run, restore_run
 from sfgrpo.storage.s3 import Bucket
+from sfgrpo.tracking import delivery
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.published import publish
 from tests.support.s3 import BUCKET, PROGRAM, PYTHON, S3Server
@@ -174,9 +174,9 @@ def test_server_that_is_killed_midway_gets_everything_in_the_end(s3_server, uri,
     assert copy.wait(WAIT_S)
     copy.close(WAIT_S)
     assert stored(s3_server, uri) == content(folder)
-    warnings = [record.message for record in caplog.records if record.name == "sfgrpo.storage.mirror"]
-    assert "mirroring failed and is retried until it succeeds" in warnings[0]
-    assert "is up to date again after" in warnings[-1]
+    warnings = [record.message for record in caplog.records if record.name == "sfgrpo.tracking.delivery"]
+    assert "run fails and is retried until it succeeds: " in warnings[0]
+    assert "works again" in warnings[-1]
 
 
 @pytest.mark.slow
@@ -388,13 +388,14 @@ def test_request_returns_at_once(uri, folder, monkeypatch):
         for _ in range(100):
             copy.sync()
         assert time.monotonic() - started < 0.5
+        assert len(copy._queue) == 2, "the upload in progress, and one for all that came later"
         copy.close(0.1)
 
 
 @pytest.mark.parametrize("mode", ["status", "cut_request"])
 def test_outage_and_its_end_are_logged_once_each(s3_server, uri, folder, proxy, monkeypatch, caplog, mode):
-    monkeypatch.setattr(mirror, "FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(mirror, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(delivery, "FIRST_DELAY_S", 0.05)
+    monkeypatch.setattr(mirror, "MAX_DELAY_S", 0.1)
     save(folder, 1)
     proxy.mode = mode
     copy = Mirror(uri, folder)
@@ -406,9 +407,9 @@ def test_outage_and_its_end_are_logged_once_each(s3_server, uri, folder, proxy, 
     assert copy.wait(WAIT_S)
     copy.close(WAIT_S)
     assert stored(s3_server, uri) == content(folder)
-    messages = [record.message for record in caplog.records if record.name == "sfgrpo.storage.mirror"]
+    messages = [record.message for record in caplog.records if record.name == "sfgrpo.tracking.delivery"]
     assert len(messages) == 2
-    assert "mirroring failed" in messages[0] and "is up to date again" in messages[1]
+    assert "is retried until it succeeds" in messages[0] and "works again" in messages[1]
 
 
 def test_mirror_that_closes_in_an_outage_warns_of_what_is_missing(uri, folder, proxy, caplog):
@@ -469,9 +470,9 @@ def test_file_that_changes_while_it_is_uploaded_is_an_error(uri):
                 super().seek(0)
             return place
 
-        def read(self, *arguments: Any) -> bytes:
+        def getbuffer(self) -> memoryview:
             was_read.append(True)
-            return super().read(*arguments)
+            return super().getbuffer()
 
     was_read: list[bool] = []
     with pytest.raises(MirrorError, match=r"file changed during its upload; upload it again$"):
@@ -521,7 +522,9 @@ def test_unreachable_server_is_a_clear_error(uri, folder, monkeypatch):
 
 
 def test_missing_bucket_is_a_clear_error(uri, folder):
-    with pytest.raises(MirrorError, match="there is no bucket absent; create it or correct the address"):
+    with pytest.raises(
+        MirrorError, match="s3://absent/runs/run: there is no such bucket; create it or correct the address"
+    ):
         restore_run("s3://absent/runs", folder)
 
 
@@ -537,7 +540,7 @@ def test_runs_of_a_bucket_are_listed(uri, folder):
         require_run(uri, "run")
     sent(uri, folder)
     sent(uri, Path(shutil.copytree(folder, folder.with_name("other"))))
-    assert run_names(uri) == ["other", "run"]
+    assert Bucket(uri).folders() == ["other", "run"]
     require_run(f"{uri}/", "run")
     with pytest.raises(MirrorError, match=rf"^no run third in {uri}; the runs there are other, run$"):
         require_run(uri, "third")

@@ -70,11 +70,19 @@ def test_outage_and_its_end_are_logged_once_each(caplog):
         fill(queue, Receiver(tries_away=4), range(3))
         assert queue.wait_until_empty(soon())
     logged = [record.message for record in caplog.records]
-    assert logged[0] == "the store does not answer (nobody there); records are kept until it does"
-    assert [message.split(" (")[0].split(";")[0] for message in logged] == [
-        "the store does not answer",
-        "the store is back",
-    ] * 2
+    assert logged[0] == "delivery to the store fails and is retried until it succeeds: nobody there"
+    assert logged[1] == "delivery to the store works again"
+    assert logged[2:] == logged[:2]
+
+
+def test_who_waits_cuts_the_pause_after_a_failure_short(monkeypatch):
+    monkeypatch.setattr(delivery, "FIRST_DELAY_S", 60.0)
+    queue, receiver = make_queue(), Receiver(tries_away=1)
+    fill(queue, receiver, range(1))
+    while queue.outage is None:
+        time.sleep(0.001)
+    assert queue.wait_until_empty(soon())
+    assert receiver.taken == [0]
 
 
 def test_putting_does_not_wait_for_the_receiver():

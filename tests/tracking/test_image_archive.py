@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sfgrpo.tracking.image_archive import image_archive
+from sfgrpo.tracking.image_archive import add_images
 from tests.support.tiny import tiny_prompts
 
 PROMPTS, PER_PROMPT = tiny_prompts(3), 2
@@ -18,10 +18,10 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
 
 def packed(path: Path, images: NDArray[np.uint8] = IMAGES) -> bytes:
-    with image_archive(path) as archive:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for model in ("base", "policy"):
             for first in (0, 4):
-                archive.add(model, PROMPTS, PER_PROMPT, first, images[first : first + 4])
+                add_images(tar, model, PROMPTS, PER_PROMPT, first, images[first : first + 4])
     return path.read_bytes()
 
 

@@ -20,7 +20,7 @@ def test_rows_are_the_first_of_every_task_in_geneval_order():
 
 
 def grid() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Draws two models' images of rows 2 and 0; image i shown of model m is all grey of level 10 i + 100 m."""
+    """Draw two models' images of rows 2 and 0; image i shown of model m is all grey of level 10 i + 100 m."""
     images = {
         name: np.stack([np.full((32, 32, 3), 10 * i + 100 * m, dtype=np.uint8) for i in range(4)])
         for m, name in enumerate(("before", "after"))
