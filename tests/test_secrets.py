@@ -26,12 +26,12 @@ import pytest
 from sfgrpo.types import TAGS
 from tests.support.s3 import S3Server
 from tests.support.secrets_search import in_bucket, in_bytes, in_command_lines, in_folder, in_sqlite, in_text
+from tests.support.stores import QUIET_MLFLOW
 from tests.support.tiny_run import ROOT, write_params
 
 SECRET = "planted/secret+with=signs%and more"
 SECRETS = {"KEY": SECRET}
 NAMES = ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING", "WEBHOOK_SECRET")
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 START_TIMEOUT_S = 180.0
 SMALL: Mapping[str, Any] = {
     "prompts.num_train": 16,
@@ -139,7 +139,7 @@ def services(tmp_path: Path, s3_server: S3Server) -> Iterator[dict[str, str]]:
     environment = {
         **os.environ,
         **s3_server.environment,
-        **QUIET,
+        **QUIET_MLFLOW,
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}",
         "MLFLOW_TRACKING_USERNAME": "tests",
         "MLFLOW_TRACKING_PASSWORD": secrets.token_hex(20),

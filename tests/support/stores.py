@@ -18,6 +18,9 @@ from mlflow import MlflowClient
 
 START_S = 180.0
 
+QUIET_MLFLOW = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+"""Jobs take eight processes of MLflow, for judges of generated text, which are not used here."""
+
 
 def make_versions(client: MlflowClient, name: str, count: int) -> None:
     """Registers versions that hold nothing, for tests of what points to them."""
@@ -63,7 +66,7 @@ def mlflow_server(folder: Path, settings: Mapping[str, str] | None = None) -> It
     with (folder / "mlflow-server.log").open("wb") as log:
         process = subprocess.Popen(
             command,
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", **(settings or {})},
+            env={**os.environ, **QUIET_MLFLOW, **(settings or {})},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

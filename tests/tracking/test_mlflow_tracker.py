@@ -26,6 +26,7 @@ from sfgrpo.tracking.mlflow_run import MlflowRun
 from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 from sfgrpo.tracking.provenance import provenance_tags
 from tests.support.paths import ROOT
+from tests.support.stores import QUIET_MLFLOW
 
 # Not ours to mend: SQLAlchemy's and MLflow's own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -52,8 +53,7 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1", *store],
                 # The server is not the one under test.
-                env={name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-                | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                env={name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"} | QUIET_MLFLOW,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
