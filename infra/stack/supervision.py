@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import os
 import pwd
 import shlex
@@ -128,7 +129,8 @@ def running_supervisor(folder: Folder) -> Supervisor | None:
     supervisor = Supervisor(folder)
     try:
         supervisor.processes()
-    except (FileNotFoundError, ConnectionRefusedError):
+    except (FileNotFoundError, ConnectionError, http.client.BadStatusLine):
+        # The last two: it ended while it was asked.
         return None
     return supervisor
 

@@ -272,7 +272,7 @@ def test_run_without_a_decision_is_not_applied(registry, capsys):
 
 def test_decision_is_about_one_version(capsys):
     assert main(["promote", "--apply", "r", "--version", "2"]) == 2
-    assert "--apply RUN is about the version that was judged; leave --model and --version" in capsys.readouterr().err
+    assert "--apply RUN is about the version that was compared; leave --model and --version" in capsys.readouterr().err
 
 
 def test_every_metric_of_a_promotion_has_a_line_on_the_page_of_metrics(registry, verdicts):

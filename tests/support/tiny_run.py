@@ -107,6 +107,8 @@ def inside(folder: Path, reward: type[Reward] = Light) -> Iterator[RecordingTrac
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("SFGRPO_DEVICE", "cpu")
+        # Another test of this process may have left one.
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setitem(REWARDS, "light", reward)
         patch.setattr(mlflow_tracker, "MlflowTracker", lambda **settings: tracker)
         yield tracker

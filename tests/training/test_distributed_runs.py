@@ -195,7 +195,7 @@ def test_bare_machine_takes_the_run_up_from_s3_by_its_name(undisturbed, tmp_path
     assert_same_end(bare, undisturbed)
     with training(bare, environment, "--resume", "train-0") as started:
         assert started.ended() == ExitStatus.FAILED
-        assert f"no run train-0 in s3://runs/{tmp_path.name}; there are {run.name}" in started.output()
+        assert f"no run train-0 in s3://runs/{tmp_path.name}; the runs there are {run.name}" in started.output()
 
 
 def test_another_number_of_processes_goes_on_with_the_same_images(undisturbed, tmp_path):
