@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sfgrpo.checkpoint.state import CHECKPOINTS, latest_checkpoint
 from sfgrpo.config.stages import TrainStage, to_flat_dict
@@ -66,8 +65,8 @@ def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None
         tracker.log_params(to_flat_dict(config))
         tracker.set_tags({"study.preset": plan.preset, "study.row": row, "study.seed": str(seed)})
         policy = make_policy(config.policy, config.seed, environment)
-        texts = [asked[index].text for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK)]
-        before, correct_before = _samples(policy, asked, config)
+        samples: dict[str, Any] = {"texts": [asked[index].text for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK)]}
+        samples |= _samples(policy, asked, config, "before")
         inputs = TrainerInputs(
             prompts=prompts,
             reward=reward,
@@ -84,14 +83,7 @@ def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None
         with shutdown.deferred():
             trainer.run()
         with trainer.averaged():
-            after, correct_after = _samples(policy, asked, config)
-        samples = {
-            "texts": texts,
-            "before": before,
-            "after": after,
-            "correct_before": correct_before,
-            "correct_after": correct_after,
-        }
+            samples |= _samples(policy, asked, config, "after")
         with atomic_directory(STUDY / plan.preset / row / str(seed)) as partial:
             _write_results(partial, _description(config, row, plan.rows[row], tracker.run_id), trainer, samples)
 
@@ -114,15 +106,13 @@ def parent_run(plan: Plan, environment: Environment) -> MlflowTracker:
     return tracker
 
 
-def _samples(
-    policy: Policy, asked: Sequence[Prompt], config: TrainStage
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def _samples(policy: Policy, asked: Sequence[Prompt], config: TrainStage, name: str) -> dict[str, Any]:
     """Draw G images of a few prompts, [P * G, H, W, 3], and return with them which are correct by GenEval, [P, G]."""
     prompts = [asked[index] for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK) for _ in range(SAMPLES_PER_PROMPT)]
     protocol = dataclasses.replace(protocol_of(config.evaluation), images_per_prompt=SAMPLES_PER_PROMPT)
     images = draw_images(policy, policy.encode([prompt.text for prompt in prompts]), protocol)
     verdicts = checked_rewards(build_reward("geneval_correct"), images, prompts).numpy()
-    return images, verdicts.reshape(-1, SAMPLES_PER_PROMPT) == 1.0
+    return {name: images, f"correct_{name}": verdicts.reshape(-1, SAMPLES_PER_PROMPT) == 1.0}
 
 
 def _description(config: TrainStage, row: str, label: str, run_id: str | None) -> dict[str, Any]:
