@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Makes MLflow's pages show runs and curves first, rather than traces and judges of language models."""
+"""Tag by which MLflow's pages show runs and curves first, rather than traces and judges of language models."""
 KEY_TAG = "sfgrpo.key"
 """Marks the runs of this project; its value identifies the work."""
 OWNER_HOST_TAG = "sfgrpo.owner_host"

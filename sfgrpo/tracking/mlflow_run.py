@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PARENT_TAG = "mlflow.parentRunId"
 IMAGES_TAG = "mlflow.loggedImages"
-"""Makes MLflow's pages look for images."""
+"""Tag by which MLflow's pages look for images."""
 HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 """The delivery queue retries; by its own defaults MLflow would block for many minutes before it fails."""
 

@@ -34,7 +34,7 @@ def policy() -> Policy:
 
 
 class Scripted(Reward):
-    """Says what it was told to say, and remembers what it was asked."""
+    """A reward that returns given scores and records its calls."""
 
     name = "scripted"
 

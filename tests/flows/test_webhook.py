@@ -55,7 +55,7 @@ def headers(body: bytes, *, secret: str = SECRET, delivery: str = "d-1", age_s: 
 
 
 class Starts:
-    """Takes down what would be started."""
+    """Record what would be started."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, str]] = []

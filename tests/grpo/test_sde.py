@@ -37,7 +37,7 @@ def full(value: float) -> Tensor:
 
 
 def gaussian_step(name: str, data: GaussianData, noise_level: float, x: float, t: float, p: float):
-    """Takes one step of the library's sampler under the ideal velocity of Gaussian data."""
+    """Take one step of the library's sampler under the ideal velocity of Gaussian data."""
     velocity = float(data.velocity(x, t))
     step = SAMPLERS[name](full(x), full(velocity), torch.tensor([t]), torch.tensor([p]), 0.99, noise_level)
     return step.mean.item(), step.std.item()
