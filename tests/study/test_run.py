@@ -17,7 +17,6 @@ from tests.support.tiny import Light
 from tests.support.tiny_run import build_tiny_project
 
 FLOW_GRPO, STEPWISE = "flow_grpo_tiny", "stepwise_tiny"
-TRACKING_URI = "sqlite:///mlflow.db"
 PLAN = {
     "tiny": {
         "seeds": [0, 3],
@@ -50,11 +49,16 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def tracking_uri(project: Path) -> str:
+    """Return the absolute address: MLflow keeps one connection per address, whatever the working directory."""
+    return f"sqlite:///{project / 'mlflow.db'}"
+
+
 @pytest.fixture(autouse=True)
 def inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(project)
     monkeypatch.setenv("SFGRPO_DEVICE", "cpu")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", TRACKING_URI)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(project))
     monkeypatch.setitem(REWARDS, "light", Light)
     yield
 
@@ -64,7 +68,7 @@ def runs(project: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
         patch.setenv("SFGRPO_DEVICE", "cpu")
-        patch.setenv("MLFLOW_TRACKING_URI", TRACKING_URI)
+        patch.setenv("MLFLOW_TRACKING_URI", tracking_uri(project))
         patch.setitem(REWARDS, "light", Light)
         for row in (FLOW_GRPO, STEPWISE):
             for seed in PLAN["tiny"]["seeds"]:
@@ -96,7 +100,7 @@ def test_methods_start_from_the_same_prompts_noise_and_weights(runs):
 
 
 def test_runs_are_tracked_under_one_parent(runs, project):
-    client = connect(TRACKING_URI)
+    client = connect(tracking_uri(project))
     experiment = client.get_experiment_by_name("sfgrpo-study")
     tracked = client.search_runs([experiment.experiment_id])
     (parent,) = [run for run in tracked if PARENT_TAG not in run.data.tags]

@@ -106,7 +106,8 @@ def test_run_of_other_code_goes_on_only_where_that_is_accepted(code, project, ca
     # The old run is as it was, and the new one has its history.
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     (successor,) = set(Path(".scratch").glob("train-*")) - {run}
-    client = MlflowClient("sqlite:///mlflow.db")
+    # Absolute: MLflow keeps one connection per address, and this process had working directories before.
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     (recorded,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert recorded.data.tags["sfgrpo.code_change"].startswith(f"{old_code[:16]} -> ")
     assert [point.step for point in client.get_metric_history(recorded.info.run_id, "reward/mean")] == [1, 2, 3]
