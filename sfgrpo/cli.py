@@ -78,9 +78,9 @@ def _evaluate_snapshot(args: argparse.Namespace, environment: Environment) -> No
 
 
 def _promote(args: argparse.Namespace, environment: Environment) -> None:
-    if args.apply and (args.model or args.version):
+    if args.apply is not None and (args.model or args.version is not None):
         raise ConfigError("--apply RUN is about the version that was compared; leave --model and --version out")
-    config = None if args.apply else load_config(stages.PromoteStage, args.params)
+    config = None if args.apply is not None else load_config(stages.PromoteStage, args.params)
     from sfgrpo.commands import promote
 
     if config is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -16,6 +16,10 @@ from sfgrpo.errors import ConfigError
 from sfgrpo.paths import PARAMS
 
 _ABSENT = object()
+OF_THE_COMMIT = ("extends", "registry", "promotion")
+"""What a run may not override: where it is registered, which gates it has to pass, and other files of the machine."""
+MODEL = "pretrained"
+"""Name of the parameters that are the folder or hub name of a model."""
 
 
 def changed_parameters(text: str, changes: Mapping[str, Any]) -> str:
@@ -24,8 +28,11 @@ def changed_parameters(text: str, changes: Mapping[str, Any]) -> str:
     An override that equals the present value, or the default of an absent one, changes nothing.
 
     Raises:
-        ConfigError: a name has a value where a section should be, or a stage would refuse the file.
+        ConfigError: an override is not a run's to make, a name has a value where a section should be, or a stage would
+            refuse the file.
     """
+    for name, value in changes.items():
+        _refuse_foreign(name, value)
     present = _checked(text)
     changed = {name: value for name, value in changes.items() if present.get(name, _ABSENT) != value}
     if not changed:
@@ -39,6 +46,25 @@ def changed_parameters(text: str, changes: Mapping[str, Any]) -> str:
     yaml.dump(parameters, stream)
     _checked(stream.getvalue())
     return stream.getvalue()
+
+
+def _refuse_foreign(name: str, value: Any) -> None:
+    """Raise `ConfigError` for a parameter that no run may override, or a model from outside the checkout."""
+    first, *_ = name.split(".")
+    if first.strip() in OF_THE_COMMIT:
+        raise ConfigError(
+            f"{PARAMS}: {name}: no run may override {', '.join(OF_THE_COMMIT)}; commit a {PARAMS} with the new value"
+        )
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _refuse_foreign(f"{name}.{key}", inner)
+    elif name.split(".")[-1] == MODEL and isinstance(value, str):
+        path = PurePath(value)
+        if path.is_absolute() or ".." in path.parts or value.startswith("~"):
+            raise ConfigError(
+                f"{PARAMS}: {name}: {value!r} is outside of the checkout; give a folder in it or a hub name, or commit "
+                f"a {PARAMS} with this path"
+            )
 
 
 def _set(parameters: Any, name: str, value: Any) -> None:

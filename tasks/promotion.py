@@ -19,7 +19,7 @@ PROMOTE = (sys.executable, "-m", "sfgrpo", "promote")
 def decide(model: str | None = None, version: int | None = None) -> dict[str, Any]:
     """Compare a candidate with the champion; return the decision, as in `decision.json`, and the report."""
     PROMOTION_DECISION.unlink(missing_ok=True)
-    options = [*(["--model", model] if model else []), *(["--version", str(version)] if version else [])]
+    options = [*(["--model", model] if model else []), *(["--version", str(version)] if version is not None else [])]
     run_command("promote", [*PROMOTE, "--judge-only", *options])
     decision = cast(dict[str, Any], json.loads(PROMOTION_DECISION.read_text(encoding="utf-8")))
     return {**decision, "report": PROMOTION_TEXT.read_text(encoding="utf-8")}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sfgrpo.config.stages import PromoteStage
 from sfgrpo.paths import PROMOTION_REPORT
-from sfgrpo.promotion.aliases import champion_of, promote_version, rollback_champion, sync_aliases, verify_champion
+from sfgrpo.promotion.aliases import promote_version, rollback_champion, sync_aliases, verify_champion
 from sfgrpo.promotion.compare import compare_versions, keep_champion
 from sfgrpo.promotion.decision import PromotionDecision, read_decision
 from sfgrpo.promotion.history import HistoryError, PromotionHistory
@@ -42,7 +42,7 @@ def promote(
         client, f"models:/{name}@{config.registry.alias}" if number is None else f"models:/{name}/{number}"
     )
     history = sync_aliases(client, uri, name)
-    champion_number = champion_of(client, history)
+    champion_number = history.champion
     if champion_number == candidate.number:
         print(keep_champion(candidate, history).sentence)
         return

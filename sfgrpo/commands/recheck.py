@@ -10,7 +10,7 @@ from sfgrpo.config.schema import RewardConfig
 from sfgrpo.errors import IntegrityError
 from sfgrpo.factory import use_threads
 from sfgrpo.paths import RECHECK
-from sfgrpo.promotion.aliases import champion_of, sync_aliases
+from sfgrpo.promotion.aliases import sync_aliases
 from sfgrpo.promotion.decision import PROMPTS, EvaluationRecord, read_file, read_record
 from sfgrpo.promotion.drift import drift
 from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, make_rewards, tracked_run
@@ -36,7 +36,7 @@ def recheck(environment: Environment, model: str) -> None:
     uri = environment.tracking_uri
     client = connect_globally(uri)
     require_model(client, model)
-    number = champion_of(client, sync_aliases(client, uri, model))
+    number = sync_aliases(client, uri, model).champion
     if number is None:
         reason = f"{model} has no champion, so there is nothing to check"
         write_json(RECHECK, {"drifted": False, "reasons": [reason], "table": "", "metrics": {}})

@@ -16,6 +16,8 @@ UnitInterval = Annotated[float, Ge(0), Le(1)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 GuidanceScale = Annotated[float, Ge(1)]
 Name = Annotated[str, MinLen(1)]
+RESERVED_ALIASES = ("champion", "previous")
+"""Aliases that promotion and rollback alone move."""
 
 
 def _every_task(numbers: dict[Tag, Any]) -> dict[Tag, Any]:
@@ -25,6 +27,16 @@ def _every_task(numbers: dict[Tag, Any]) -> dict[Tag, Any]:
     if not sum(numbers.values()):
         raise ValueError("every task has 0; give at least one of them more")
     return numbers
+
+
+def _not_reserved(alias: str) -> str:
+    """Refuse the aliases of promotion; in any case, since some databases of MLflow take `Champion` for `champion`."""
+    if alias.strip().casefold() in RESERVED_ALIASES:
+        raise ValueError(
+            f"{alias!r} is moved by promotion alone, so that every champion has passed the gates; use another alias, "
+            "such as challenger, and `python -m sfgrpo promote`"
+        )
+    return alias
 
 
 TaskWeights = Annotated[dict[Tag, NonNegativeFloat], AfterValidator(_every_task)]
@@ -223,8 +235,8 @@ class RegistryConfig:
 
     model_name: Name
     """Registered model in MLflow."""
-    alias: Name
-    """Alias that the new version gets."""
+    alias: Annotated[Name, AfterValidator(_not_reserved)]
+    """Alias that the new version gets; `champion` and `previous` belong to promotion."""
 
 
 @section

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from sfgrpo.config.schema import RESERVED_ALIASES
 from sfgrpo.promotion.history import HistoryError, Promotion, PromotionHistory, append, read_history
 from sfgrpo.registry.register import RegistryError, smoke_test
 from sfgrpo.registry.versions import number_of_alias, read_version
@@ -13,30 +14,23 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-CHAMPION = "champion"
-PREVIOUS = "previous"
+CHAMPION, PREVIOUS = RESERVED_ALIASES
 SMOKE_TEST_TAG = "promotion/smoke_test"
 
 logger = logging.getLogger(__name__)
 
 
-def champion_of(client: MlflowClient, history: PromotionHistory) -> int | None:
-    """Return the champion by the history; before its first entry, by the alias that somebody may have set."""
-    if history.entries:
-        return history.champions[-1] if history.champions else None
-    return number_of_alias(client, history.model, CHAMPION)
-
-
 def sync_aliases(client: MlflowClient, uri: str, model: str) -> PromotionHistory:
     """Point both aliases where the history says, and return the history.
 
-    A promotion ends with this, and the next call repairs a promotion that died before it.
+    A promotion ends with this, and the next call repairs a promotion that died before it. An alias that somebody has
+    set past the gates is moved back or, where no version was ever promoted, removed.
 
     Raises:
         RegistryError: The champion's version was deleted.
     """
     history = read_history(client, uri, model)
-    while history.entries:
+    while True:
         newest_first = (*reversed(history.champions), None, None)
         _set_alias(client, model, CHAMPION, newest_first[0])
         _set_alias(client, model, PREVIOUS, newest_first[1])
@@ -44,8 +38,7 @@ def sync_aliases(client: MlflowClient, uri: str, model: str) -> PromotionHistory
         # where that says.
         seen, history = history, read_history(client, uri, model)
         if history == seen:
-            break
-    return history
+            return history
 
 
 def promote_version(client: MlflowClient, uri: str, history: PromotionHistory, version: int, run_id: str) -> None:
@@ -59,8 +52,7 @@ def promote_version(client: MlflowClient, uri: str, history: PromotionHistory, v
         HistoryError: Another promotion or rollback was decided since; nothing has changed.
         RegistryError: The new champion cannot draw; the former champion is champion again.
     """
-    former = champion_of(client, history)
-    entry = Promotion(action="promotion", version=version, over=former, run_id=run_id)
+    entry = Promotion(action="promotion", version=version, over=history.champion, run_id=run_id)
     verify_champion(client, uri, append(client, history, entry))
 
 

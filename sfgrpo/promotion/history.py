@@ -64,7 +64,7 @@ class PromotionHistory:
         for entry in self.entries:
             if entry.action == "promotion" and entry.version is not None:
                 if not champions and entry.over is not None:
-                    # The first entry: somebody had set the alias by hand.
+                    # The first entry of an older store, which took an alias that was set by hand for a champion.
                     champions.append(entry.over)
                 champions.append(entry.version)
             else:
@@ -72,6 +72,11 @@ class PromotionHistory:
                 while champions and champions[-1] != entry.version:
                     champions.pop()
         return tuple(champions)
+
+    @property
+    def champion(self) -> int | None:
+        """The champion; None where no version was promoted, whatever aliases the model has."""
+        return self.champions[-1] if self.champions else None
 
 
 def experiment_of(model: str) -> str:

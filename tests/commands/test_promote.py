@@ -518,9 +518,41 @@ def test_model_without_a_champion_has_not_drifted(registry, capsys):
 
 def test_champion_that_was_never_evaluated_cannot_be_checked(registry, capsys):
     registry.register("by_hand")
-    registry.client.set_registered_model_alias("by_hand", CHAMPION, "1")
+    history = read_history(registry.client, registry.uri, "by_hand")
+    append(registry.client, history, Promotion(action="promotion", version=1, over=None, run_id=None))
     assert main(["recheck", "--model", "by_hand"]) == 1
     assert "models:/by_hand/1 was never evaluated by `python -m sfgrpo promote`" in capsys.readouterr().err
+
+
+def test_alias_that_was_set_by_hand_makes_no_champion(registry, verdicts, capsys):
+    registry.register("crowned")
+    registry.client.set_registered_model_alias("crowned", CHAMPION, "1")
+    assert recheck(registry, "crowned")["reasons"] == ["crowned has no champion, so there is nothing to check"]
+    assert registry.aliases("crowned") == (None, None)
+    registry.client.set_registered_model_alias("crowned", CHAMPION, "1")
+    assert promote(verdicts, "crowned", candidate=WORSE) == 0
+    assert registry.decision()["baseline"] == "base model"
+    assert registry.aliases("crowned") == (None, None)
+
+
+@pytest.mark.parametrize("command", ["register", "promote", "rollback", "recheck"])
+@pytest.mark.parametrize("alias", ["champion", "previous", "Champion", "PREVIOUS"])
+def test_aliases_of_promotion_are_refused_as_parameters(registry, tmp_path, monkeypatch, capsys, command, alias):
+    write_params(tmp_path, {**TINY, "reward.name": "geneval", "registry.alias": alias})
+    monkeypatch.chdir(tmp_path)
+    assert main([command]) == 2
+    assert f"registry.alias: {alias!r} is moved by promotion alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_number_that_no_version_has_is_refused(registry, capsys, number):
+    assert main(["promote", "--model", "numbered", "--version", number]) == 2
+    assert f"'models:/numbered/{number}' is no model; give" in capsys.readouterr().err
+
+
+def test_empty_decision_is_not_taken_for_no_decision(registry, capsys):
+    assert main(["promote", "--apply", ""]) == 1
+    assert "holds no decision.json of a promotion" in capsys.readouterr().err
 
 
 def test_missing_prompts_are_reported(registry, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from sfgrpo.promotion import aliases as module
-from sfgrpo.promotion.aliases import CHAMPION, PREVIOUS, champion_of, sync_aliases
+from sfgrpo.promotion.aliases import CHAMPION, PREVIOUS, sync_aliases
 from sfgrpo.promotion.history import (
     HISTORY_TAG,
     HistoryError,
@@ -180,12 +180,18 @@ def test_alias_that_was_moved_by_hand_is_moved_back(store):
     assert aliases(client) == (1, None)
 
 
-def test_champion_set_by_hand_before_the_first_promotion_counts(store):
+@pytest.mark.parametrize("alias", [CHAMPION, PREVIOUS])
+def test_alias_that_was_set_by_hand_before_the_first_promotion_is_removed(store, alias):
     client, uri = store
-    client.set_registered_model_alias("model", CHAMPION, "3")
+    client.set_registered_model_alias("model", alias, "3")
     history = sync_aliases(client, uri, "model")
-    assert champion_of(client, history) == 3
-    append(client, history, promotion(4, over=3))
+    assert history.champion is None
+    assert aliases(client) == (None, None)
+
+
+def test_first_entry_of_an_older_store_names_the_champion_that_was_set_by_hand(store):
+    client, uri = store
+    append(client, read_history(client, uri, "model"), promotion(4, over=3))
     sync_aliases(client, uri, "model")
     assert aliases(client) == (4, 3)
 

@@ -46,6 +46,49 @@ def test_wrong_names_and_values_are_refused_with_their_place(changes, complaint)
         changed_parameters(SHIPPED, changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"extends": "/etc/passwd"},
+        {"extends": "params/sd35_medium.yaml"},
+        {"extends.more": 1},
+        {" extends": "x"},
+        {"registry.alias": "champion"},
+        {"registry.alias": "challenger"},
+        {"registry.model_name": "another"},
+        {"registry": {"model_name": "sfgrpo-shapes", "alias": "champion"}},
+        {"promotion.error_rate": 0.49},
+        {"promotion.min_gain": 0},
+        {"promotion": {}},
+        {"seed": 1, "promotion.num_resamples": 1},
+    ],
+)
+def test_run_chooses_neither_its_place_in_the_registry_nor_its_gates_nor_other_files(changes):
+    with pytest.raises(ConfigError, match="no run may override extends, registry, promotion; commit a"):
+        changed_parameters(SHIPPED, changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"policy.pretrained": "/"},
+        {"policy.pretrained": "../base"},
+        {"policy.pretrained": "models/../../base"},
+        {"policy.pretrained": "~/base"},
+        {"reward.pretrained": "/root/.cache"},
+        {"reward": {"name": "clip", "pretrained": "/tmp"}},
+    ],
+)
+def test_run_takes_no_model_from_outside_the_checkout(changes):
+    with pytest.raises(ConfigError, match=r"params.yaml: (policy|reward).pretrained: '.*' is outside of the checkout"):
+        changed_parameters(SHIPPED, changes)
+
+
+@pytest.mark.parametrize("name", ["models/other", "stabilityai/stable-diffusion-3.5-medium"])
+def test_run_may_take_another_model_of_the_checkout_or_the_hub(name):
+    assert name in changed_parameters(SHIPPED, {"policy.pretrained": name})
+
+
 def test_shipped_parameters_of_the_repository_are_checked_too():
     with pytest.raises(ConfigError, match=r"^params.yaml: .*correct the YAML"):
         changed_parameters("seed: [", {})
