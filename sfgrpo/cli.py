@@ -11,8 +11,11 @@ import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from sfgrpo.config import stages
+import pydantic
+
+from sfgrpo.config import ranges, stages
 from sfgrpo.config.batching import BatchArithmetic
 from sfgrpo.config.stages import load_config, to_flat_dict
 from sfgrpo.errors import ConfigError
@@ -130,13 +133,30 @@ def _study(args: argparse.Namespace, environment: Environment) -> None:
         train_run(plan, args.row, args.seed, environment)
 
 
+def _allowed(kind: Any) -> Callable[[str], Any]:
+    """Return what reads the value of an option, and refuses those that `kind`, a type of a parameter, does not hold."""
+    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(kind)
+
+    def read(text: str) -> Any:
+        try:
+            return adapter.validate_python(text)
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            reason = problem["msg"].removeprefix("Value error, ")
+            shown = "" if problem["type"] == "value_error" else f"{text[:40]!r}: "
+            raise argparse.ArgumentTypeError(f"{shown}{reason}") from error
+
+    return read
+
+
 def _add_params_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", type=Path, default=Path(PARAMS), help="parameter file (%(default)s)")
 
 
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_params_argument(parser)
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run, with its own parameters and prompts")
+    help_text = "go on with this run, with its own parameters and prompts"
+    parser.add_argument("--resume", type=_allowed(ranges.RunName), metavar="RUN", help=help_text)
     parser.add_argument(
         "--accept-code-change", action="store_true", help="go on with a run of other code, as a new run of its own name"
     )
@@ -144,38 +164,47 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_snapshot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="folder of the training's state")
-    parser.add_argument("update", type=int, metavar="UPDATE", help="number of updates that the snapshot has seen")
+    help_text = "number of updates that the snapshot has seen"
+    parser.add_argument("update", type=_allowed(ranges.CountOrZero), metavar="UPDATE", help=help_text)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     _add_params_argument(parser)
-    parser.add_argument("--model", metavar="NAME", help="registered model (registry.model_name)")
+    help_text = "registered model (registry.model_name)"
+    parser.add_argument("--model", type=_allowed(ranges.ModelName), metavar="NAME", help=help_text)
 
 
 def _add_promote_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_arguments(parser)
-    parser.add_argument("--version", type=int, metavar="N", help="candidate (the version with registry.alias)")
+    help_text = "candidate (the version with registry.alias)"
+    parser.add_argument("--version", type=_allowed(ranges.VersionNumber), metavar="N", help=help_text)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--judge-only", action="store_true", help="decide and record, but move no alias")
-    mode.add_argument("--apply", metavar="RUN", help="move the aliases as decided in this MLflow run")
+    help_text = "move the aliases as decided in this MLflow run"
+    mode.add_argument("--apply", type=_allowed(ranges.RunId), metavar="RUN", help=help_text)
 
 
 def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="text to sample an image for")
     parser.add_argument("--model", required=True, metavar="ADDRESS", help="models:/NAME@ALIAS or models:/NAME/NUMBER")
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="PNG file to write (%(default)s)")
-    parser.add_argument("--seed", type=int, help="seed of the start noise (the version's)")
-    parser.add_argument("--steps", type=int, help="denoising steps (the version's)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance weight (the version's)")
+    for option, kind, help_text in (
+        ("--seed", ranges.Seed, "seed of the start noise (the version's)"),
+        ("--steps", ranges.StepCount, "denoising steps (the version's)"),
+        ("--guidance", ranges.Guidance, "classifier-free guidance weight (the version's)"),
+    ):
+        parser.add_argument(option, type=_allowed(kind), help=help_text)
 
 
 def _add_stale_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quiet-h", type=float, default=SILENT_H, help="hours without a record (%(default)g)")
+    help_text = "hours without a record (%(default)g)"
+    parser.add_argument("--quiet-h", type=_allowed(ranges.Duration), default=SILENT_H, help=help_text)
     parser.add_argument("--report", type=Path, help="JSON file for the findings")
 
 
 def _add_retention_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--days", type=float, required=True, help="days since the end of a training")
+    help_text = "days since the end of a training"
+    parser.add_argument("--days", type=_allowed(ranges.Duration), required=True, help=help_text)
     parser.add_argument("--rehearse", action="store_true", help="print what would be removed, and remove nothing")
     parser.add_argument("--report", type=Path, help="JSON file that lists what was removed")
 
@@ -187,7 +216,7 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     for action in (run, report):
         action.add_argument("preset", metavar="PRESET", help="preset of experiments/study.yaml, such as short")
     run.add_argument("row", metavar="ROW", help="parameter file in experiments/shapes, without its ending")
-    run.add_argument("seed", type=int, metavar="SEED", help="seed of the run")
+    run.add_argument("seed", type=_allowed(ranges.Seed), metavar="SEED", help="seed of the run")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

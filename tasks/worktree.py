@@ -38,6 +38,7 @@ DVC_SETTINGS = Path(".dvc/config.local")
 """Written last: a worktree without it is incomplete."""
 DVC_LOCK = "dvc.lock"
 BRANCHES = "runs/"
+MAX_BRANCH_NAME = 100
 REMOTE = "store"
 RUN_TRAILER = "Prefect-Flow-Run"
 
@@ -101,15 +102,20 @@ def save_branch(worktree: Worktree) -> str:
     Saving again moves the branch. If a person or another run of the same name has made a branch of that name, it stays
     as it is, and this run's branch has the id of the run in its name.
     """
-    branch = BRANCHES + (re.sub(r"[^A-Za-z0-9_-]+", "-", worktree.run_name).strip("-") or worktree.run_id)
+    branch = BRANCHES + (branch_name(worktree.run_name) or worktree.run_id)
     taken = git(worktree.checkout, "for-each-ref", f"refs/heads/{branch}")
     if taken and run_of_branch(worktree.checkout, branch) != worktree.run_id:
         branch += f"-{worktree.run_id[:8]}"
-    message = f"Run {worktree.run_name}\n\n{RUN_TRAILER}: {worktree.run_id}\n"
+    message = f"Run {' '.join(worktree.run_name.split())}\n\n{RUN_TRAILER}: {worktree.run_id}\n"
     lock = (worktree.folder / DVC_LOCK).read_text(encoding="utf-8")
     commit = commit_files(worktree.folder, worktree.commit, {DVC_LOCK: lock}, message)
     git(worktree.checkout, "update-ref", f"refs/heads/{branch}", commit)
     return branch
+
+
+def branch_name(run_name: str) -> str:
+    """Return the part of a run's name that may name a branch, which is a file of at most 255 bytes; empty if none."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", run_name)[:MAX_BRANCH_NAME].strip("-")
 
 
 def run_of_branch(checkout: Path, branch: str) -> str | None:

@@ -29,8 +29,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({reason}); give the parameter file with --params") from error
     except YAMLError as error:
         raise ConfigError(f"{path}: {_yaml_problem(error)}; correct the YAML") from error
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits, or thousands of brackets.
+        raise ConfigError(f"{path}: {str(error).partition(';')[0]}; correct the YAML") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {type(content).__name__} instead of a mapping; write `section: {{...}}`")
+    try:
+        json.dumps(content, default=str)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}; write text as keys, and no part inside of itself") from error
     return content
 
 

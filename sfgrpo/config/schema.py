@@ -5,19 +5,33 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
 import pydantic
-from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from annotated_types import Ge, Gt, Lt, MinLen
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat
 
+from sfgrpo.config.ranges import (
+    Count,
+    CountOrZero,
+    Edition,
+    Fraction,
+    GuidanceScale,
+    ImageCount,
+    ModelName,
+    Name,
+    NewAlias,
+    ProcessCount,
+    PromptCount,
+    PromptCountOrZero,
+    ResampleCount,
+    Seed,
+    StepCount,
+    StepIndex,
+    TokenCount,
+    UnitInterval,
+    Width,
+)
 from sfgrpo.types import TAGS, Credit, KlForm, SamplerName, StdScope, Tag
 
 Section = TypeVar("Section")
-
-UnitInterval = Annotated[float, Ge(0), Le(1)]
-Fraction = Annotated[float, Ge(0), Lt(1)]
-GuidanceScale = Annotated[float, Ge(1)]
-Name = Annotated[str, MinLen(1)]
-RESERVED_ALIASES = ("champion", "previous")
-"""Aliases that promotion and rollback alone move."""
 
 
 def _every_task(numbers: dict[Tag, Any]) -> dict[Tag, Any]:
@@ -29,18 +43,8 @@ def _every_task(numbers: dict[Tag, Any]) -> dict[Tag, Any]:
     return numbers
 
 
-def _not_reserved(alias: str) -> str:
-    """Refuse the aliases of promotion; in any case, since some databases of MLflow take `Champion` for `champion`."""
-    if alias.strip().casefold() in RESERVED_ALIASES:
-        raise ValueError(
-            f"{alias!r} is moved by promotion alone, so that every champion has passed the gates; use another alias, "
-            "such as challenger, and `python -m sfgrpo promote`"
-        )
-    return alias
-
-
 TaskWeights = Annotated[dict[Tag, NonNegativeFloat], AfterValidator(_every_task)]
-TaskCounts = Annotated[dict[Tag, NonNegativeInt], AfterValidator(_every_task)]
+TaskCounts = Annotated[dict[Tag, PromptCountOrZero], AfterValidator(_every_task)]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
@@ -57,13 +61,13 @@ class PromptsConfig:
 
     source: Literal["shapes", "geneval"]
     """World that the prompts describe."""
-    num_train: PositiveInt
+    num_train: PromptCount
     """Training prompts."""
     task_weights: TaskWeights
     """Relative frequency of each GenEval task among the training prompts."""
     num_evaluation: TaskCounts
     """Evaluation prompts of each task; none of them is trained on."""
-    edition: NonNegativeInt = 0
+    edition: Edition = 0
     """Number of the random draw of training prompts; evaluation prompts are the same in every edition."""
 
 
@@ -80,13 +84,13 @@ class PolicyConfig:
 
     Under `float16`, whose range is small, the loss is scaled before the backward pass.
     """
-    resolution: PositiveInt
+    resolution: Width
     """Height and width of an image in pixels."""
-    max_sequence_length: NonNegativeInt
-    """Tokens of the T5 encoder; 0 leaves the encoder out."""
-    lora_rank: PositiveInt
+    max_sequence_length: TokenCount
+    """Tokens of the T5 encoder; 0 leaves the encoder out, and the pipeline takes no more than 512."""
+    lora_rank: Width
     """Rank r of the adapter."""
-    lora_alpha: PositiveInt
+    lora_alpha: Count
     """Scale of the adapter: its output is multiplied by lora_alpha / lora_rank."""
     lora_targets: Annotated[tuple[Name, ...], MinLen(1)]
     """Suffixes of the names of the layers that are adapted."""
@@ -98,7 +102,7 @@ class SamplingConfig:
 
     sampler: SamplerName
     """Rule of one step; `ode` is deterministic."""
-    num_steps: Annotated[int, Ge(2)]
+    num_steps: Annotated[StepCount, Ge(2)]
     """Denoising steps K of a rollout."""
     noise_level: NonNegativeFloat
     """Noise eta of a stochastic step; 0 makes every sampler the ODE."""
@@ -110,11 +114,11 @@ class SamplingConfig:
 class RolloutConfig:
     """How many images are sampled between two updates of the policy."""
 
-    prompts_per_update: PositiveInt
+    prompts_per_update: ImageCount
     """Prompts P of one rollout."""
-    group_size: Annotated[int, Ge(2)]
+    group_size: Annotated[ImageCount, Ge(2)]
     """Images G of each prompt, which share their start noise and are compared with each other."""
-    micro_batch_size: PositiveInt
+    micro_batch_size: ImageCount
     """Images that are denoised together."""
 
     @property
@@ -127,9 +131,9 @@ class RolloutConfig:
 class EstimatesConfig:
     """How the clean image is estimated from an intermediate state; without effect under terminal credit."""
 
-    num_substeps: PositiveInt
+    num_substeps: StepCount
     """Euler substeps T' from a state to its clean estimate, capped by the remaining steps; 1 is Tweedie's formula."""
-    states: Annotated[tuple[NonNegativeInt, ...], MinLen(2)] | None = None
+    states: Annotated[tuple[StepIndex, ...], MinLen(2)] | None = None
     """States that are scored, ascending from 0 to K; steps between two of them share a gain; null is every state."""
 
 
@@ -163,9 +167,9 @@ class AdvantageConfig:
 class UpdateConfig:
     """How a rollout changes the policy."""
 
-    num_updates: PositiveInt
+    num_updates: Count
     """Updates of a run; each is one rollout and its optimiser steps."""
-    steps_per_update: PositiveInt
+    steps_per_update: Count
     """Optimiser steps per rollout; each takes its own share of the prompts."""
     learning_rate: PositiveFloat
     """Learning rate of AdamW; constant."""
@@ -181,13 +185,13 @@ class UpdateConfig:
     """Weight of the KL divergence from the initial policy; 0 saves the reference pass."""
     kl_form: KlForm
     """Variance in the KL: that of the step, or Flow-GRPO's, which leaves out dt."""
-    trained_steps: Annotated[tuple[NonNegativeInt, ...], MinLen(1)] | None = None
+    trained_steps: Annotated[tuple[StepIndex, ...], MinLen(1)] | None = None
     """Denoising steps in the objective, ascending; null is all but the last, which is never trained."""
-    micro_batch_size: PositiveInt
+    micro_batch_size: ImageCount
     """Images per forward and backward pass."""
     ratio_tolerance: PositiveFloat
     """Largest |ratio - 1| before the first optimiser step of an update; more stops the run."""
-    max_broken_updates: NonNegativeInt
+    max_broken_updates: CountOrZero
     """Updates of a run in which a reward, loss or gradient may be NaN or infinite; one more stops the run."""
 
 
@@ -203,9 +207,9 @@ class EmaConfig:
 class CheckpointConfig:
     """When the state of a run is saved."""
 
-    every_num_updates: PositiveInt
+    every_num_updates: Count
     """Updates between two checkpoints."""
-    keep: PositiveInt
+    keep: Count
     """Number of newest checkpoints that are kept."""
 
 
@@ -213,17 +217,17 @@ class CheckpointConfig:
 class EvaluationConfig:
     """How a policy is evaluated: fixed prompts and noise, deterministic sampler."""
 
-    num_steps: PositiveInt
+    num_steps: StepCount
     """Denoising steps of the ODE."""
     guidance_scale: GuidanceScale = 1.0
     """Classifier-free guidance weight; 1 disables it."""
-    images_per_prompt: PositiveInt
+    images_per_prompt: ImageCount
     """Images of each evaluation prompt."""
-    seed: NonNegativeInt
+    seed: Seed
     """Seed of the start noise; the same for every policy that is compared."""
-    micro_batch_size: PositiveInt
+    micro_batch_size: ImageCount
     """Images that are denoised together."""
-    every_num_updates: PositiveInt
+    every_num_updates: Count
     """Updates between two evaluations of a training run."""
     training_sampler: bool = False
     """Whether a training also measures the mean rewards of the stochastic sampler that it trains with."""
@@ -233,9 +237,9 @@ class EvaluationConfig:
 class RegistryConfig:
     """Where a trained policy is registered."""
 
-    model_name: Name
+    model_name: ModelName
     """Registered model in MLflow."""
-    alias: Annotated[Name, AfterValidator(_not_reserved)]
+    alias: NewAlias
     """Alias that the new version gets; `champion` and `previous` belong to promotion."""
 
 
@@ -245,7 +249,7 @@ class PromotionConfig:
 
     held_out: RewardConfig
     """Reward that training does not see, and that must not fall."""
-    seed: NonNegativeInt
+    seed: Seed
     """Seed of noise and bootstrap; not `evaluation.seed`, on whose noise the candidate was selected."""
     min_gain: UnitInterval
     """Gain in the overall score that is required beyond its standard error; 0 requires any gain."""
@@ -253,7 +257,7 @@ class PromotionConfig:
     """Required share of the champion's diversity, beyond its standard error."""
     error_rate: Annotated[float, Gt(0), Lt(0.5)]
     """Probability that a candidate no better than the champion passes."""
-    num_resamples: PositiveInt
+    num_resamples: ResampleCount
     """Resamples of the bootstrap."""
 
 
@@ -261,11 +265,11 @@ class PromotionConfig:
 class LaunchConfig:
     """How many processes share a training; apart from rounding, no result depends on it."""
 
-    num_processes: PositiveInt = 1
+    num_processes: ProcessCount = 1
     """Processes of each node, one per GPU; the default is one process that starts no others."""
-    num_nodes: PositiveInt = 1
+    num_nodes: ProcessCount = 1
     """Nodes, on each of which `python -m sfgrpo train` is started."""
-    max_restarts: NonNegativeInt = 0
+    max_restarts: CountOrZero = 0
     """Restarts of all processes, from the last checkpoint, after one of them failed."""
     sharding: Literal["none", "full"] = "none"
     """Whether every process holds all frozen weights, or each a part (FSDP2)."""

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, get_args
 
-from pydantic import NonNegativeInt
-
 from sfgrpo.config import schema
 from sfgrpo.config.loading import read_parameters, unknown_key, validated
 from sfgrpo.config.pretrain_schema import PretrainConfig, PretrainRewardConfig
+from sfgrpo.config.ranges import Seed
 from sfgrpo.config.schema import section
 from sfgrpo.errors import ConfigError
 from sfgrpo.types import TAGS
@@ -27,7 +26,7 @@ from sfgrpo.types import TAGS
 class PretrainStage:
     """Parameters of `pretrain`, which makes the base model."""
 
-    seed: NonNegativeInt
+    seed: Seed
     pretrain: PretrainConfig
 
 
@@ -35,7 +34,7 @@ class PretrainStage:
 class PretrainRewardStage:
     """Parameters of `pretrain_reward`, which makes the model behind the reward `clip`."""
 
-    seed: NonNegativeInt
+    seed: Seed
     pretrain_reward: PretrainRewardConfig
 
 
@@ -43,7 +42,7 @@ class PretrainRewardStage:
 class PromptsStage:
     """Parameters of `prompts`, which writes the prompt sets."""
 
-    seed: NonNegativeInt
+    seed: Seed
     prompts: schema.PromptsConfig
 
 
@@ -51,7 +50,7 @@ class PromptsStage:
 class TrainStage:
     """Parameters of `train`, which trains the adapter."""
 
-    seed: NonNegativeInt
+    seed: Seed
     policy: schema.PolicyConfig
     sampling: schema.SamplingConfig
     rollout: schema.RolloutConfig
@@ -83,7 +82,7 @@ class TrainStage:
 class EvaluateStage:
     """Parameters of `evaluate`, which compares the trained policy with the base model."""
 
-    seed: NonNegativeInt
+    seed: Seed
     policy: schema.PolicyConfig
     evaluation: schema.EvaluationConfig
     reward: schema.RewardConfig
@@ -267,7 +266,8 @@ def _promotion_conflicts(config: PromoteStage) -> Iterator[str]:
 
 
 def _indivisible(path: str, value: int, equation: str, total: int) -> str:
-    divisors = [divisor for divisor in range(1, total + 1) if total % divisor == 0]
+    small = [divisor for divisor in range(1, math.isqrt(total) + 1) if total % divisor == 0]
+    divisors = sorted({*small, *(total // divisor for divisor in small)})
     below = max(divisor for divisor in divisors if divisor <= value)
     nearest = {below, *(divisor for divisor in divisors if divisor > value and divisor <= 2 * value)}
     return f"{path}: {value} does not divide {equation} = {total}; use {' or '.join(map(str, sorted(nearest)[:2]))}"

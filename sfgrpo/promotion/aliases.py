@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from sfgrpo.config.schema import RESERVED_ALIASES
+from sfgrpo.config.names import RESERVED_ALIASES
 from sfgrpo.promotion.history import HistoryError, Promotion, PromotionHistory, append, read_history
 from sfgrpo.registry.register import RegistryError, smoke_test
 from sfgrpo.registry.versions import number_of_alias, read_version

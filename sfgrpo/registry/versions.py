@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfgrpo.config.loading import as_config_error
+from sfgrpo.config.names import checked_alias, checked_model_name
 from sfgrpo.errors import ConfigError, IntegrityError
 from sfgrpo.registry.register import MANIFEST_TAG, RegistryError
 from sfgrpo.runtime.manifest import MANIFEST, sha256_of_file, verify_manifest
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>[1-9][0-9]*))")
+ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>[1-9][0-9]{0,9}))")
+MAX_NUMBER = 2**31 - 1
+"""The largest number of a version that MLflow's databases hold."""
 PLAIN_SUFFIXES = frozenset({".json", ".md", ".png", ".py", ".safetensors", ".txt", ".yaml"})
 PLAIN_NAMES = frozenset({"MLmodel"})
 RESOLVED_BY_MLFLOW = "registered_model_meta"
@@ -66,9 +70,13 @@ def find_version(client: MlflowClient, address: str) -> Version:
         RegistryError: There is no such model, alias or version; the message lists the existing ones.
     """
     parts = ADDRESS.fullmatch(address)
-    if parts is None:
+    if parts is None or int(parts["number"] or 1) > MAX_NUMBER:
         raise ConfigError(f"{address!r} is no model; give models:/NAME@ALIAS or models:/NAME/NUMBER")
     name, alias, number = parts["name"], parts["alias"], parts["number"]
+    with as_config_error(address):
+        checked_model_name(name)
+        # MLflow's word for the newest version is refused too: it means another version after every registration.
+        checked_alias(alias or "none")
     found = number_of_alias(client, name, alias) if alias else int(number)
     version = None if found is None else read_version(client, name, found)
     if version is None:

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import pydantic
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sfgrpo.config.loading import unknown_key
+from sfgrpo.config.ranges import ProcessCount, RunId
 from sfgrpo.errors import ConfigError
 
 PREFIX = "SFGRPO_"
@@ -24,19 +25,19 @@ class Environment(BaseSettings):
 
     tracking_uri: str = Field(default="sqlite:///mlflow.db", validation_alias="MLFLOW_TRACKING_URI")
     """MLflow server or database; the default is a file in the working directory."""
-    run_id: str | None = Field(default=None, validation_alias="MLFLOW_RUN_ID")
+    run_id: RunId | None = Field(default=None, validation_alias="MLFLOW_RUN_ID")
     """MLflow run to write to, set by the parent process; None starts or finds one."""
     scratch_dir: Path = Field(default=Path(".scratch"), validation_alias="SFGRPO_SCRATCH")
     """Folder of the resumable state of runs."""
-    device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)(:[0-9]+)?$")
+    device: str = Field(default="auto", pattern="^(auto|(cpu|cuda|mps)(:[0-9]{1,3})?)$")
     """torch device of the policy; `auto` takes a GPU if there is one."""
-    evaluation_device: str | None = Field(default=None, pattern="^(cpu|cuda|mps)(:[0-9]+)?$")
+    evaluation_device: str | None = Field(default=None, pattern="^(cpu|cuda|mps)(:[0-9]{1,3})?$")
     """torch device on which a flow evaluates a running training; None lets the training do it itself."""
-    num_threads: PositiveInt | None = None
+    num_threads: ProcessCount | None = None
     """CPU threads of torch; None leaves the choice to it."""
-    timeout_s: PositiveFloat = 600
+    timeout_s: float = Field(default=600, gt=0, le=10**6)
     """Seconds that a process of a training waits for the others."""
-    grace_s: PositiveFloat = 20
+    grace_s: float = Field(default=20, gt=0, le=10**6)
     """Seconds that a training has to save its state when it is told to stop; Prefect gives 30 in all."""
     mirror: str | None = Field(default=None, pattern="^s3://[^/]+")
     """Bucket and prefix, s3://BUCKET/PREFIX, that keep a copy of the resumable state of trainings."""

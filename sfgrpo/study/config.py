@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 from annotated_types import MinLen
-from pydantic import NonNegativeInt, PositiveInt
 
 from sfgrpo.config.loading import read_mapping, unknown_key, validated
-from sfgrpo.config.schema import Name, section
+from sfgrpo.config.ranges import Count, Name, Seed
+from sfgrpo.config.schema import section
 from sfgrpo.config.stages import PromptsStage, TrainStage, load_config
 from sfgrpo.errors import ConfigError
 
@@ -51,11 +51,11 @@ class Plan:
 
     preset: Name
     """Name of the preset."""
-    seeds: Annotated[tuple[NonNegativeInt, ...], MinLen(1)]
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)]
     """Seeds of every row."""
-    num_updates: PositiveInt
+    num_updates: Count
     """Updates of every run."""
-    evaluate_every_num_updates: PositiveInt
+    evaluate_every_num_updates: Count
     """Updates between two evaluations, and between two checkpoints."""
     rows: Annotated[dict[Name, Name], MinLen(1)]
     """Parameter files in `ROWS`, without their ending, with their labels, in the order in which they run."""

@@ -133,7 +133,17 @@ def test_data_in_the_bucket_is_encrypted_as_all_else_is(checkout, monkeypatch, e
     assert (settings["core"]["remote"], settings["cache"]["dir"]) == ("store", str(checkout / ".dvc/cache"))
 
 
-@pytest.mark.parametrize(("name", "branch"), [("Tuesday's run: no. 2", "runs/Tuesday-s-run-no-2"), ("..", "runs/0123")])
+@pytest.mark.parametrize(
+    ("name", "branch"),
+    [
+        ("Tuesday's run: no. 2", "runs/Tuesday-s-run-no-2"),
+        ("..", "runs/0123"),
+        ("x" * 300, f"runs/{'x' * 100}"),
+        ("ä" * 300 + "x", "runs/x"),
+        ("a\n\nPrefect-Flow-Run: other", "runs/a-Prefect-Flow-Run-other"),
+        ("kreis.lock", "runs/kreis-lock"),
+    ],
+)
 def test_any_name_of_a_run_makes_a_branch(checkout, name, branch):
     here = planned(checkout, "0123", name)
     here.folder.mkdir(parents=True)
