@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 
 import numpy as np
@@ -13,38 +14,66 @@ import numpy as np
 from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.stages import PromptsStage
 from sfgrpo.errors import ConfigError
+from sfgrpo.geneval.metadata import parse_prompt
+from sfgrpo.runtime.lines import read_lines
 from sfgrpo.types import Prompt
 
 GENEVAL = Path("data/geneval")
+WRITE_PROMPTS = "write it by `python -m sfgrpo prompts`"
+RESTORE_GENEVAL = f"restore it by `git checkout {GENEVAL}`"
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Read a file of GenEval metadata, one JSON object a line.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFile:
+    """The prompts of a file, and the lines that they stand on."""
+
+    path: Path
+    prompts: Sequence[Prompt]
+    lines: Sequence[int]
+
+    def place(self, index: int) -> str:
+        """Return path and line of the prompt at a position, for a message."""
+        return f"{self.path}:{self.lines[index]}"
+
+
+def read_prompts(path: Path, cure: str = WRITE_PROMPTS) -> list[Prompt]:
+    """Read a file of GenEval metadata; see `read_prompt_file`."""
+    return list(read_prompt_file(path, cure).prompts)
+
+
+def read_prompt_file(path: Path, cure: str = WRITE_PROMPTS) -> PromptFile:
+    """Read a file of GenEval metadata, one JSON object a line, with the line of every prompt; blank lines are left out.
 
     Raises:
-        ValueError: a line is not a prompt; the message starts with path and line number.
+        ConfigError: the file cannot be read, where `cure` says what to do, or holds no prompt, or one of its lines is
+            no prompt; the message starts with path and line number.
     """
     prompts: list[Prompt] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            prompts.append(Prompt.from_metadata(json.loads(line)))
-        except KeyError as error:
-            raise ValueError(f"{path}:{number}: key {error} is missing; write a line of GenEval metadata") from error
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
-    return prompts
+    lines: list[int] = []
+    for number, line in read_lines(path, cure):
+        with as_config_error(f"{path}:{number}"):
+            prompts.append(parse_prompt(line))
+        lines.append(number)
+    if not prompts:
+        raise ConfigError(f"{path}: holds no prompt; {cure}")
+    return PromptFile(path=path, prompts=prompts, lines=lines)
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
     """Write a file of GenEval metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not atomic_write: inside an atomic_directory it would wait for the lock of that block for ever.
-    path.write_text(_to_lines(prompts), encoding="utf-8")
+    path.write_text(to_lines(prompts), encoding="utf-8")
 
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:
     """Return the SHA-256, in hex, of the file that `write_prompts` would write."""
-    return hashlib.sha256(_to_lines(prompts).encode()).hexdigest()
+    return hashlib.sha256(to_lines(prompts).encode()).hexdigest()
+
+
+def to_lines(prompts: Iterable[Prompt]) -> str:
+    """Return the text of a file of GenEval metadata."""
+    return "".join(f"{json.dumps(prompt.to_metadata())}\n" for prompt in prompts)
 
 
 def prompts_of_update(prompts: Sized, update_index: int, prompts_per_update: int, seed: int) -> list[int]:
@@ -67,10 +96,6 @@ def prompts_of_update(prompts: Sized, update_index: int, prompts_per_update: int
     orders = [np.random.default_rng([seed, epoch]).permutation(len(prompts)) for epoch in epochs]
     start = first - epochs.start * len(prompts)
     return [int(position) for position in np.concatenate(orders)[start : start + prompts_per_update]]
-
-
-def _to_lines(prompts: Iterable[Prompt]) -> str:
-    return "".join(f"{json.dumps(prompt.to_metadata())}\n" for prompt in prompts)
 
 
 def make_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
@@ -99,14 +124,16 @@ def _shapes_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
 def _geneval_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
     from sfgrpo.geneval.prompt_sets import training_prompts
 
-    evaluation = read_prompts(GENEVAL / "evaluation_metadata.jsonl")
+    evaluation = read_prompts(GENEVAL / "evaluation_metadata.jsonl", RESTORE_GENEVAL)
     counts = dict(Counter(prompt.tag for prompt in evaluation))
     if counts != config.prompts.num_evaluation:
         raise ConfigError(
             f"prompts.num_evaluation: {config.prompts.num_evaluation} is not GenEval's own set; with prompts.source "
             f"geneval it must be {counts}"
         )
-    names = (GENEVAL / "object_names.txt").read_text(encoding="utf-8").splitlines()
+    names = [line.strip() for _, line in read_lines(GENEVAL / "object_names.txt", RESTORE_GENEVAL)]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ConfigError(f"{GENEVAL / 'object_names.txt'}: its class names are not distinct; {RESTORE_GENEVAL}")
     with as_config_error("prompts.task_weights"):
         training = training_prompts(
             names,

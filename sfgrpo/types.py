@@ -7,7 +7,7 @@ Dimension suffixes: `P` prompts, `G` images per prompt (the group), `N` = P*G, `
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 if TYPE_CHECKING:
@@ -40,22 +40,6 @@ class Clause:
     position: tuple[Relation, int] | None = None
     """Relation of this object to the include clause of the given index."""
 
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> Clause:
-        """Read one item of GenEval's include or exclude list."""
-        unknown = set(metadata) - {"class", "count", "color", "position"}
-        if unknown:
-            raise ValueError(f"clause has unknown keys {sorted(unknown)}; allowed are class, count, color, position")
-        position = metadata.get("position")
-        if position is not None and position[0] not in RELATIONS:
-            raise ValueError(f"relation {position[0]!r} is unknown; allowed are {', '.join(RELATIONS)}")
-        return cls(
-            class_name=metadata["class"],
-            count=metadata["count"],
-            color=metadata.get("color"),
-            position=None if position is None else (position[0], position[1]),
-        )
-
     def to_metadata(self) -> dict[str, Any]:
         """Return the item as GenEval writes it: absent keys instead of nulls."""
         metadata: dict[str, Any] = {"class": self.class_name, "count": self.count}
@@ -74,18 +58,6 @@ class Prompt:
     tag: Tag
     include: tuple[Clause, ...]
     exclude: tuple[Clause, ...] = ()
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> Prompt:
-        """Read one line of a GenEval metadata file."""
-        if metadata["tag"] not in TAGS:
-            raise ValueError(f"tag {metadata['tag']!r} is unknown; allowed are {', '.join(TAGS)}")
-        return cls(
-            text=metadata["prompt"],
-            tag=metadata["tag"],
-            include=tuple(map(Clause.from_metadata, metadata["include"])),
-            exclude=tuple(map(Clause.from_metadata, metadata.get("exclude", ()))),
-        )
 
     def to_metadata(self) -> dict[str, Any]:
         """Return the line in GenEval's own key order."""

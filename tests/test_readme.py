@@ -26,6 +26,7 @@ PAGES = (
     "docs/metrics.md",
     "docs/training.md",
     "docs/platform.md",
+    "docs/prompts.md",
     "docs/results.md",
     "infra/README.md",
     "infra/terraform/README.md",

@@ -6,7 +6,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from sfgrpo.config.stages import PromoteStage
-from sfgrpo.errors import SfgrpoError
 from sfgrpo.factory import use_threads
 from sfgrpo.paths import EVALUATION_PROMPTS, PROMOTION_DECISION, PROMOTION_REPORT, PROMOTION_TEXT
 from sfgrpo.promotion.decision import PROMPTS, Baseline, EvaluationRecord, PromotionDecision, tag_version
@@ -15,7 +14,7 @@ from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, 
 from sfgrpo.promotion.gates import Comparison, ModelScores, compare_scores
 from sfgrpo.promotion.history import PromotionHistory
 from sfgrpo.promotion.report import SAMPLES, decision_sentence, promotion_report
-from sfgrpo.prompts import prompts_digest, read_prompts
+from sfgrpo.prompts import prompts_digest, read_prompts, to_lines
 from sfgrpo.registry.versions import Version, download_version
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, temporary_directory
@@ -46,7 +45,7 @@ def compare_versions(
 
     Raises:
         RegistryError: A version is not what was registered.
-        SfgrpoError: There are no evaluation prompts.
+        ConfigError: There are no evaluation prompts.
     """
     from sfgrpo.runtime.timing import PhaseClock
     from sfgrpo.tracking.sample_grid import sample_grid
@@ -71,6 +70,7 @@ def compare_versions(
         correct = {name: evaluation.correct for name, evaluation in evaluations.items()}
         write_decision(decision, report, sample_grid(setup.prompts, images, correct, setup.shown))
         _log(tracker, config, decision, record, report)
+        tracker.log_text(to_lines(setup.prompts), PROMPTS)
     tag_version(client, decision, record)
     return decision
 
@@ -106,8 +106,6 @@ def _read_setup(config: PromoteStage) -> EvaluationSetup:
     from sfgrpo.evaluation.evaluate import protocol_of
     from sfgrpo.tracking.sample_grid import pick_rows
 
-    if not EVALUATION_PROMPTS.exists():
-        raise SfgrpoError(f"{EVALUATION_PROMPTS} does not exist; write it by `python -m sfgrpo prompts`")
     prompts = read_prompts(EVALUATION_PROMPTS)
     return EvaluationSetup(
         prompts=prompts,
@@ -198,6 +196,5 @@ def _log(
     tracker.log_metrics(decision.metrics, 0)
     tracker.log_text(decision.to_json(), PROMOTION_DECISION.name)
     tracker.log_text(report, PROMOTION_TEXT.name)
-    tracker.log_text(EVALUATION_PROMPTS.read_text(encoding="utf-8"), PROMPTS)
     tracker.log_image(PROMOTION_REPORT / SAMPLES, "samples", 0)
     tracker.set_tags({"promotion/decision": "promoted" if decision.promoted else "not promoted"})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sfgrpo.errors import TrackingError
+from sfgrpo.runtime.lines import read_lines
 from sfgrpo.runtime.manifest import sha256_of_file
 from sfgrpo.tracking.base import RunStatus, Tracker, param_texts
 from sfgrpo.tracking.delivery import DeliveryQueue, first_line
@@ -102,13 +103,12 @@ class MlflowTracker(Tracker):
         self._put(functools.partial(self._run.log_text, text, name))
 
     def log_prompts(self, path: Path, name: str, context: Literal["training", "evaluation"]) -> None:
-        num_prompts = sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
         fields = {
             "name": name,
             "digest": sha256_of_file(path)[:16],
             "source_type": "local",
             "source": json.dumps({"uri": str(path)}),
-            "profile": json.dumps({"num_rows": num_prompts}),
+            "profile": json.dumps({"num_rows": len(read_lines(path))}),
         }
         self._put(functools.partial(self._run.log_dataset, fields, context))
 

@@ -559,7 +559,7 @@ def test_missing_prompts_are_reported(registry, tmp_path, monkeypatch, capsys):
     registry.register("promptless")
     shutil.copy(registry.folder / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert main(["promote", "--model", "promptless"]) == 1
+    assert main(["promote", "--model", "promptless"]) == 2
     assert "data/prompts/evaluation.jsonl does not exist; write it by" in capsys.readouterr().err
 
 

@@ -9,6 +9,7 @@ import json
 import pytest
 
 from sfgrpo.geneval import grammar
+from sfgrpo.geneval.metadata import parse_prompt
 from sfgrpo.geneval.prompt_sets import (
     largest_remainder,
     training_prompts,
@@ -42,11 +43,11 @@ def rebuilt(prompt: Prompt) -> Prompt:
 
 
 def test_every_published_line_survives_reading_and_writing():
-    assert [json.dumps(Prompt.from_metadata(json.loads(line)).to_metadata()) for line in LINES] == LINES
+    assert [json.dumps(parse_prompt(line).to_metadata()) for line in LINES] == LINES
 
 
 def test_every_published_prompt_is_built_again_from_its_clauses():
-    prompts = [Prompt.from_metadata(json.loads(line)) for line in LINES]
+    prompts = [parse_prompt(line) for line in LINES]
     assert list(map(rebuilt, prompts)) == prompts
     assert len(prompts) == 553
 

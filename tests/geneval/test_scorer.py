@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sfgrpo.geneval.grammar import color_attr, colors, counting, position, single_object, two_object
+from sfgrpo.geneval.metadata import prompt_from_metadata
 from sfgrpo.geneval.relations import relations_between
 from sfgrpo.geneval.scorer import (
     filter_detections,
@@ -32,7 +33,7 @@ def golden() -> list[tuple[dict[str, Any], Prompt, list[Detection]]]:
     return [
         (
             vector,
-            Prompt.from_metadata(vector["meta"] | {"prompt": ""}),
+            prompt_from_metadata(vector["meta"] | {"prompt": "golden"}),
             [
                 seen(name, score, tuple(box), vector["colors"].get(",".join(map(str, box))))
                 for name, found in vector["dets"].items()

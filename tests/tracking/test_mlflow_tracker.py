@@ -286,7 +286,8 @@ def test_deleted_run_is_not_reopened(uri):
 
 def test_prompts_are_an_input_with_their_digest(uri, tmp_path):
     path = tmp_path / "train.jsonl"
-    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    # One line end stands inside a text, and one line is blank.
+    path.write_bytes('\ufeff{"prompt": "a\u2028"}\r\n\r\n{"prompt": "b"}'.encode())
     run = tracker(uri)
     run.log_prompts(path, "training-prompts", "training")
     run.open()
