@@ -17,6 +17,7 @@ from tests.support.stub_pipeline import (
     build_stub_pipeline,
     calls,
     change_param,
+    outputs_of,
     read_definition,
     stub_environment,
 )
@@ -33,12 +34,12 @@ CONFIGS = {
 }
 
 
-def dvc(folder: Path, *arguments: str) -> str:
+def dvc(folder: Path, *arguments: str, status: int = 0) -> str:
     command = [sys.executable, "-m", "dvc", *arguments]
     answer = subprocess.run(
         command, cwd=folder, env=stub_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    assert answer.returncode == 0, answer.stdout
+    assert answer.returncode == status, answer.stdout
     return answer.stdout
 
 
@@ -59,7 +60,7 @@ def test_command_of_a_stage_is_its_command_line(stage):
 
 
 def test_outs_are_the_folders_that_the_stages_write():
-    outs = {stage: DEFINED[stage]["outs"] for stage in ("prompts", "train", "evaluate")}
+    outs = {stage: outputs_of(DEFINED[stage]) for stage in ("prompts", "train", "evaluate")}
     assert outs == {
         "prompts": [str(paths.PROMPTS)],
         "train": [str(paths.POLICY), str(paths.TRAIN_REPORT)],
@@ -116,6 +117,23 @@ def test_parameters_set_back_are_restored_without_training(pipeline):
     (pipeline / "params.yaml").write_text(shipped)
     dvc(pipeline, "repro")
     assert calls(pipeline) == []
+
+
+@pytest.mark.slow
+def test_prompts_that_a_person_edited_outlast_dvc(pipeline):
+    (pipeline / "real_prompts").touch()
+    dvc(pipeline, "repro", "prompts")
+    training = pipeline / "data/prompts/train.jsonl"
+    edited = training.read_text() + training.read_text().split("\n")[0] + "\n"
+    training.write_text(edited)
+    refused = dvc(pipeline, "repro", "prompts", status=255)
+    assert "data/prompts/train.jsonl: was edited after `python -m sfgrpo prompts`, which would delete it" in refused
+    assert "exited with 2" in refused
+    assert training.read_text() == edited
+    # The cure of the message.
+    dvc(pipeline, "commit", "--force", "prompts")
+    assert "Stage 'prompts' didn't change, skipping" in dvc(pipeline, "repro", "prompts")
+    assert training.read_text() == edited
 
 
 def test_edit_of_code_that_only_records_leaves_the_pipeline_up_to_date(pipeline):

@@ -2,18 +2,71 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
 from sfgrpo.config.stages import PromptsStage
+from sfgrpo.errors import ConfigError
 from sfgrpo.paths import EVALUATION_PROMPTS, PROMPTS, TRAINING_PROMPTS
-from sfgrpo.prompts import make_prompts, write_prompts
+from sfgrpo.prompts import make_prompts, to_lines
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory
+from sfgrpo.runtime.manifest import MANIFEST, manifest_digests, sha256_of_file, write_manifest
 
 
 def prompts(config: PromptsStage, _: Environment) -> None:
-    """Write the training and the evaluation prompts."""
+    """Write the training and the evaluation prompts, with a manifest by which the next call knows what is its own.
+
+    Raises:
+        ConfigError: the folder holds what a person has written or edited.
+    """
     training, evaluation = make_prompts(config)
+    wanted = {TRAINING_PROMPTS.name: to_lines(training), EVALUATION_PROMPTS.name: to_lines(evaluation)}
+    require_own(PROMPTS, wanted)
     with atomic_directory(PROMPTS) as partial:
-        write_prompts(partial / TRAINING_PROMPTS.name, training)
-        write_prompts(partial / EVALUATION_PROMPTS.name, evaluation)
+        for name, text in wanted.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        write_manifest(partial)
     unique = len({prompt.text for prompt in training})
     print(f"{len(training)} training prompts ({unique} unique) and {len(evaluation)} evaluation prompts in {PROMPTS}")
+
+
+def require_own(folder: Path, wanted: Mapping[str, str]) -> None:
+    """Refuse to replace a folder in which anything is neither as its manifest says nor as it is going to be.
+
+    What is missing may be written anew: only what is there can be lost.
+    """
+    if not folder.is_dir():
+        if folder.exists() or folder.is_symlink():
+            raise ConfigError(f"{folder}: is no folder, and the prompts need one of that name; move it away")
+        return
+    digests = {name: {hashlib.sha256(text.encode()).hexdigest()} for name, text in wanted.items()}
+    for name, digest in _recorded(folder).items():
+        digests.setdefault(name, set()).add(digest)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or name == MANIFEST:
+            continue
+        if name not in digests or _digest(path) not in digests[name]:
+            change = "was edited after" if name in digests else "was not written by"
+            raise ConfigError(
+                f"{path}: {change} `python -m sfgrpo prompts`, which would delete it; to train with it, "
+                f"give it to DVC by `dvc commit --force prompts`, or to have prompts drawn anew, move {folder} away"
+            )
+
+
+def _digest(path: Path) -> str | None:
+    """Return the SHA-256 of a file; None if it cannot be read."""
+    try:
+        return sha256_of_file(path)
+    except OSError:
+        return None
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    """Return the digests of the manifest; none if it is absent or damaged."""
+    try:
+        return manifest_digests(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

@@ -20,6 +20,10 @@ STUB = """
 import json, os, pathlib, sys
 
 stage = sys.argv[1]
+if stage == "prompts" and pathlib.Path("real_prompts").exists():
+    from sfgrpo.cli import main
+
+    sys.exit(main())
 with open("calls.txt", "a") as calls:
     print(stage, file=calls)
 print(f"stub runs {stage}", flush=True)
@@ -87,13 +91,18 @@ def build_stub_pipeline(folder: Path) -> None:
     (folder / "sfgrpo/__main__.py").write_text(STUB)
     stages = read_definition()["stages"]
     # The outputs of frozen stages are files of the repository.
-    shipped = {output for stage in stages.values() if stage.get("frozen") for kept in stage["outs"] for output in kept}
-    made = {output for stage in stages.values() if not stage.get("frozen") for output in stage["outs"]}
+    shipped = {output for stage in stages.values() if stage.get("frozen") for output in outputs_of(stage)}
+    made = {output for stage in stages.values() if not stage.get("frozen") for output in outputs_of(stage)}
     for dependency in {path for stage in stages.values() for path in stage["deps"]} - made | shipped:
         if not (path := folder / dependency).exists():
             path.mkdir(parents=True)
             (path / "content").touch()
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+
+
+def outputs_of(stage: dict[str, Any]) -> list[str]:
+    """List the outputs of a stage, with or without settings of their own."""
+    return [name for output in stage["outs"] for name in ([output] if isinstance(output, str) else output)]
 
 
 def stub_environment() -> dict[str, str]:
