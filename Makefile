@@ -3,6 +3,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 S3_INSTALLED := .venv-s3/.installed
 INFRA_INSTALLED := .venv-infra/.installed
+TOOLS_INSTALLED := .venv-supply/.installed
+SUPPLY := infra/supply
 
 # Processes that share the tests, a module at a time: one more than two cores, since some always wait for a server.
 JOBS ?= 3
@@ -10,18 +12,18 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope --no-l
 
 .DEFAULT_GOAL := help
 FORM ?= short
-.PHONY: help bench setup s3-server infra-tools stack stack-down stack-status deploy demo repro study test test-distributed \
+.PHONY: help bench setup s3-server infra-tools lock audit sbom images stack stack-down stack-status deploy demo repro study test test-distributed \
 	test-stack soak check format clean
 
 help: ## Lists the targets
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
 
-setup: $(INSTALLED) ## Installs the locked packages into .venv
+setup: $(INSTALLED) ## Installs the locked packages into .venv; TORCH=cpu or TORCH=pypi chooses the build of torch
 
-$(INSTALLED): requirements.lock
+$(INSTALLED): requirements.lock $(SUPPLY)/build.lock $(SUPPLY)/torch.lock $(SUPPLY)/torch-cpu.lock
 	@echo "Installing $$(grep -c == requirements.lock) packages into .venv; this takes some minutes ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -r requirements.lock
+	@TORCH=$(TORCH) $(SUPPLY)/install_product.sh .venv
 	@touch $@
 
 s3-server: $(S3_INSTALLED) ## Installs the local S3 server into .venv-s3
@@ -29,16 +31,34 @@ s3-server: $(S3_INSTALLED) ## Installs the local S3 server into .venv-s3
 $(S3_INSTALLED): infra/s3_server/requirements.lock
 	@echo "Installing $$(grep -c == infra/s3_server/requirements.lock) packages into .venv-s3 ..."
 	@$(PYTHON) -m venv .venv-s3
-	@.venv-s3/bin/python -m pip install --quiet --quiet --disable-pip-version-check -r infra/s3_server/requirements.lock
+	@$(SUPPLY)/install.sh .venv-s3 infra/s3_server/requirements.lock
 	@touch $@
 
 infra-tools: $(INFRA_INSTALLED) ## Installs the tools that validate infra into .venv-infra
 
-$(INFRA_INSTALLED): infra/requirements.txt
-	@echo "Installing $$(grep -c == infra/requirements.txt) packages into .venv-infra ..."
+$(INFRA_INSTALLED): infra/requirements.lock
+	@echo "Installing $$(grep -c == infra/requirements.lock) packages into .venv-infra ..."
 	@$(PYTHON) -m venv .venv-infra
-	@.venv-infra/bin/python -m pip install --quiet --quiet --disable-pip-version-check -r infra/requirements.txt
+	@$(SUPPLY)/install.sh .venv-infra infra/requirements.lock
 	@touch $@
+
+$(TOOLS_INSTALLED): $(SUPPLY)/tools.lock
+	@echo "Installing $$(grep -c == $(SUPPLY)/tools.lock) packages into .venv-supply ..."
+	@$(PYTHON) -m venv .venv-supply
+	@$(SUPPLY)/install.sh .venv-supply $(SUPPLY)/tools.lock
+	@touch $@
+
+lock: $(TOOLS_INSTALLED) ## Makes the locks from requirements.in and the others; OPTIONS=--upgrade takes the newest versions
+	@.venv-supply/bin/python -m infra.supply.lock $(OPTIONS)
+
+audit: $(TOOLS_INSTALLED) ## Looks the locked packages up in PyPI's list of known vulnerabilities
+	@.venv-supply/bin/python -m infra.supply.audit
+
+sbom: setup $(TOOLS_INSTALLED) ## Writes what is in .venv to sbom.cdx.json, a CycloneDX bill of materials
+	@.venv-supply/bin/cyclonedx-py environment --output-reproducible --output-file sbom.cdx.json .venv/bin/python
+
+images: ## Pins every image to the digest that its registry has now; needs Docker
+	@$(PYTHON) -m infra.supply.images --pin
 
 bench: setup ## Times an update beside its bare arithmetic; on a GPU, SD3.5-M with random weights
 	@$(BIN)/python -m benchmarks.update

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from infra.supply.lock import MAIN, read_lock
 from tests.support.paths import ROOT
 
 INFRA = ROOT / "infra"
@@ -28,7 +29,7 @@ DATABASES = INFRA / "postgres" / "databases.sh"
 KUBERNETES = INFRA / "kubernetes"
 TRAINING = KUBERNETES / "training.yaml"
 TRAINJOB = KUBERNETES / "trainjob.yaml"
-DOCKERFILES = sorted((INFRA / "docker").iterdir())
+DOCKERFILES = sorted((INFRA / "docker").glob("Dockerfile.*"))
 BASE = sorted(path for path in (KUBERNETES / "base").glob("*.yaml") if path.name != "kustomization.yaml")
 OVERLAYS = ("cpu", "gpu")
 TEMPLATES = [KUBERNETES / "overlays" / overlay / "base-job-template.json" for overlay in OVERLAYS]
@@ -191,10 +192,8 @@ def shell_syntax(path: Path) -> str:
 
 def locked_versions(path: Path) -> str:
     """The servers have the versions of the clients that are locked."""
-    lock = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(encoding="utf-8"), re.M))
-    text = path.read_text(encoding="utf-8")
-    found = re.findall(r"[/-](prefect|mlflow):v?(\d+\.\d+\.\d+)|\b(boto3)==(\S+)", text)
-    pairs = [(first or third, second or fourth) for first, second, third, fourth in found]
+    lock = {package.name: package.version for package in read_lock(ROOT / MAIN)}
+    pairs = re.findall(r"[/-](prefect|mlflow):v?(\d+\.\d+\.\d+)", path.read_text(encoding="utf-8"))
     assert pairs, f"{path} names none of them"
     return "\n".join(f"{name} {version}, locked {lock[name]}" for name, version in pairs if lock[name] != version)
 
@@ -343,12 +342,12 @@ ACCOUNTS = KUBERNETES / "base" / "accounts.yaml"
 GPU_TEMPLATE = TEMPLATES[1]
 PLANTED: list[tuple[Check, Path, str, str, str]] = [
     (lint, CPU, "install --yes", "install", "DL3014"),
-    (lint, MLFLOW, "psycopg2-binary==2.9.13", "psycopg2-binary", "DL3013"),
+    (lint, MLFLOW, "--requirement /tmp/mlflow.lock", "psycopg2-binary", "DL3013"),
     (image_rules, CPU, "FROM python:3.11.15-slim-bookworm\n", "FROM python:latest\n", "not pinned"),
     (image_rules, CPU, "USER 10001:10001", "USER root", "runs as root"),
     (image_rules, CPU, "git tini", "git tini gcc", "build tool: gcc"),
     (image_rules, MLFLOW, "image.revision=", "image.revisoin=", "no label: revision"),
-    (locked_versions, MLFLOW, "boto3==", "boto3==0.", "boto3 0"),
+    (locked_versions, MLFLOW, "mlflow:v", "mlflow:v0.", "mlflow 0"),
     (compose_schema, COMPOSE, "healthcheck:", "heathcheck:", "heathcheck"),
     (compose_rules, COMPOSE, "healthcheck:", "x-healthcheck:", "postgres: no health check"),
     (compose_rules, COMPOSE, "postgres:17.10-bookworm", "postgres:latest", "image is not pinned"),
