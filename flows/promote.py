@@ -29,7 +29,7 @@ class Approval(RunInput):
 def promote(model: str | None = None, version: int | None = None, approval: bool = False) -> dict[str, Any]:
     """Compare a candidate with the champion on the same prompts and noise; move the aliases if it is better.
 
-    The new champion has to be sampled by its alias. If that fails, the aliases move back and the run fails.
+    The candidate has to be what was registered, and to draw an image. Otherwise no alias moves and the run fails.
 
     Args:
         model: Registered model; empty takes that of params.yaml.

@@ -44,6 +44,10 @@ class MemoryExhaustedError(SfgrpoError):
     """An allocation failed; the message gives the phase, the memory in use and the parameter to lower."""
 
 
+class RegistryError(SfgrpoError):
+    """A registered version does not exist, is not what was registered, or draws no image."""
+
+
 class Preempted(SfgrpoError):
     """The run was told to stop before it was done; starting it again resumes it."""
 

@@ -27,7 +27,7 @@ def decide(model: str | None = None, version: int | None = None) -> dict[str, An
 
 @stage_task("apply", "apply decision {run_id}")
 def apply(run_id: str) -> None:
-    """Make the candidate of a decision champion, sample from it by its alias, and roll back if that fails.
+    """Make the candidate of a decision champion, after its files were verified and it has drawn an image.
 
     After a crash it can be repeated: the promotion history says what was done already.
     """

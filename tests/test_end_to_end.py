@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from sfgrpo.checkpoint.state import update_of
-from sfgrpo.registry.register import PNG_SIGNATURE, draw
+from sfgrpo.registry.drawing import PNG_SIGNATURE
 from sfgrpo.tracking.mlflow_client import connect
 from tests.support.clone import MODEL, NUM_UPDATES, SMALL, TIMEOUT_S, Clone, build_clone, finished
+from tests.support.registry import draw
 from tests.support.tiny_run import write_params
 
 pytestmark = [

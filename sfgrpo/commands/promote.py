@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sfgrpo.config.stages import PromoteStage
+from sfgrpo.errors import RegistryError
 from sfgrpo.paths import PROMOTION_REPORT
-from sfgrpo.promotion.aliases import promote_version, rollback_champion, sync_aliases, verify_champion
+from sfgrpo.promotion.aliases import promote_version, rollback_champion, sync_aliases
 from sfgrpo.promotion.compare import compare_versions, keep_champion
-from sfgrpo.promotion.decision import PromotionDecision, read_decision
+from sfgrpo.promotion.decision import read_decision
 from sfgrpo.promotion.history import HistoryError, PromotionHistory
-from sfgrpo.registry.register import RegistryError, connect_globally
-from sfgrpo.registry.versions import download_version, find_version, require_model
+from sfgrpo.registry.register import connect_globally
+from sfgrpo.registry.versions import Version, find_version, require_model
 from sfgrpo.runtime.environment import Environment
-from sfgrpo.runtime.files import temporary_directory
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,7 +33,7 @@ def promote(
 
     Raises:
         HistoryError: Another promotion or rollback was decided meanwhile.
-        RegistryError: A version is not what was registered, or the new champion cannot draw.
+        RegistryError: A version is not what was registered, or the candidate cannot draw; no alias has moved.
     """
     uri = environment.tracking_uri
     client = connect_globally(uri)
@@ -52,27 +52,26 @@ def promote(
     if decision.promoted and judge_only:
         print(f"no alias has moved; `python -m sfgrpo promote --apply {decision.run_id}` makes it champion")
     elif decision.promoted:
-        _promote(client, uri, history, decision)
+        _promote(client, environment, history, candidate, str(decision.run_id))
 
 
 def apply(environment: Environment, run_id: str) -> None:
     """Make the candidate of an earlier decision champion, unless the champion has changed since.
 
-    Applied twice, it changes nothing and draws with the champion once more.
+    Applied twice, it changes nothing.
 
     Raises:
         HistoryError: The champion has changed.
-        RegistryError: There is no such decision, it was not to promote, or the version is not what was registered.
+        RegistryError: There is no such decision, it was not to promote or is not what was decided, or the version is
+            not what was registered or cannot draw.
     """
     uri = environment.tracking_uri
     client = connect_globally(uri)
-    decision = read_decision(run_id)
+    decision = read_decision(client, run_id)
     if not decision.promoted:
         raise RegistryError(f"MLflow run {run_id} decided not to promote version {decision.version}")
     history = sync_aliases(client, uri, decision.model)
     if history.entries and (history.entries[-1].action, history.entries[-1].run_id) == ("promotion", run_id):
-        # The process that applied it may have died before it drew.
-        verify_champion(client, uri, history)
         print(f"version {decision.version} of {decision.model} is champion already, by this decision")
         return
     if len(history.entries) != decision.num_entries:
@@ -81,9 +80,7 @@ def apply(environment: Environment, run_id: str) -> None:
             f"`python -m sfgrpo promote --model {decision.model} --version {decision.version}`"
         )
     candidate = find_version(client, f"models:/{decision.model}/{decision.version}")
-    with temporary_directory(environment.scratch_dir, "promotion") as folder:
-        download_version(candidate, folder)
-    _promote(client, uri, history, decision)
+    _promote(client, environment, history, candidate, run_id)
 
 
 def rollback(environment: Environment, model: str) -> None:
@@ -91,15 +88,18 @@ def rollback(environment: Environment, model: str) -> None:
 
     Raises:
         HistoryError: Another promotion or rollback was decided at the same time.
-        RegistryError: There is no such model or no champion before, or the former one cannot draw.
+        RegistryError: There is no such model or no champion before, or the former one is not what was registered or
+            cannot draw; no alias has moved.
     """
     client = connect_globally(environment.tracking_uri)
     require_model(client, model)
-    old, new = rollback_champion(client, environment.tracking_uri, model)
+    old, new = rollback_champion(client, environment.tracking_uri, model, environment.scratch_dir)
     now = "it has no champion now" if new is None else f"version {new} is champion again"
     print(f"version {old} of {model} is rolled back; {now}")
 
 
-def _promote(client: MlflowClient, uri: str, history: PromotionHistory, decision: PromotionDecision) -> None:
-    promote_version(client, uri, history, decision.version, str(decision.run_id))
-    print(f"version {decision.version} of {decision.model} is champion")
+def _promote(
+    client: MlflowClient, environment: Environment, history: PromotionHistory, candidate: Version, run_id: str
+) -> None:
+    promote_version(client, environment.tracking_uri, history, candidate, run_id, environment.scratch_dir)
+    print(f"version {candidate.number} of {candidate.model} is champion")

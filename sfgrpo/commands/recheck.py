@@ -15,8 +15,9 @@ from sfgrpo.promotion.decision import PROMPTS, EvaluationRecord, read_file, read
 from sfgrpo.promotion.drift import drift
 from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, make_rewards, tracked_run
 from sfgrpo.prompts import prompts_digest, read_prompts
+from sfgrpo.registry.package import download_version
 from sfgrpo.registry.register import connect_globally
-from sfgrpo.registry.versions import Version, download_version, find_version, require_model
+from sfgrpo.registry.versions import Version, find_version, require_model
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import temporary_directory, write_json
 

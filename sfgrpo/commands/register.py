@@ -31,6 +31,7 @@ def register(config: RegisterStage, environment: Environment) -> None:
     record = json.loads((POLICY / "training.json").read_text(encoding="utf-8"))
     version = register_version(
         uri=environment.tracking_uri,
+        scratch=environment.scratch_dir,
         experiment=EXPERIMENT,
         registry=config.registry,
         adapter=TrainedAdapter(

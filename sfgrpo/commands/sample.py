@@ -7,10 +7,12 @@ from typing import Any
 
 from sfgrpo.errors import ConfigError
 from sfgrpo.factory import use_threads
-from sfgrpo.registry.register import connect_globally, draw
-from sfgrpo.registry.versions import download_version, find_version
+from sfgrpo.registry.drawing import draw
+from sfgrpo.registry.package import verified_copy
+from sfgrpo.registry.register import connect_globally
+from sfgrpo.registry.versions import find_version
 from sfgrpo.runtime.environment import Environment
-from sfgrpo.runtime.files import atomic_write, temporary_directory
+from sfgrpo.runtime.files import atomic_write
 
 
 def sample(environment: Environment, address: str, prompt: str, out: Path, params: dict[str, Any]) -> None:
@@ -27,8 +29,7 @@ def sample(environment: Environment, address: str, prompt: str, out: Path, param
     client = connect_globally(environment.tracking_uri)
     use_threads(environment)
     version = find_version(client, address)
-    with temporary_directory(environment.scratch_dir, "sample") as folder:
-        package = download_version(version, folder)
-        (image,) = draw(environment.tracking_uri, str(package.folder), [prompt], **params)
+    with verified_copy(version, environment.scratch_dir) as package:
+        (image,) = draw(package, [prompt], **params)
     atomic_write(out, image)
     print(f"{out} by version {version.number} of {version.model}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import unicodedata
 
 MAX_MODEL_NAME = 200
 """MLflow's tables hold 256 characters, which must also take the name of the model's experiment of promotions."""
@@ -44,9 +45,10 @@ def checked_alias(alias: str) -> str:
 def checked_new_alias(alias: str) -> str:
     """Return an alias that a registration may move; raise `ValueError` for those of promotion as well.
 
-    In any case, since some databases of MLflow take `Champion` for `champion`.
+    In any case, width and with any accents, since some databases of MLflow take `Champion` for `champion`.
     """
-    if alias.strip().casefold() in RESERVED_ALIASES:
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", alias) if not unicodedata.combining(letter))
+    if plain.strip().casefold() in RESERVED_ALIASES:
         raise ValueError(
             f"{alias!r} is moved by promotion alone, so that every champion has passed the gates; use another alias, "
             "such as challenger, and `python -m sfgrpo promote`"

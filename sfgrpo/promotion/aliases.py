@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfgrpo.config.names import RESERVED_ALIASES
-from sfgrpo.promotion.history import HistoryError, Promotion, PromotionHistory, append, read_history
-from sfgrpo.registry.register import RegistryError, smoke_test
-from sfgrpo.registry.versions import number_of_alias, read_version
+from sfgrpo.errors import RegistryError
+from sfgrpo.promotion.history import Promotion, PromotionHistory, append, read_history
+from sfgrpo.registry.drawing import smoke_test
+from sfgrpo.registry.versions import Version, number_of_alias, read_version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,71 +43,60 @@ def sync_aliases(client: MlflowClient, uri: str, model: str) -> PromotionHistory
             return history
 
 
-def promote_version(client: MlflowClient, uri: str, history: PromotionHistory, version: int, run_id: str) -> None:
-    """Make a version the champion and draw with it by its alias; undo the promotion if it cannot draw.
+def promote_version(
+    client: MlflowClient, uri: str, history: PromotionHistory, candidate: Version, run_id: str, scratch: Path
+) -> None:
+    """Make a version champion, after its files were verified and it has drawn an image.
 
     Args:
         history: As it was when the promotion was decided.
         run_id: MLflow run of the decision.
+        scratch: Folder for the verified copy of the version.
 
     Raises:
         HistoryError: Another promotion or rollback was decided since; nothing has changed.
-        RegistryError: The new champion cannot draw; the former champion is champion again.
+        RegistryError: The version is not what was registered, or cannot draw; no alias has moved.
     """
-    entry = Promotion(action="promotion", version=version, over=history.champion, run_id=run_id)
-    verify_champion(client, uri, append(client, history, entry))
+    _require_drawing(client, candidate, scratch)
+    entry = Promotion(action="promotion", version=candidate.number, over=history.champion, run_id=run_id)
+    append(client, history, entry)
+    sync_aliases(client, uri, history.model)
 
 
-def verify_champion(client: MlflowClient, uri: str, history: PromotionHistory) -> None:
-    """Point the aliases at the champion of the last promotion and draw with it; undo the promotion if it cannot draw.
-
-    Raises:
-        RegistryError: The champion cannot draw; the former champion is champion again.
-    """
-    promotion, model = history.entries[-1], history.model
-    sync_aliases(client, uri, model)
-    try:
-        smoke_test(uri, f"models:/{model}@{CHAMPION}")
-    except RegistryError as error:
-        client.set_model_version_tag(model, str(promotion.version), SMOKE_TEST_TAG, "failed")
-        raise RegistryError(f"{error}; {_undo(client, uri, history)}") from error
-    client.set_model_version_tag(model, str(promotion.version), SMOKE_TEST_TAG, "passed")
-
-
-def rollback_champion(client: MlflowClient, uri: str, model: str) -> tuple[int, int | None]:
-    """Make the previous champion champion again and draw with it; return the old and the new champion.
+def rollback_champion(client: MlflowClient, uri: str, model: str, scratch: Path) -> tuple[int, int | None]:
+    """Make the previous champion champion again, after it has drawn an image; return the old and the new champion.
 
     Versions that were deleted meanwhile are skipped.
 
     Raises:
-        HistoryError: Another promotion or rollback was decided at the same time.
-        RegistryError: There is no champion or none before it, or the former one cannot draw.
+        HistoryError: Another promotion or rollback was decided at the same time; nothing has changed.
+        RegistryError: There is no champion or none before it, or the former one is not what was registered or cannot
+            draw; no alias has moved.
     """
     history = read_history(client, uri, model)
     if not history.champions:
         raise RegistryError(f"{model} has no champion by promotion, so there is nothing to roll back")
     *former, present = history.champions
-    left = [number for number in former if read_version(client, model, number)]
+    left = [version for number in former if (version := read_version(client, model, number))]
     if not left and read_version(client, model, present):
         raise RegistryError(f"version {present} of {model} is its first champion; there is none before it")
     target = left[-1] if left else None
-    append(client, history, Promotion(action="rollback", version=target, over=present, run_id=None))
-    sync_aliases(client, uri, model)
     if target is not None:
-        smoke_test(uri, f"models:/{model}@{CHAMPION}")
-    return present, target
+        _require_drawing(client, target, scratch)
+    number = None if target is None else target.number
+    append(client, history, Promotion(action="rollback", version=number, over=present, run_id=None))
+    sync_aliases(client, uri, model)
+    return present, number
 
 
-def _undo(client: MlflowClient, uri: str, history: PromotionHistory) -> str:
-    """Roll the last promotion back and return the outcome as text."""
-    promotion = history.entries[-1]
-    entry = Promotion(action="rollback", version=promotion.over, over=promotion.version, run_id=promotion.run_id)
+def _require_drawing(client: MlflowClient, version: Version, scratch: Path) -> None:
+    """Draw with a version from a verified copy, and tag it with the outcome."""
     try:
-        append(client, history, entry)
-    except HistoryError:
-        return "another promotion or rollback was decided meanwhile and remains in force"
-    sync_aliases(client, uri, history.model)
-    return "there is no champion again" if promotion.over is None else f"version {promotion.over} is champion again"
+        smoke_test(version, scratch)
+    except RegistryError:
+        client.set_model_version_tag(version.model, str(version.number), SMOKE_TEST_TAG, "failed")
+        raise
+    client.set_model_version_tag(version.model, str(version.number), SMOKE_TEST_TAG, "passed")
 
 
 def _set_alias(client: MlflowClient, model: str, alias: str, number: int | None) -> None:

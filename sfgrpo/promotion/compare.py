@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 from sfgrpo.config.stages import PromoteStage
 from sfgrpo.factory import use_threads
 from sfgrpo.paths import EVALUATION_PROMPTS, PROMOTION_DECISION, PROMOTION_REPORT, PROMOTION_TEXT
-from sfgrpo.promotion.decision import PROMPTS, Baseline, EvaluationRecord, PromotionDecision, tag_version
+from sfgrpo.promotion.decision import DECISION_TAG, PROMPTS, Baseline, EvaluationRecord, PromotionDecision, tag_version
 from sfgrpo.promotion.diversity import diversity
 from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, make_rewards, tracked_run
 from sfgrpo.promotion.gates import Comparison, ModelScores, compare_scores
 from sfgrpo.promotion.history import PromotionHistory
 from sfgrpo.promotion.report import SAMPLES, decision_sentence, promotion_report
 from sfgrpo.prompts import prompts_digest, read_prompts, to_lines
-from sfgrpo.registry.versions import Version, download_version
+from sfgrpo.registry.package import download_version
+from sfgrpo.registry.versions import Version
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, temporary_directory
+from sfgrpo.runtime.manifest import sha256_of_text
 from sfgrpo.tracking.base import Tracker
 
 if TYPE_CHECKING:
@@ -197,4 +199,9 @@ def _log(
     tracker.log_text(decision.to_json(), PROMOTION_DECISION.name)
     tracker.log_text(report, PROMOTION_TEXT.name)
     tracker.log_image(PROMOTION_REPORT / SAMPLES, "samples", 0)
-    tracker.set_tags({"promotion/decision": "promoted" if decision.promoted else "not promoted"})
+    tracker.set_tags(
+        {
+            "promotion/decision": "promoted" if decision.promoted else "not promoted",
+            DECISION_TAG: sha256_of_text(decision.to_json()),
+        }
+    )

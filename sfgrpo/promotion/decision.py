@@ -8,8 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from sfgrpo.errors import RegistryError
 from sfgrpo.paths import PROMOTION_DECISION
-from sfgrpo.registry.register import RegistryError
+from sfgrpo.runtime.manifest import sha256_of_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -19,6 +20,9 @@ Baseline = Literal["champion", "base model"]
 
 PROMPTS = "evaluation_prompts.jsonl"
 """File of the decision's run: the prompts that both models drew."""
+DECISION_TAG = "promotion/decision_sha256"
+"""Tag of a decision's run: SHA-256 of its file. Files are in the artifact store and tags in the database, so whoever
+can write only one of them makes no champion."""
 RECORD_TAG = "promotion/record"
 """Tag of a version: how it was evaluated last, with its metrics in full precision, as JSON."""
 
@@ -70,8 +74,7 @@ class PromotionDecision:
     @classmethod
     def from_json(cls, text: str) -> PromotionDecision:
         """Read what `to_json` wrote."""
-        # Decisions that still wait to be applied may be older than the word "baseline".
-        fields = {key.replace("opponent", "baseline"): value for key, value in json.loads(text).items()}
+        fields = json.loads(text)
         return cls(**{**fields, "failed": tuple(fields["failed"])})
 
 
@@ -100,9 +103,16 @@ def read_record(address: str, tags: Mapping[str, str]) -> EvaluationRecord:
     return EvaluationRecord(**json.loads(tags[RECORD_TAG]))
 
 
-def read_decision(run_id: str) -> PromotionDecision:
-    """Read a decision from its MLflow run; raise `RegistryError` if there is none."""
-    return PromotionDecision.from_json(read_file(run_id, PROMOTION_DECISION.name))
+def read_decision(client: MlflowClient, run_id: str) -> PromotionDecision:
+    """Read a decision from its MLflow run; raise `RegistryError` if there is none, or it is not what was decided."""
+    text = read_file(run_id, PROMOTION_DECISION.name)
+    expected, found = client.get_run(run_id).data.tags.get(DECISION_TAG), sha256_of_text(text)
+    if found != expected:
+        raise RegistryError(
+            f"{PROMOTION_DECISION.name} of MLflow run {run_id} is not what was decided: expected sha256 {expected}, "
+            f"found {found}; compare again by `python -m sfgrpo promote`"
+        )
+    return PromotionDecision.from_json(text)
 
 
 def read_file(run_id: str, name: str) -> str:

@@ -12,7 +12,7 @@ from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.schema import PolicyConfig, RewardConfig
 from sfgrpo.factory import make_policy, make_reward
 from sfgrpo.promotion.history import experiment_of
-from sfgrpo.registry.versions import Package
+from sfgrpo.registry.package import Package
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.shutdown import sigterm_as_exit
 from sfgrpo.tracking.base import Tracker, ending

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfgrpo.config.schema import RegistryConfig
-from sfgrpo.errors import SfgrpoError
+from sfgrpo.errors import RegistryError
+from sfgrpo.registry.contents import SERVING, ForeignContentError, read_model_file
+from sfgrpo.registry.drawing import PNG_SIGNATURE, SMOKE_PROMPT, smoke_test
+from sfgrpo.registry.package import MANIFEST_TAG
+from sfgrpo.registry.versions import find_version
+from sfgrpo.runtime.files import temporary_directory
 from sfgrpo.runtime.manifest import MANIFEST, sha256_of_file, write_manifest
 from sfgrpo.tracking.mlflow_client import connect, find_or_create_experiment, find_run
 from sfgrpo.tracking.provenance import BRANCH_TAG, COMMIT_TAG
@@ -20,19 +24,11 @@ if TYPE_CHECKING:
 
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-SERVING_FILE = Path(__file__).with_name("serving.py")
+SERVING_FILE = Path(__file__).with_name(SERVING)
 """MLflow copies this file into every version and runs it there, without sfgrpo."""
 REQUIREMENTS = ("accelerate", "diffusers", "mlflow", "pandas", "peft", "pillow", "torch", "transformers")
-SMOKE_PROMPT = "a photo of a circle"
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMPORTED_TAG = "sfgrpo.imported_run_id"
 """Tag of a stand-in: the run of another store that trained the adapter."""
-MANIFEST_TAG = "manifest_sha256"
-"""Tag of a version: SHA-256 of its manifest, which holds those of all its files."""
-
-
-class RegistryError(SfgrpoError):
-    """A registered version cannot be loaded, or draws no image."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +73,12 @@ class RegisteredVersion:
 
 
 def register_version(
-    uri: str, experiment: str, registry: RegistryConfig, adapter: TrainedAdapter, serving: ServingDefaults
+    uri: str,
+    experiment: str,
+    registry: RegistryConfig,
+    adapter: TrainedAdapter,
+    serving: ServingDefaults,
+    scratch: Path,
 ) -> RegisteredVersion:
     """Find or create the version of this adapter at this commit, draw an image with it, and point the alias at it.
 
@@ -85,7 +86,8 @@ def register_version(
     version, so a retry registers nothing twice.
 
     Raises:
-        RegistryError: The version cannot be loaded, or draws no image.
+        RegistryError: The base pipeline holds code or pickles, the version is not what was registered, or it draws no
+            image.
     """
     client = connect_globally(uri)
     import mlflow
@@ -98,8 +100,8 @@ def register_version(
         experiment_id = find_or_create_experiment(client, uri, experiment)
         run_id = _parent_run(client, experiment_id, adapter.run_id, digest)
         settings = dataclasses.asdict(serving) | {"adapter_file": WEIGHTS_NAME, "adapter_sha256": digest}
-        with tempfile.TemporaryDirectory() as folder:
-            package = _save_package(Path(folder, "model"), adapter.folder, settings)
+        with temporary_directory(scratch, "package") as folder:
+            package = _save_package(folder / "model", adapter.folder, settings)
             model_id = _log_model(client, experiment_id, run_id, name, package)
             manifest_digest = sha256_of_file(package / MANIFEST)
         final = {f"final/{key}": value for key, value in adapter.metrics.items()}
@@ -116,31 +118,10 @@ def register_version(
     number, parent_run_id = version
     for key in {BRANCH_TAG, COMMIT_TAG} & adapter.provenance.keys():
         client.set_tag(parent_run_id, key, adapter.provenance[key])
-    smoke_test(uri, f"models:/{name}/{number}")
+    smoke_test(find_version(client, f"models:/{name}/{number}"), scratch)
     client.set_model_version_tag(name, str(number), "smoke_test", "passed")
     client.set_registered_model_alias(name, registry.alias, str(number))
     return RegisteredVersion(name=name, version=number, alias=registry.alias, run_id=parent_run_id, created=created)
-
-
-def draw(uri: str, model_uri: str, prompts: list[str], **params: Any) -> list[bytes]:
-    """Load a model, by version or by alias, as any user of the registry would, and draw a PNG file per prompt."""
-    connect_globally(uri)
-    import mlflow
-
-    model = mlflow.pyfunc.load_model(model_uri)
-    return list(model.predict(prompts, params=params)["png"])
-
-
-def smoke_test(uri: str, model_uri: str) -> None:
-    """Raise `RegistryError` unless a registered model draws an image: READY versions of MLflow may lack their files."""
-    try:
-        (image,) = draw(uri, model_uri, [SMOKE_PROMPT], num_inference_steps=2)
-    except Exception as error:
-        raise RegistryError(
-            f"{model_uri} is registered but cannot draw ({error}); delete the version, then register again"
-        ) from error
-    if not image.startswith(PNG_SIGNATURE):
-        raise RegistryError(f"{model_uri} returned {image[:8]!r} instead of a PNG file")
 
 
 def connect_globally(uri: str) -> MlflowClient:
@@ -196,6 +177,12 @@ def _save_package(package: Path, adapter: Path, settings: dict[str, Any]) -> Pat
         # Listed here, because MLflow would find them by loading the model in another process.
         pip_requirements=[f"{name}=={version}" for name, version in versions.items()],
     )
+    try:
+        read_model_file(package)
+    except ForeignContentError as error:
+        raise RegistryError(
+            f"policy.pretrained: {settings['pretrained']} cannot be registered: {error}; remove it from the folder"
+        ) from error
     write_manifest(package)
     return package
 

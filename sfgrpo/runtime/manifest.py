@@ -17,6 +17,11 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_text(text: str) -> str:
+    """Return the SHA-256 of a text, as UTF-8, as 64 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write_manifest(directory: Path) -> Path:
     """Write `manifest.json` with the SHA-256 and the size in bytes of every other file below `directory`."""
     files = {

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import urllib.request
@@ -26,24 +27,24 @@ from sfgrpo.cli import main
 from sfgrpo.commands import promote as command
 from sfgrpo.commands import recheck as recheck_command
 from sfgrpo.config.schema import RegistryConfig
+from sfgrpo.errors import RegistryError
 from sfgrpo.evaluation.evaluate import Evaluation
 from sfgrpo.geneval.table import summarise
 from sfgrpo.promotion import aliases, compare
 from sfgrpo.promotion.aliases import CHAMPION, PREVIOUS
-from sfgrpo.promotion.decision import RECORD_TAG
+from sfgrpo.promotion.decision import DECISION_TAG, RECORD_TAG
 from sfgrpo.promotion.evaluation import EvaluationSetup
 from sfgrpo.promotion.history import Promotion, append, experiment_of, read_history
-from sfgrpo.registry.register import (
-    MANIFEST_TAG,
-    PNG_SIGNATURE,
-    TrainedAdapter,
-    draw,
-    register_version,
-)
+from sfgrpo.registry import drawing
+from sfgrpo.registry.drawing import PNG_SIGNATURE
+from sfgrpo.registry.package import MANIFEST_TAG, Package
+from sfgrpo.registry.register import TrainedAdapter, register_version
 from sfgrpo.registry.versions import number_of_alias
+from sfgrpo.runtime.manifest import sha256_of_file
 from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.types import TAGS
 from tests.support.metrics_page import documented
+from tests.support.registry import draw
 from tests.support.stores import free_port, wait_for_answer
 from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline, tiny_serving
 from tests.support.tiny_run import TINY, write_params
@@ -82,6 +83,7 @@ class Registry:
                 run_id=None,
             ),
             serving=tiny_serving(self.folder / "pipeline"),
+            scratch=self.folder / ".scratch",
         )
         return version.version
 
@@ -302,36 +304,16 @@ def test_promotion_that_another_overtakes_is_refused(registry, verdicts, monkeyp
     assert [entry.version for entry in read_history(registry.client, registry.uri, "overtaken").entries] == [1]
 
 
-def test_promotion_of_a_version_that_cannot_draw_is_undone(registry, verdicts, monkeypatch, capsys):
-    registry.register("broken")
-    registry.register("broken", 1)
+def test_version_that_cannot_draw_is_not_promoted(registry, verdicts, monkeypatch, capsys):
+    for adapter in (0, 1):
+        registry.register("broken", adapter)
     promote(verdicts, "broken", "--version", "1")
-    smoke_test = aliases.smoke_test
-
-    def after_losing_files(*arguments: str) -> None:
-        shutil.rmtree(registry.files("broken", 2) / "artifacts")
-        smoke_test(*arguments)
-
-    monkeypatch.setattr(aliases, "smoke_test", after_losing_files)
+    monkeypatch.setattr(drawing, "draw", lambda *arguments, **options: [b"GIF89a.."])
     assert promote(verdicts, "broken") == 1
-    assert "models:/broken@champion is registered but cannot draw" in (error := capsys.readouterr().err)
-    assert error.rstrip().endswith("version 1 is champion again")
+    assert "models:/broken/2 returned b'GIF89a..' instead of a PNG file" in capsys.readouterr().err
     assert registry.aliases("broken") == (1, None)
+    assert len(read_history(registry.client, registry.uri, "broken").entries) == 1
     assert registry.tags("broken", 2)["promotion/smoke_test"] == "failed"
-
-
-def test_first_champion_that_cannot_draw_leaves_none(registry, verdicts, monkeypatch, capsys):
-    registry.register("first_broken")
-    smoke_test = aliases.smoke_test
-
-    def after_losing_files(*arguments: str) -> None:
-        shutil.rmtree(registry.files("first_broken", 1) / "artifacts")
-        smoke_test(*arguments)
-
-    monkeypatch.setattr(aliases, "smoke_test", after_losing_files)
-    assert promote(verdicts, "first_broken") == 1
-    assert "there is no champion again" in capsys.readouterr().err
-    assert registry.aliases("first_broken") == (None, None)
 
 
 def test_promotion_that_died_before_the_aliases_moved_is_finished_by_the_next_call(registry, verdicts, monkeypatch):
@@ -354,8 +336,6 @@ def replace_with_its_manifest(files: Path) -> None:
     weights = files / "artifacts/adapter/pytorch_lora_weights.safetensors"
     manifest = json.loads((files / "manifest.json").read_text())
     damage(weights)
-    from sfgrpo.runtime.manifest import sha256_of_file
-
     manifest["files"]["artifacts/adapter/pytorch_lora_weights.safetensors"]["sha256"] = sha256_of_file(weights)
     (files / "manifest.json").write_text(json.dumps(manifest))
 
@@ -385,7 +365,7 @@ TAMPERING = {
     "no manifest": (lambda files: (files / "manifest.json").unlink(), "manifest.json: expected .*, found no file"),
     "pickle": (
         lambda files: (files / "artifacts/adapter/pytorch_lora_weights.bin").write_bytes(b"\x80\x04N."),
-        "holds artifacts/adapter/pytorch_lora_weights.bin; a version may hold safetensors, text, JSON and PNG files",
+        "artifacts/adapter/pytorch_lora_weights.bin: expected no file",
     ),
     "no files": (lambda files: shutil.rmtree(files), "manifest.json: expected .*, found no file"),
 }
@@ -402,6 +382,127 @@ def test_version_that_is_not_what_was_registered_is_refused(registry, capsys, ca
     assert registry.aliases(model) == (None, None)
     experiment = registry.client.get_experiment_by_name(experiment_of(model))
     assert [run.info.status for run in registry.client.search_runs([experiment.experiment_id])] == ["FAILED"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tampered:
+    """A model of two champions, the first of which got other serving code; a decision to promote it waits."""
+
+    model: str
+    canary: Path
+    """Appears if the code runs."""
+    decision: str
+
+
+def tamper(registry: Registry, model: str, number: int) -> Path:
+    canary = registry.folder / f"{model} was run"
+    (registry.files(model, number) / "serving.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    return canary
+
+
+@pytest.fixture
+def tampered(registry: Registry, verdicts: list[dict[str, Any]]) -> Tampered:
+    model = "twice"
+    if registry.client.search_registered_models(f"name = '{model}'"):
+        run = registry.client.search_runs(
+            [registry.client.get_experiment_by_name(experiment_of(model)).experiment_id],
+            f"tags.`{DECISION_TAG}` != ''",
+        )[-1]
+        return Tampered(model=model, canary=registry.folder / f"{model} was run", decision=run.info.run_id)
+    for adapter in (0, 1):
+        registry.register(model, adapter)
+    promote(verdicts, model, "--version", "1", "--judge-only")
+    decision = registry.decision()["run_id"]
+    for number, over in ((1, None), (2, 1)):
+        history = read_history(registry.client, registry.uri, model)
+        append(registry.client, history, Promotion(action="promotion", version=number, over=over, run_id=None))
+    aliases.sync_aliases(registry.client, registry.uri, model)
+    # As if nothing had been promoted since.
+    run = registry.client.get_run(decision)
+    path = Path(run.info.artifact_uri.removeprefix("file://"), "decision.json")
+    path.write_text(path.read_text().replace('"num_entries": 0', '"num_entries": 2'))
+    registry.client.set_tag(decision, DECISION_TAG, sha256_of_file(path))
+    return Tampered(model=model, canary=tamper(registry, model, 1), decision=decision)
+
+
+LOADS = {
+    "rollback": lambda model, decision: ["rollback", "--model", model],
+    "promote": lambda model, decision: ["promote", "--model", model, "--version", "1"],
+    "apply": lambda model, decision: ["promote", "--apply", decision],
+    "sample": lambda model, decision: ["sample", "--model", f"models:/{model}/1", "a ring"],
+    "sample_by_alias": lambda model, decision: ["sample", "--model", f"models:/{model}@previous", "a ring"],
+}
+
+
+@pytest.mark.parametrize("command", LOADS)
+def test_no_command_runs_tampered_code_or_moves_an_alias_to_it(registry, tampered, capsys, command):
+    assert main(LOADS[command](tampered.model, tampered.decision)) == 1
+    error = capsys.readouterr().err.strip()
+    assert f"models:/{tampered.model}/1 is not what was registered" in error and "serving.py: expected sha256" in error
+    assert len(error.splitlines()) == 1
+    assert registry.aliases(tampered.model) == (2, 1)
+    assert len(read_history(registry.client, registry.uri, tampered.model).entries) == 2
+    assert not tampered.canary.exists()
+
+
+def test_registering_a_version_again_does_not_run_its_tampered_code(registry):
+    registry.register("again")
+    registry.register("again", 1)
+    canary = tamper(registry, "again", 1)
+    with pytest.raises(RegistryError, match=r"models:/again/1 is not what was registered.*serving.py"):
+        registry.register("again")
+    assert number_of_alias(registry.client, "again", "challenger") == 2
+    assert not canary.exists()
+
+
+def test_tampered_champion_is_neither_compared_nor_replaced_nor_rechecked(registry, verdicts, capsys):
+    for adapter in (0, 1):
+        registry.register("poisoned", adapter)
+    promote(verdicts, "poisoned", "--version", "1")
+    canary = tamper(registry, "poisoned", 1)
+    for name in ("promote", "recheck"):
+        assert main([name, "--model", "poisoned"]) == 1
+        assert "models:/poisoned/1 is not what was registered" in capsys.readouterr().err
+    assert registry.aliases("poisoned") == (1, None)
+    assert not canary.exists()
+
+
+def test_store_that_changes_after_the_check_changes_nothing(registry, monkeypatch):
+    registry.register("raced")
+    before = draw(registry.uri, "models:/raced/1", ["a photo of a ring"])
+    load, modes = drawing.draw, []
+
+    def tampered_meanwhile(package: Package, *arguments: Any, **options: Any) -> list[bytes]:
+        canaries.append(tamper(registry, "raced", 1))
+        modes.append(stat.S_IMODE(package.folder.stat().st_mode))
+        return load(package, *arguments, **options)
+
+    canaries: list[Path] = []
+    monkeypatch.setattr(drawing, "draw", tampered_meanwhile)
+    assert draw(registry.uri, "models:/raced/1", ["a photo of a ring"]) == before
+    assert modes == [0o700]
+    assert not canaries[0].exists()
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "manifest.json", "artifacts"])
+def test_link_in_the_store_is_refused(registry, target):
+    model = f"linked_{Path(target).stem}"
+    registry.register(model)
+    (registry.files(model, 1) / "more.json").symlink_to(target)
+    with pytest.raises(RegistryError, match=f"models:/{model}/1"):
+        draw(registry.uri, f"models:/{model}/1", ["a photo of a ring"])
+
+
+def test_decision_that_was_changed_in_the_artifact_store_is_not_applied(registry, verdicts, capsys):
+    registry.register("forged")
+    promote(verdicts, "forged", candidate=WORSE)
+    decision = registry.decision()["run_id"]
+    run = registry.client.get_run(decision)
+    path = Path(run.info.artifact_uri.removeprefix("file://"), "decision.json")
+    path.write_text(path.read_text().replace('"promoted": false', '"promoted": true'))
+    assert main(["promote", "--apply", decision]) == 1
+    assert f"decision.json of MLflow run {decision} is not what was decided" in capsys.readouterr().err
+    assert registry.aliases("forged") == (None, None)
 
 
 def test_version_without_the_digest_of_its_manifest_is_refused(registry, capsys):
@@ -536,7 +637,7 @@ def test_alias_that_was_set_by_hand_makes_no_champion(registry, verdicts, capsys
 
 
 @pytest.mark.parametrize("command", ["register", "promote", "rollback", "recheck"])
-@pytest.mark.parametrize("alias", ["champion", "previous", "Champion", "PREVIOUS"])
+@pytest.mark.parametrize("alias", ["champion", "previous", "Champion", "PREVIOUS", "ch\u00e2mpion", "\uff43hampion"])
 def test_aliases_of_promotion_are_refused_as_parameters(registry, tmp_path, monkeypatch, capsys, command, alias):
     write_params(tmp_path, {**TINY, "reward.name": "geneval", "registry.alias": alias})
     monkeypatch.chdir(tmp_path)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from sfgrpo.promotion.decision import PromotionDecision
 
 DECISION = PromotionDecision(
@@ -22,9 +20,3 @@ DECISION = PromotionDecision(
 
 def test_decision_is_read_as_it_was_written():
     assert PromotionDecision.from_json(DECISION.to_json()) == DECISION
-
-
-def test_decision_that_calls_its_baseline_the_opponent_is_read():
-    older = {key.replace("baseline", "opponent"): value for key, value in json.loads(DECISION.to_json()).items()}
-    assert "opponent_version" in older
-    assert PromotionDecision.from_json(json.dumps(older)) == DECISION

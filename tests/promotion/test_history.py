@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from sfgrpo.errors import RegistryError
 from sfgrpo.promotion import aliases as module
 from sfgrpo.promotion.aliases import CHAMPION, PREVIOUS, sync_aliases
 from sfgrpo.promotion.history import (
@@ -22,7 +23,6 @@ from sfgrpo.promotion.history import (
     experiment_of,
     read_history,
 )
-from sfgrpo.registry.register import RegistryError
 from sfgrpo.registry.versions import number_of_alias
 from sfgrpo.tracking.mlflow_client import connect
 from tests.support.paths import ROOT

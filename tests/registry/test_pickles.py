@@ -17,12 +17,14 @@ import torch
 from sfgrpo.checkpoint.state import TrainingState, load_checkpoint, save_checkpoint
 from sfgrpo.config.pretrain_schema import TransformerConfig
 from sfgrpo.config.schema import RegistryConfig
+from sfgrpo.errors import RegistryError
 from sfgrpo.policies.sd3 import SD3Policy
 from sfgrpo.pretraining.flow import FlowTraining
-from sfgrpo.registry.register import TrainedAdapter, draw, register_version
+from sfgrpo.registry.register import TrainedAdapter, register_version
 from sfgrpo.rewards import build_reward
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.study.results import _read_samples
+from tests.support.registry import draw
 from tests.support.tiny import (
     build_tiny_adapter,
     build_tiny_pipeline,
@@ -230,17 +232,21 @@ def test_registered_version_holds_no_pickle_and_runs_none(tmp_path, canary, pick
             folder=tmp_path / "adapter", metrics={}, provenance={"git_commit": "c0ffee"}, run_id=None
         ),
         serving=tiny_serving(tmp_path / "pipeline", num_inference_steps=1),
+        scratch=tmp_path / "scratch",
     )
     (model,) = (path.parent for path in (tmp_path / "mlartifacts").rglob("MLmodel"))
     files = [path for path in model.rglob("*") if path.is_file()]
     assert not [path for path in files if is_pickle(path.read_bytes())]
     for path in [path for path in files if path.suffix == SAFETENSORS and "encoder_3" not in str(path)]:
         whole = path.read_bytes()
-        for name in PICKLED_NAMES:
-            path.with_name(name.format(stem=path.stem)).write_bytes(pickled(canary))
+        planted = {path.with_name(name.format(stem=path.stem)) for name in PICKLED_NAMES}
+        for other in planted:
+            other.write_bytes(pickled(canary))
         path.unlink()
-        with pytest.raises(Exception, match=path.stem.partition(".")[0]):
+        with pytest.raises(RegistryError, match=path.stem.partition(".")[0]):
             draw(uri, "models:/tiny@challenger", ["a photo of a ring"])
+        for other in planted:
+            other.unlink()
         path.write_bytes(whole)
         assert not canary.exists()
     assert draw(uri, "models:/tiny@challenger", ["a photo of a ring"])

@@ -13,16 +13,12 @@ import torch
 from PIL import Image
 
 from sfgrpo.config.schema import RegistryConfig
-from sfgrpo.registry import register
-from sfgrpo.registry.register import (
-    RegisteredVersion,
-    RegistryError,
-    TrainedAdapter,
-    draw,
-    register_version,
-)
+from sfgrpo.errors import RegistryError
+from sfgrpo.registry import drawing
+from sfgrpo.registry.register import RegisteredVersion, TrainedAdapter, register_version
 from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.tracking.mlflow_tracker import MlflowTracker
+from tests.support.registry import draw
 from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline, tiny_serving
 
 # From libraries, not from us: SQLAlchemy's, MLflow's and diffusers' own deprecations and advice.
@@ -53,7 +49,8 @@ class Registry:
         )
         serving = tiny_serving(self.folder / "pipeline", num_inference_steps=3)
         target = RegistryConfig(model_name=name, alias="challenger")
-        return register_version(self.uri, "tests", target, dataclasses.replace(trained, **changes), serving)
+        adapter = dataclasses.replace(trained, **changes)
+        return register_version(self.uri, "tests", target, adapter, serving, self.folder / ".scratch")
 
     def draw_directly(self, prompt: str, seed: int) -> np.ndarray:
         image = self.pipeline(
@@ -180,7 +177,7 @@ def test_version_that_cannot_draw_is_refused_and_the_alias_stays(registry, monke
     def fail(*arguments: Any, **options: Any) -> list[bytes]:
         raise OSError("no such file")
 
-    monkeypatch.setattr(register, "draw", fail)
+    monkeypatch.setattr(drawing, "draw", fail)
     with pytest.raises(RegistryError, match=r"models:/refused/2 is registered but cannot draw \(no such file\)"):
         registry.register("refused", adapter="adapter_1")
     assert registry.challenger("refused") == 1
@@ -188,7 +185,7 @@ def test_version_that_cannot_draw_is_refused_and_the_alias_stays(registry, monke
 
 
 def test_version_that_draws_no_png_is_refused(registry, monkeypatch):
-    monkeypatch.setattr(register, "draw", lambda *arguments, **options: [b"GIF89a.."])
+    monkeypatch.setattr(drawing, "draw", lambda *arguments, **options: [b"GIF89a.."])
     with pytest.raises(RegistryError, match=r"returned b'GIF89a\.\.' instead of a PNG file"):
         registry.register("gif")
 
@@ -199,7 +196,7 @@ def test_damaged_adapter_is_not_served(registry):
     stored = registry.folder / "mlartifacts" / "models" / model_id
     (weights,) = stored.rglob("pytorch_lora_weights.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
-    with pytest.raises(RegistryError, match=r"cannot draw \(.*is damaged: expected sha256"):
+    with pytest.raises(RegistryError, match=r"adapter/pytorch_lora_weights.safetensors: expected sha256"):
         registry.register("damaged")
 
 

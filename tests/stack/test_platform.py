@@ -28,11 +28,13 @@ from infra.stack.credentials import ensure_secrets
 from infra.stack.programs.postgres import SUPERUSER, binaries
 from sfgrpo.promotion.aliases import promote_version
 from sfgrpo.promotion.history import read_history
-from sfgrpo.registry.register import PNG_SIGNATURE
+from sfgrpo.registry.drawing import PNG_SIGNATURE
+from sfgrpo.registry.register import connect_globally
+from sfgrpo.registry.versions import find_version
 from sfgrpo.runtime.manifest import write_manifest
 from sfgrpo.types import TAGS
 from tests.support import secrets_search
-from tests.support.clone import SMALL, build_clone
+from tests.support.clone import SMALL, build_clone, commit_all
 from tests.support.platform_run import Outcome, Platform, environment_of
 from tests.support.stack import Stack, wait_until
 
@@ -62,12 +64,16 @@ SERVERS = ("prefect", "mlflow", "s3", "postgres")
 DEAD_S = 300.0
 """A run that lost both its process and its worker is found dead after 90 s, on a machine that is not too busy."""
 PROMPT = "a photo of a red circle"
+BLIND = "models/blind"
+"""Folder of a base model that any other beats. It is committed, because no run takes one from outside its checkout."""
 
 
 @pytest.fixture(scope="module")
 def platform(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """A clone that was deployed, with nothing run yet; it tells at the end what took how long."""
     clone = build_clone(tmp_path_factory.mktemp("clone"), PARAMS)
+    build_blind_model(clone.folder / "models/shapes-base", clone.folder / BLIND)
+    commit_all(clone.folder)
     platform = Platform(
         stack=stack,
         folder=clone.folder,
@@ -90,8 +96,7 @@ class Line:
 
 @pytest.fixture(scope="module")
 def line(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Line:
-    blind = build_blind_model(platform.folder / "models/shapes-base", tmp_path_factory.mktemp("models") / "blind")
-    poor = {"policy.pretrained": str(blind), "update.num_updates": 2}
+    poor = {"policy.pretrained": BLIND, "update.num_updates": 2}
     first = platform.schedule({"changes": poor, "promote": False})
     platform.wait_for_state(first, "Running")
     second = platform.schedule({}, in_s=-3600.0)
@@ -99,13 +104,16 @@ def line(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Line:
     assert platform.read(first).state_name == "Running"
     platform.completed(first)
     # By hand: the gates would not let it through.
-    uri, version = platform.environment["MLFLOW_TRACKING_URI"], platform.outcome(first).version
-    promote_version(platform.mlflow, uri, read_history(platform.mlflow, uri, platform.model), version, "set-up")
+    uri = platform.environment["MLFLOW_TRACKING_URI"]
+    client = connect_globally(uri)
+    version = find_version(client, f"models:/{platform.model}/{platform.outcome(first).version}")
+    history = read_history(client, uri, platform.model)
+    promote_version(client, uri, history, version, "set-up", tmp_path_factory.mktemp("scratch"))
     platform.completed(second)
     return Line(first=first, second=second)
 
 
-def build_blind_model(pretrained: Path, folder: Path) -> Path:
+def build_blind_model(pretrained: Path, folder: Path) -> None:
     """Copy a base model without its eyes for the prompt, so that any policy with eyes is better beyond doubt."""
     shutil.copytree(pretrained, folder)
     weights = folder / "transformer/diffusion_pytorch_model.safetensors"
@@ -115,7 +123,6 @@ def build_blind_model(pretrained: Path, folder: Path) -> Path:
             tensor.zero_()
     save_file(tensors, weights, metadata={"format": "pt"})
     write_manifest(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

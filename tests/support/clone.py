@@ -104,7 +104,13 @@ def build_clone(folder: Path, params: Mapping[str, Any] = SMALL) -> Clone:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     write_params(folder, params)
-    identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
-    for arguments in (["init"], ["add", "--all"], [*identity, "commit", "--message", "Clone"]):
-        subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True)
+    subprocess.run(["git", "init"], cwd=folder, capture_output=True, check=True)
+    commit_all(folder)
     return Clone(folder=folder)
+
+
+def commit_all(folder: Path) -> None:
+    """Commit everything in a clone that Git does not ignore."""
+    identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
+    for arguments in (["add", "--all"], [*identity, "commit", "--message", "Clone"]):
+        subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True)

@@ -1,0 +1,41 @@
+"""Draw images with registered versions; the only module that runs the code of a version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfgrpo.errors import RegistryError
+from sfgrpo.registry.package import Package, verified_copy
+from sfgrpo.registry.versions import Version
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SMOKE_PROMPT = "a photo of a circle"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def draw(package: Package, prompts: Sequence[str], **params: Any) -> list[bytes]:
+    """Load a verified version, as any user of the registry would load it, and draw a PNG file per prompt."""
+    from mlflow.pyfunc import load_model
+
+    images: pd.DataFrame = load_model(str(package.folder)).predict(list(prompts), params=params)
+    return list(images["png"])
+
+
+def smoke_test(version: Version, scratch: Path) -> None:
+    """Raise `RegistryError` unless a version is what was registered and draws an image.
+
+    READY versions of MLflow may lack their files.
+    """
+    with verified_copy(version, scratch) as package:
+        try:
+            (image,) = draw(package, [SMOKE_PROMPT], num_inference_steps=2)
+        except Exception as error:
+            raise RegistryError(
+                f"{version.address} is registered but cannot draw ({error}); delete the version, then register again"
+            ) from error
+    if not image.startswith(PNG_SIGNATURE):
+        raise RegistryError(f"{version.address} returned {image[:8]!r} instead of a PNG file")
