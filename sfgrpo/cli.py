@@ -100,6 +100,12 @@ def _sample(args: argparse.Namespace, environment: Environment) -> None:
     sample(environment, args.model, args.prompt, args.out, params)
 
 
+def _download(args: argparse.Namespace, environment: Environment) -> None:
+    from sfgrpo.commands.download import download
+
+    download(environment, args.model, args.out)
+
+
 def _close_stale_runs(args: argparse.Namespace, environment: Environment) -> None:
     from sfgrpo.commands.close_stale_runs import close_stale_runs
 
@@ -184,9 +190,18 @@ def _add_promote_arguments(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--apply", type=_allowed(ranges.RunId), metavar="RUN", help=help_text)
 
 
+def _add_address_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="ADDRESS", help="models:/NAME@ALIAS or models:/NAME/NUMBER")
+
+
+def _add_download_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_address_argument(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the version")
+
+
 def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="text to sample an image for")
-    parser.add_argument("--model", required=True, metavar="ADDRESS", help="models:/NAME@ALIAS or models:/NAME/NUMBER")
+    _add_address_argument(parser)
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="PNG file to write (%(default)s)")
     for option, kind, help_text in (
         ("--seed", ranges.Seed, "seed of the start noise (the version's)"),
@@ -260,6 +275,7 @@ COMMANDS: Mapping[str, Command] = {
         "evaluate the champion again and report drift", _on_model("recheck:recheck"), _add_model_arguments
     ),
     "sample": Command("sample one image from a registered version into a PNG file", _sample, _add_sample_arguments),
+    "download": Command("copy a registered version to a folder, verified", _download, _add_download_arguments),
     "close-stale-runs": Command(
         "end MLflow runs whose process on this machine died, and list silent ones of other machines",
         _close_stale_runs,

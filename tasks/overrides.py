@@ -16,8 +16,8 @@ from sfgrpo.errors import ConfigError
 from sfgrpo.paths import PARAMS
 
 _ABSENT = object()
-OF_THE_COMMIT = ("extends", "registry", "promotion")
-"""What a run may not override: where it is registered, which gates it has to pass, and other files of the machine."""
+OF_THE_COMMIT = ("extends", "registry", "serving", "promotion")
+"""What a run may not override: other files of the machine, where it is registered, limits, and its gates."""
 MODEL = "pretrained"
 """Name of the parameters that are the folder or hub name of a model."""
 

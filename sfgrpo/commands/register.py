@@ -49,6 +49,7 @@ def register(config: RegisterStage, environment: Environment) -> None:
             max_sequence_length=config.policy.max_sequence_length,
             num_inference_steps=config.evaluation.num_steps,
             guidance_scale=config.evaluation.guidance_scale,
+            **dataclasses.asdict(config.serving),
         ),
     )
     write_json(REGISTRATION, dataclasses.asdict(version))

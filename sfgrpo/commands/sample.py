@@ -19,7 +19,7 @@ def sample(environment: Environment, address: str, prompt: str, out: Path, param
     """Draw one image with a registered version, after its files are verified, and print where it is.
 
     Raises:
-        ConfigError: The prompt is empty, or `out` is no PNG file.
+        ConfigError: The prompt is empty, `out` is no PNG file, or the version's limits refuse prompt or parameters.
         RegistryError: There is no such version, or it is not what was registered.
     """
     if not prompt.strip():

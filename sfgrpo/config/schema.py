@@ -13,6 +13,7 @@ from sfgrpo.config.ranges import (
     CountOrZero,
     Edition,
     Fraction,
+    Guidance,
     GuidanceScale,
     ImageCount,
     ModelName,
@@ -241,6 +242,18 @@ class RegistryConfig:
     """Registered model in MLflow."""
     alias: NewAlias
     """Alias that the new version gets; `champion` and `previous` belong to promotion."""
+
+
+@section
+class ServingConfig:
+    """What one request to a registered version may ask for; recorded in the version, which refuses more."""
+
+    max_prompts: ImageCount
+    """Prompts, whose images are drawn together."""
+    max_steps: StepCount
+    """Denoising steps."""
+    max_guidance_scale: Guidance
+    """Classifier-free guidance weight."""
 
 
 @section

@@ -95,6 +95,11 @@ class RegisterStage:
     policy: schema.PolicyConfig
     registry: schema.RegistryConfig
     evaluation: schema.EvaluationConfig
+    serving: schema.ServingConfig
+
+    def __post_init__(self) -> None:
+        if conflicts := list(_serving_conflicts(self)):
+            raise ValueError("\n".join(conflicts))
 
 
 @section
@@ -237,6 +242,17 @@ def _schedule_conflicts(config: TrainStage) -> Iterator[str]:
             f"evaluation.every_num_updates: {evaluate} is not a multiple of checkpoint.every_num_updates = {save}, so "
             f"an evaluated adapter would have no checkpoint; use {save * max(1, round(evaluate / save))}"
         )
+
+
+def _serving_conflicts(config: RegisterStage) -> Iterator[str]:
+    """Yield a limit that would refuse what the version draws by itself."""
+    evaluation, serving = config.evaluation, config.serving
+    for name, value, limit in (
+        ("max_steps", evaluation.num_steps, serving.max_steps),
+        ("max_guidance_scale", evaluation.guidance_scale, serving.max_guidance_scale),
+    ):
+        if value > limit:
+            yield f"serving.{name}: {limit} is less than the {value} that the version is evaluated with; use {value}"
 
 
 def _promotion_conflicts(config: PromoteStage) -> Iterator[str]:

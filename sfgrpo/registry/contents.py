@@ -27,6 +27,7 @@ SHIPPED_SERVING: Mapping[str, str] = {
     "f171159c042ef893fc6b3f05b3d83cb4ce438621030ed6ed700c1cff7c05809e": "the first with a manifest",
     "c411daf52afc1fa7b3907bfff9fc69a2048d40b83b98c42ebbca89c7028915ce": "other comments",
     "4c0fdddcc5d594176dd004f4b0618e8089498d198ca53b0e92e941078214e8d4": "other type comments",
+    "b79db92a536d2262776e25871bfca587ef0b60a63f585c051a1bb71f721be547": "limits of a request; all files are verified",
 }
 """SHA-256 of every serving code that this project has registered versions with. A new one is added, and none removed
 but to withdraw the versions that have it."""

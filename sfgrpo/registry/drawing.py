@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfgrpo.errors import RegistryError
+from sfgrpo.errors import ConfigError, RegistryError
 from sfgrpo.registry.package import Package, verified_copy
 from sfgrpo.registry.versions import Version
 
@@ -14,14 +14,29 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SMOKE_PROMPT = "a photo of a circle"
+REFUSED = "INVALID_PARAMETER_VALUE"
+"""MLflow's code for a request that its sender has to change."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def draw(package: Package, prompts: Sequence[str], **params: Any) -> list[bytes]:
-    """Load a verified version, as any user of the registry would load it, and draw a PNG file per prompt."""
+    """Load a verified version, as any user of the registry would load it, and draw a PNG file per prompt.
+
+    Raises:
+        ConfigError: The version's limits refuse prompts or parameters; most of that is found before it is loaded.
+    """
+    from mlflow.exceptions import MlflowException
     from mlflow.pyfunc import load_model
 
-    images: pd.DataFrame = load_model(str(package.folder)).predict(list(prompts), params=params)
+    from sfgrpo.registry.serving import check_request
+
+    try:
+        check_request(prompts, params, package.settings)
+        images: pd.DataFrame = load_model(str(package.folder)).predict(list(prompts), params=params)
+    except MlflowException as error:
+        if error.error_code != REFUSED:
+            raise
+        raise ConfigError(f"{package.version.address}: {error.message}") from error
     return list(images["png"])
 
 

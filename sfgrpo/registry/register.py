@@ -43,6 +43,10 @@ class ServingDefaults:
     max_sequence_length: int
     num_inference_steps: int
     guidance_scale: float
+    max_prompts: int
+    """Of one request, as are the next two."""
+    max_steps: int
+    max_guidance_scale: float
     seed: int = 0
 
 

@@ -53,6 +53,7 @@ OPTIONS = {
     "rollback": ("--params", "--model"),
     "recheck": ("--params", "--model"),
     "sample": ("--model", "--out", "--seed", "--steps", "--guidance"),
+    "download": ("--model", "--out"),
     "close-stale-runs": ("--quiet-h", "--report"),
     "retention": ("--days", "--rehearse", "--report"),
 }

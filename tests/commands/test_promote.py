@@ -645,17 +645,6 @@ def test_aliases_of_promotion_are_refused_as_parameters(registry, tmp_path, monk
     assert f"registry.alias: {alias!r} is moved by promotion alone" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", ["0", "-1"])
-def test_number_that_no_version_has_is_refused(registry, capsys, number):
-    assert main(["promote", "--model", "numbered", "--version", number]) == 2
-    assert f"'models:/numbered/{number}' is no model; give" in capsys.readouterr().err
-
-
-def test_empty_decision_is_not_taken_for_no_decision(registry, capsys):
-    assert main(["promote", "--apply", ""]) == 1
-    assert "holds no decision.json of a promotion" in capsys.readouterr().err
-
-
 def test_missing_prompts_are_reported(registry, tmp_path, monkeypatch, capsys):
     registry.register("promptless")
     shutil.copy(registry.folder / "params.yaml", tmp_path)
@@ -730,13 +719,44 @@ def test_sample_that_cannot_be_drawn_is_refused(registry, capsys, arguments, sta
     assert not (registry.folder / "sample.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["a ring", "--steps", "11"], "models:/limited/1: num_inference_steps 11 is not an integer in 1..10"),
+        (["a ring", "--guidance", "11"], "models:/limited/1: guidance_scale 11.0 is not a number in 0..10.0"),
+        (["ring " * 20], "models:/limited/1: prompt 0 has 22 tokens and the text encoder takes 12; shorten it"),
+        (["a" * 20_000], "models:/limited/1: prompt 0 has 20000 characters instead of 10000 at most"),
+    ],
+)
+def test_sample_beyond_the_limits_of_the_version_is_refused(registry, capsys, arguments, complaint):
+    if not registry.client.search_registered_models("name = 'limited'"):
+        registry.register("limited")
+        capsys.readouterr()
+    assert main(["sample", "--model", "models:/limited/1", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert complaint in error and error.startswith("error: ")
+
+
+def test_download_is_a_verified_folder_or_none(registry, tmp_path, capsys):
+    registry.register("fetched")
+    command = ["download", "--model", "models:/fetched@challenger", "--out", str(tmp_path / "copy")]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/copy is version 1 of fetched, as it was registered\n"
+    assert (tmp_path / "copy/MLmodel").exists()
+    assert main(command) == 2
+    assert f"--out {tmp_path}/copy exists already; give the name of a new folder" in capsys.readouterr().err
+    tamper(registry, "fetched", 1)
+    assert main([*command[:-1], str(tmp_path / "other")]) == 1
+    assert "models:/fetched/1 is not what was registered" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
 def test_version_draws_the_same_in_plain_diffusers(registry):
-    import mlflow
     import torch
     from diffusers import DiffusionPipeline
 
     registry.register("plain", 1)
-    mlflow.artifacts.download_artifacts("models:/plain/1", dst_path="downloaded", tracking_uri=registry.uri)
+    assert main(["download", "--model", "models:/plain/1", "--out", "downloaded"]) == 0
     pipeline = DiffusionPipeline.from_pretrained("downloaded/artifacts/pipeline", text_encoder_3=None, tokenizer_3=None)
     pipeline.load_lora_weights("downloaded/artifacts/adapter")
     options = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32, "max_sequence_length": 0}

@@ -196,7 +196,7 @@ def test_damaged_adapter_is_not_served(registry):
     stored = registry.folder / "mlartifacts" / "models" / model_id
     (weights,) = stored.rglob("pytorch_lora_weights.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
-    with pytest.raises(RegistryError, match=r"adapter/pytorch_lora_weights.safetensors: expected sha256"):
+    with pytest.raises(RegistryError, match=r"adapter_0/pytorch_lora_weights.safetensors: expected"):
         registry.register("damaged")
 
 

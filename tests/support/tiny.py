@@ -94,6 +94,9 @@ def tiny_serving(pipeline: Path, num_inference_steps: int = 2) -> ServingDefault
         max_sequence_length=0,
         num_inference_steps=num_inference_steps,
         guidance_scale=1.0,
+        max_prompts=4,
+        max_steps=10,
+        max_guidance_scale=10.0,
     )
 
 

@@ -57,6 +57,7 @@ def test_wrong_names_and_values_are_refused_with_their_place(changes, complaint)
         {"registry.alias": "challenger"},
         {"registry.model_name": "another"},
         {"registry": {"model_name": "sfgrpo-shapes", "alias": "champion"}},
+        {"serving.max_steps": 1000},
         {"promotion.error_rate": 0.49},
         {"promotion.min_gain": 0},
         {"promotion": {}},
@@ -64,7 +65,7 @@ def test_wrong_names_and_values_are_refused_with_their_place(changes, complaint)
     ],
 )
 def test_run_chooses_neither_its_place_in_the_registry_nor_its_gates_nor_other_files(changes):
-    with pytest.raises(ConfigError, match="no run may override extends, registry, promotion; commit a"):
+    with pytest.raises(ConfigError, match="no run may override extends, registry, serving, promotion; commit a"):
         changed_parameters(SHIPPED, changes)
 
 
