@@ -28,6 +28,14 @@ class IntegrityError(SfgrpoError):
         return f"{self.path} is damaged: expected {self.expected}, found {self.found}"
 
 
+class AdapterError(ConfigError):
+    """The file of an adapter cannot be used, or is not of the policy; another attempt does not help."""
+
+
+class MismatchError(ConfigError):
+    """Files that a step combines do not belong together; another attempt does not help."""
+
+
 class RewardError(SfgrpoError):
     """A reward could not score an image, or returned something that is not a number."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,13 +16,20 @@ from sfgrpo.config.schema import PolicyConfig, RewardConfig
 from sfgrpo.config.stages import TrainStage
 from sfgrpo.errors import ConfigError
 from sfgrpo.runtime.environment import Environment
-from sfgrpo.runtime.manifest import verify_manifest
+from sfgrpo.runtime.manifest import model_digest, verify_manifest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from sfgrpo.policies.adapter import Adapter, Base
     from sfgrpo.policies.sd3 import SD3Policy
     from sfgrpo.rewards import Reward
+
+INDEX = "model_index.json"
+"""File by which diffusers knows a pipeline."""
+COMMIT = re.compile("[0-9a-f]{40}")
+
+logger = logging.getLogger(__name__)
 
 
 def make_accelerator(
@@ -67,8 +76,10 @@ def make_policy(
     from sfgrpo.policies.sd3 import SD3Policy
 
     disable_progress_bar()
+    base = base_of(config)
+    options = dataclasses.asdict(config) | {"revision": None if base.is_folder else base.revision}
     with as_config_error("policy"):
-        policy = SD3Policy.from_pretrained(**dataclasses.asdict(config), seed=seed)
+        policy = SD3Policy.from_pretrained(**options, seed=seed, base=base)
     if sharding == "full":
         # First, so that no device ever holds more than its part and one block.
         policy.shard()
@@ -103,11 +114,54 @@ def check_pretrained(config: PolicyConfig) -> None:
     folder = Path(config.pretrained)
     if (folder / "manifest.json").exists():
         verify_manifest(folder)
-    elif config.revision is None and not (folder / "model_index.json").exists():
+    elif config.revision is None and not (folder / INDEX).exists():
         raise ConfigError(
             f"policy.pretrained: {config.pretrained} is no folder with a model_index.json; `git checkout` restores the "
             "shipped one, and a model of the hub needs its policy.revision"
         )
+
+
+def base_of(config: PolicyConfig) -> Base:
+    """Return the base model of a configuration with what identifies it: a commit of the hub, or a folder's digest.
+
+    Raises:
+        ConfigError: It is no folder, and the hub has no such model or cannot be reached.
+    """
+    from sfgrpo.policies.adapter import Base
+
+    folder = Path(config.pretrained)
+    if (folder / INDEX).exists():
+        return Base(name=config.pretrained, revision=f"sha256:{model_digest(folder)}")
+    return Base(name=config.pretrained, revision=_hub_commit(config))
+
+
+def policy_of(adapter: Adapter, config: PolicyConfig) -> PolicyConfig:
+    """Return the configuration of the policy that an adapter belongs to: what its file knows wins over `config`."""
+    known = dataclasses.replace(config, lora_rank=adapter.rank, lora_alpha=adapter.alpha, lora_targets=adapter.targets)
+    if (base := adapter.base) is not None and not base.is_folder and base.name == config.pretrained:
+        known = dataclasses.replace(known, revision=base.revision)
+    asked = dataclasses.replace(config, lora_targets=tuple(sorted(config.lora_targets)))
+    for name, theirs in dataclasses.asdict(known).items():
+        if (ours := getattr(asked, name)) != theirs:
+            logger.warning("policy.%s is %s, but the adapter was trained with %s, which is used", name, ours, theirs)
+    return known
+
+
+def _hub_commit(config: PolicyConfig) -> str:
+    """Resolve the revision of a hub model, which may be a branch that moves, to a commit; offline by its cache."""
+    from huggingface_hub import hf_hub_download
+
+    if config.revision is not None and COMMIT.fullmatch(config.revision):
+        return config.revision
+    try:
+        path = Path(hf_hub_download(config.pretrained, INDEX, revision=config.revision))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"policy.pretrained: {config.pretrained} at revision {config.revision} is neither in the hub's cache nor "
+            f"to be had from the hub ({str(error).splitlines()[0]}); check name, revision, login and connection"
+        ) from error
+    # The cache has a folder for every commit.
+    return path.parent.name
 
 
 def use_threads(environment: Environment) -> None:

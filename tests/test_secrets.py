@@ -40,6 +40,8 @@ SMALL: Mapping[str, Any] = {
     "rollout.prompts_per_update": 2,
     "rollout.group_size": 2,
     "rollout.micro_batch_size": 4,
+    # It differs from image to image, so that there is something to learn and to register.
+    "reward.name": "likeness",
     "update.num_updates": 1,
     "update.steps_per_update": 1,
     "update.trained_steps": None,

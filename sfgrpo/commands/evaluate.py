@@ -9,30 +9,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfgrpo.config.schema import PolicyConfig, RewardConfig
 from sfgrpo.config.stages import EvaluateStage
-from sfgrpo.factory import check_pretrained, make_policy, make_reward, use_threads
+from sfgrpo.errors import MismatchError
+from sfgrpo.evaluation.identity import EVALUATED, EvaluationIdentity, drawing_protocol, reward_identity
+from sfgrpo.factory import base_of, check_pretrained, make_policy, make_reward, policy_of, use_threads
 from sfgrpo.paths import EVALUATE_REPORT, EVALUATION_PROMPTS, POLICY
-from sfgrpo.prompts import read_prompts
+from sfgrpo.prompts import prompts_digest, read_prompts
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.types import Prompt
 
 if TYPE_CHECKING:
     from sfgrpo.evaluation.evaluate import Evaluation
+    from sfgrpo.policies.adapter import Adapter
+    from sfgrpo.training.published import TrainingRecord
+
+HELD_OUT = RewardConfig(name="likeness")
+"""Reward that is reported beside the one that was trained on."""
 
 
 def evaluate(config: EvaluateStage, environment: Environment) -> None:
-    """Evaluate base model and trained policy on the same prompts and noise; write table, metrics and images."""
+    """Evaluate base model and trained policy on the same prompts and noise; write table, metrics and images.
+
+    Raises:
+        ConfigError: The training, its prompts or its base model are absent or others than it names.
+        AdapterError: The adapter is damaged, or changes nothing.
+    """
     from sfgrpo.evaluation.evaluate import evaluate_policy, protocol_of
     from sfgrpo.rewards import build_reward, distinct_rewards
     from sfgrpo.tracking.image_archive import add_images
     from sfgrpo.tracking.sample_grid import pick_rows
+    from sfgrpo.training.published import read_published
 
-    rewards = distinct_rewards(make_reward(config.reward), build_reward("likeness"))
     check_pretrained(config.policy)
+    published = read_published(POLICY)
+    prompts = _read_prompts(published.record)
+    # After the files, since a reward may have a model of gigabytes.
+    rewards = distinct_rewards(make_reward(config.reward), build_reward(HELD_OUT.name))
+    policy_config = policy_of(published.adapter, config.policy)
+    identity = _identity(config, policy_config, published.adapter, prompts)
     use_threads(environment)
-    prompts = read_prompts(EVALUATION_PROMPTS)
-    policy = make_policy(config.policy, config.seed, environment)
+    policy = make_policy(policy_config, config.seed, environment)
     protocol, shown = protocol_of(config.evaluation), pick_rows(prompts)
     with atomic_directory(EVALUATE_REPORT) as partial:
         with tarfile.open(partial / "images.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -44,22 +62,57 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
             base = evaluated("base")
             policy.load_adapter(POLICY / "adapter")
             trained = evaluated("policy")
-        summary = _write_report(partial, prompts, shown, base, trained)
+        summary = _write_report(partial, prompts, shown, base, trained, identity)
     print(f"{summary}; samples in {EVALUATE_REPORT / 'samples.png'}")
 
 
+def _read_prompts(record: TrainingRecord) -> list[Prompt]:
+    """Read the evaluation prompts; refuse others than the training's, on some of which it may have trained."""
+    prompts = read_prompts(EVALUATION_PROMPTS)
+    if (found := prompts_digest(prompts)) != record.evaluation_prompts_sha256:
+        raise MismatchError(
+            f"{EVALUATION_PROMPTS} has the digest {found}, and {POLICY} was selected by the prompts "
+            f"{record.evaluation_prompts_sha256} and may have been trained on others; train on these prompts by "
+            "`python -m sfgrpo train`, or write those again by `python -m sfgrpo prompts`"
+        )
+    return prompts
+
+
+def _identity(
+    config: EvaluateStage, policy: PolicyConfig, adapter: Adapter, prompts: Sequence[Prompt]
+) -> EvaluationIdentity:
+    from sfgrpo.evaluation.evaluate import protocol_of
+    from sfgrpo.policies.adapter import require_base
+
+    base = base_of(policy)
+    require_base(adapter, base)
+    return EvaluationIdentity(
+        adapter_sha256=adapter.sha256,
+        base_revision=base.revision,
+        prompts_sha256=prompts_digest(prompts),
+        protocol=drawing_protocol(protocol_of(config.evaluation), policy),
+        rewards=[reward_identity(reward) for reward in (config.reward, HELD_OUT)],
+    )
+
+
 def _write_report(
-    folder: Path, prompts: Sequence[Prompt], shown: Sequence[int], base: Evaluation, trained: Evaluation
+    folder: Path,
+    prompts: Sequence[Prompt],
+    shown: Sequence[int],
+    base: Evaluation,
+    trained: Evaluation,
+    identity: EvaluationIdentity,
 ) -> str:
-    """Write metrics, table and sample grid of both models; return the table and the gain as text."""
+    """Write metrics, table and sample grid of both models, and what they are of; return the table and the gain."""
     from sfgrpo.geneval.table import markdown_table
     from sfgrpo.tracking.sample_grid import sample_grid
 
     models = {"base model": base, "trained policy": trained}
     table = markdown_table({name: evaluation.table for name, evaluation in models.items()})
+    table += f"\n{identity.sentence()}"
     before, after = base.to_dict(), trained.to_dict()
     gain = after["geneval/overall"] - before["geneval/overall"]
-    report = {"base": before, "policy": after, "gain": {"geneval/overall": gain}}
+    report = {"base": before, "policy": after, "gain": {"geneval/overall": gain}, EVALUATED: identity.to_dict()}
     (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     images = {name: evaluation.images for name, evaluation in models.items()}

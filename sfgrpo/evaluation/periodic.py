@@ -81,8 +81,8 @@ class PeriodicEvaluation:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The result with the highest GenEval score, the earliest of equals."""
-        return max(self.results, key=lambda result: result["metrics"]["geneval/overall"])
+        """The result with the highest GenEval score; of equals the earliest that was trained at all."""
+        return max(self.results, key=lambda result: (result["metrics"]["geneval/overall"], result["update"] > 0))
 
     def state(self) -> dict[str, Any]:
         """Return the JSON values that a checkpoint keeps."""

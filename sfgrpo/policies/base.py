@@ -59,7 +59,7 @@ class Policy(ABC):
 
     @abstractmethod
     def load_adapter(self, folder: Path) -> None:
-        """Read an adapter that `save_adapter` wrote."""
+        """Read an adapter that `save_adapter` wrote; raise `AdapterError` if it is damaged or of another policy."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:

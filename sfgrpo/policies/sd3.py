@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from numpy.typing import NDArray
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -19,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from sfgrpo.errors import AdapterError
+from sfgrpo.policies.adapter import METADATA_KEY, PREFIX, WEIGHTS_NAME, Adapter, Base, read_adapter, require_base
 from sfgrpo.policies.base import Policy
 from sfgrpo.types import Conditioning, joined
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER = "default"
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 
 class SD3Policy(Policy):
@@ -45,7 +45,9 @@ class SD3Policy(Policy):
         lora_targets: Sequence[str],
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        base: Base | None = None,
     ) -> None:
+        """Add a fresh adapter of the seed; `base` is what the files of the adapter name as their pipeline."""
         if resolution % (factor := pipeline.vae_scale_factor * pipeline.patch_size):
             raise ValueError(
                 f"policy.resolution {resolution} is not a multiple of {factor} (VAE factor times patch size)"
@@ -54,6 +56,7 @@ class SD3Policy(Policy):
         self._resolution = resolution
         self._max_sequence_length = max_sequence_length
         self._dtype = dtype
+        self._base = base
         if max_sequence_length == 0:
             pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
         for module in pipeline.components.values():
@@ -174,29 +177,50 @@ class SD3Policy(Policy):
         # Not the transformer's whole state dict: to build it, a sharded model changes its state on this process alone.
         weights = get_peft_model_state_dict(transformer, dict(self.adapter_parameters()), adapter_name=ADAPTER)
         settings = {
-            f"transformer.{key}": sorted(value) if isinstance(value, set) else value
-            for key, value in transformer.peft_config[ADAPTER].to_dict().items()
+            key: sorted(value) if isinstance(value, set) else value for key, value in self._lora.to_dict().items()
         }
+        if self._base is not None:
+            settings |= {"base_model_name_or_path": self._base.name, "revision": self._base.revision}
         # Not by pipeline.save_lora_weights: safetensors writes several metadata keys in any order, so equal weights
         # would give files with different digests.
         save_file(
-            {f"transformer.{name}": value.detach().cpu().contiguous() for name, value in weights.items()},
+            {f"{PREFIX}{name}": value.detach().cpu().contiguous() for name, value in weights.items()},
             folder / WEIGHTS_NAME,
-            {LORA_ADAPTER_METADATA_KEY: json.dumps(settings, sort_keys=True)},
+            {METADATA_KEY: json.dumps({f"{PREFIX}{key}": settings[key] for key in settings}, sort_keys=True)},
         )
 
     def load_adapter(self, folder: Path) -> None:
-        prefix = "transformer."
-        weights = StableDiffusion3Pipeline.lora_state_dict(folder, weight_name=WEIGHTS_NAME, use_safetensors=True)
-        stripped = {key.removeprefix(prefix): value for key, value in weights.items()}
+        adapter = read_adapter(folder)
+        self._require_fit(adapter)
+        stripped = {name.removeprefix(PREFIX): weight for name, weight in adapter.weights.items()}
         result = set_peft_model_state_dict(self.pipeline.transformer, stripped, adapter_name=ADAPTER)
         missing = [key for key in result.missing_keys if "lora_" in key]
         if missing or result.unexpected_keys:
-            raise ValueError(
-                f"adapter {folder} does not fit the policy: {len(missing)} weights missing, "
-                f"{len(result.unexpected_keys)} unexpected; set policy.lora_rank and policy.lora_targets to those that "
-                "it was trained with"
+            raise AdapterError(
+                f"{adapter.path} does not fit the policy: {len(missing)} weights missing, "
+                f"{len(result.unexpected_keys)} unexpected; use the base model that it was trained on"
             )
+
+    @property
+    def _lora(self) -> LoraConfig:
+        return self.pipeline.transformer.peft_config[ADAPTER]
+
+    def _require_fit(self, adapter: Adapter) -> None:
+        """Raise `AdapterError` if the adapter was trained with other settings, by which its weights mean other things.
+
+        Alpha scales the weights and leaves no trace in their shapes.
+        """
+        for parameter, ours, theirs in (
+            ("policy.lora_rank", self._lora.r, adapter.rank),
+            ("policy.lora_alpha", self._lora.lora_alpha, adapter.alpha),
+            ("policy.lora_targets", sorted(self._lora.target_modules), list(adapter.targets)),
+        ):
+            if ours != theirs:
+                raise AdapterError(
+                    f"{adapter.path} does not fit the policy: it was trained with {theirs} and the policy has {ours}; "
+                    f"set {parameter} to {theirs}"
+                )
+        require_base(adapter, self._base)
 
 
 def to_images(pixels: Tensor) -> NDArray[np.uint8]:

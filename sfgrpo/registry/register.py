@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 SERVING_FILE = Path(__file__).with_name(SERVING)
 """MLflow copies this file into every version and runs it there, without sfgrpo."""
 REQUIREMENTS = ("accelerate", "diffusers", "mlflow", "pandas", "peft", "pillow", "torch", "transformers")
 IMPORTED_TAG = "sfgrpo.imported_run_id"
 """Tag of a stand-in: the run of another store that trained the adapter."""
+IDENTIFYING = ("git_commit", "evaluation_sha256")
+"""Tags, beside the digest of the adapter, that make a version another one: its scores and settings are of these."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,19 +87,22 @@ def register_version(
 ) -> RegisteredVersion:
     """Find or create the version of this adapter at this commit, draw an image with it, and point the alias at it.
 
-    A version that fails to draw never gets the alias. The same adapter file at the same commit is always the same
-    version, so a retry registers nothing twice.
+    A version that fails to draw never gets the alias. The same adapter file with the same evaluation at the same commit
+    is always the same version, so a retry registers nothing twice.
 
     Raises:
+        AdapterError: The adapter is damaged, or changes nothing.
         RegistryError: The base pipeline holds code or pickles, the version is not what was registered, or it draws no
             image.
     """
+    from sfgrpo.policies.adapter import WEIGHTS_NAME, read_effective_adapter
+
+    digest = read_effective_adapter(adapter.folder).sha256
     client = connect_globally(uri)
     import mlflow
 
     name = registry.model_name
-    digest = sha256_of_file(adapter.folder / WEIGHTS_NAME)
-    version = _find_version(client, name, digest, adapter.provenance["git_commit"])
+    version = _find_version(client, name, digest, adapter.provenance)
     created = version is None
     if version is None:
         experiment_id = find_or_create_experiment(client, uri, experiment)
@@ -139,10 +143,12 @@ def connect_globally(uri: str) -> MlflowClient:
     return client
 
 
-def _find_version(client: MlflowClient, name: str, digest: str, commit: str) -> tuple[int, str] | None:
-    found = client.search_model_versions(
-        f"name = '{name}' and tags.adapter_sha256 = '{digest}' and tags.git_commit = '{commit}'"
-    )
+def _find_version(
+    client: MlflowClient, name: str, digest: str, provenance: Mapping[str, str]
+) -> tuple[int, str] | None:
+    tags = {"adapter_sha256": digest} | {key: provenance[key] for key in IDENTIFYING if key in provenance}
+    conditions = [f"name = '{name}'", *(f"tags.{key} = '{value}'" for key, value in tags.items())]
+    found = client.search_model_versions(" and ".join(conditions))
     return max(((int(version.version), str(version.run_id)) for version in found), default=None)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from sfgrpo.errors import IntegrityError
 
 MANIFEST = "manifest.json"
+MODEL_SUFFIXES = frozenset({".json", ".model", ".safetensors", ".txt"})
+"""Endings of the files of a model: weights, configurations and vocabularies, but no card and no picture."""
 
 
 def sha256_of_file(path: Path) -> str:
@@ -53,6 +57,28 @@ def manifest_digests(directory: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below `directory`, by relative name, as its manifest has it."""
     files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
     return {name: entry["sha256"] for name, entry in files.items()}
+
+
+def model_digest(directory: Path) -> str:
+    """Return the SHA-256 of a model: of the names and digests of all its weights, configurations and vocabularies.
+
+    Links are followed, as libraries do; hidden folders, such as the hub's `.cache`, and the manifest are left out.
+    """
+    lines = []
+    for folder, subfolders, names in os.walk(directory, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for path in (Path(folder, name) for name in names):
+            if path.suffix in MODEL_SUFFIXES and path.name != MANIFEST:
+                state = path.stat()
+                digest = _sha256_of_state(path.resolve(), state.st_size, state.st_mtime_ns)
+                lines.append(f"{path.relative_to(directory).as_posix()} {digest}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+@functools.cache
+def _sha256_of_state(path: Path, size: int, modified_ns: int) -> str:
+    """Return the SHA-256 of a file as it stood then: a process asks several times for that of the same gigabytes."""
+    return sha256_of_file(path)
 
 
 def _read_manifest(manifest: Path) -> dict[str, str]:

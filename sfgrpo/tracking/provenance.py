@@ -13,7 +13,12 @@ COMMIT_TAG = "run_commit"
 
 
 def provenance_tags(root: Path, prompts: Path) -> dict[str, str]:
-    """Return the commit, whether tracked files differ from it, and the digests of the prompt file and `dvc.lock`.
+    """Return the tags of the code and the digest of the prompt file."""
+    return code_tags(root) | {"prompts_sha256": sha256_of_file(prompts)}
+
+
+def code_tags(root: Path) -> dict[str, str]:
+    """Return the commit, whether tracked files differ from it, and the digest of `dvc.lock`.
 
     A changed `dvc.lock` is no difference, because the pipeline itself rewrites it.
     """
@@ -22,7 +27,6 @@ def provenance_tags(root: Path, prompts: Path) -> dict[str, str]:
     tags = {
         "git_commit": commit or "unknown",
         "git_dirty": "unknown" if changes is None else str(bool(changes)).lower(),
-        "prompts_sha256": sha256_of_file(prompts),
     }
     lock = root / "dvc.lock"
     return tags | {"dvc_lock_sha256": sha256_of_file(lock)} if lock.exists() else tags

@@ -11,6 +11,7 @@ from typing import Self
 
 from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.errors import ConfigError
+from sfgrpo.factory import base_of
 from sfgrpo.paths import EVALUATION_PROMPTS, PROMPTS, RUN_PREFIX, TRAINING_PROMPTS
 from sfgrpo.prompts import prompts_digest, read_prompts
 from sfgrpo.runtime.environment import Environment
@@ -134,9 +135,9 @@ def evaluation_fingerprint(config: TrainStage, evaluation_prompts: Sequence[Prom
 
 
 def _models_digest(config: TrainStage) -> str:
-    models = [Path(folder) for folder in (config.policy.pretrained, config.reward.pretrained) if folder is not None]
-    weights = [file for model in models for file in sorted(model.rglob("*.safetensors"))]
-    return _digest([f"{file.name} {sha256_of_file(file)}" for file in weights])
+    weights = [] if config.reward.pretrained is None else sorted(Path(config.reward.pretrained).rglob("*.safetensors"))
+    reward = [f"{file.name} {sha256_of_file(file)}" for file in weights]
+    return _digest([base_of(config.policy).revision, *reward])
 
 
 def _code_digest() -> str:

@@ -16,6 +16,7 @@ from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.errors import ConfigError, MirrorError, SfgrpoError
 from sfgrpo.evaluation.store import EVALUATIONS
 from sfgrpo.paths import PARAMS, POLICY, TRAIN_REPORT, TRAINING, run_lock
+from sfgrpo.prompts import prompts_digest
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, write_json
 from sfgrpo.runtime.locks import exclusive_lock
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from sfgrpo.tracking.base import Tracker
+    from sfgrpo.training.published import TrainingRecord
     from sfgrpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -243,29 +245,52 @@ def _require_same_run(key: str, accelerator: Accelerator) -> None:
 
 
 def _publish(trainer: Trainer, config: TrainStage, environment: Environment, run: Run, tracker: Tracker) -> None:
-    """Copy the best adapter and the reports to where the pipeline expects them."""
+    """Copy the best adapter and the reports to where the pipeline expects them, and say what they are of."""
+    from sfgrpo.policies.adapter import read_adapter
+    from sfgrpo.training.published import ADAPTER, RECORD, TrainingRecord, reason_of_no_change
+
+    adapter = read_adapter(run.folder / "best")
     # The record names the MLflow run, so the run has to be there.
     tracker.open()
     best = trainer.best
-    record = {
-        "update": best["update"],
-        "num_updates": trainer.update_index,
-        "images": trainer.update_index * config.rollout.num_images,
-        "run_key": run.key,
-        "mlflow_run_id": tracker.run_id,
-        "tracking_uri": environment.tracking_uri,
-    }
-    evaluations = [{"update": evaluation["update"], **evaluation["metrics"]} for evaluation in trainer.evaluations]
+    record = TrainingRecord(
+        update=best["update"],
+        num_updates=trainer.update_index,
+        images=trainer.update_index * config.rollout.num_images,
+        run_key=run.key,
+        mlflow_run_id=tracker.run_id,
+        tracking_uri=environment.tracking_uri,
+        adapter_sha256=adapter.sha256,
+        base=factory.base_of(config.policy),
+        training_prompts_sha256=prompts_digest(run.prompts),
+        evaluation_prompts_sha256=prompts_digest(run.evaluation_prompts),
+        nothing_changed=reason_of_no_change(trainer.history, best, adapter),
+    )
     with atomic_directory(POLICY) as partial:
-        shutil.copytree(run.folder / "best", partial / "adapter")
-        write_json(partial / "training.json", record)
+        shutil.copytree(run.folder / "best", partial / ADAPTER)
+        write_json(partial / RECORD, dataclasses.asdict(record))
+    _write_report(trainer, record, run.folder)
+    # One number to sort runs by: each further one would get a chart, ahead of the others.
+    tracker.log_metrics({"best/geneval/overall": best["metrics"]["geneval/overall"]}, trainer.update_index)
+    tracker.set_tags(
+        {
+            "best_update": str(best["update"]),
+            "adapter_sha256": adapter.sha256,
+            "base_revision": record.base.revision,
+            "nothing_changed": record.nothing_changed or "no",
+        }
+    )
+    print(f"best of {len(trainer.evaluations)} evaluations: update {best['update']}, adapter in {POLICY}")
+    if record.nothing_changed is not None:
+        print(f"the training has changed nothing, and `register` will refuse it: {record.nothing_changed}")
+
+
+def _write_report(trainer: Trainer, record: TrainingRecord, folder: Path) -> None:
+    evaluations = [{"update": evaluation["update"], **evaluation["metrics"]} for evaluation in trainer.evaluations]
     with atomic_directory(TRAIN_REPORT) as partial:
         write_json(partial / "history.json", trainer.history)
         write_json(partial / "evaluations.json", evaluations)
-        write_json(partial / "summary.json", {"best_update": best["update"], **best["metrics"]})
-        for grid in sorted(run.folder.glob("samples_*.png")):
+        summary = {"best_update": record.update, "adapter_sha256": record.adapter_sha256, **trainer.best["metrics"]}
+        write_json(partial / "summary.json", summary)
+        for grid in sorted(folder.glob("samples_*.png")):
             shutil.copy(grid, partial / grid.name)
-    # One number to sort runs by: each further one would get a chart, ahead of the others.
-    tracker.log_metrics({"best/geneval/overall": best["metrics"]["geneval/overall"]}, trainer.update_index)
-    tracker.set_tags({"best_update": str(best["update"])})
-    print(f"best of {len(evaluations)} evaluations: update {best['update']}, adapter in {POLICY}")

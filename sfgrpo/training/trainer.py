@@ -110,7 +110,7 @@ class Trainer:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The evaluation with the highest GenEval score, the earliest of equals."""
+        """The evaluation with the highest GenEval score; of equals the earliest that was trained at all."""
         return self._periodic.best
 
     def averaged(self) -> AbstractContextManager[None]:

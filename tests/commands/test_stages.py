@@ -95,7 +95,8 @@ def test_prompts_are_written_as_asked(folder, tracker):
     training, evaluation = prompt_sets(folder)
     assert len(training) == TINY["prompts.num_train"]
     assert [prompt.tag for prompt in evaluation] == list(TAGS)
-    assert sorted(path.name for path in Path("data/prompts").iterdir()) == ["evaluation.jsonl", "train.jsonl"]
+    written = sorted(path.name for path in Path("data/prompts").iterdir())
+    assert written == ["evaluation.jsonl", "manifest.json", "train.jsonl"]
 
 
 def test_shipped_parameters_train_on_no_evaluation_prompt_nor_its_twin(tmp_path, capsys):
@@ -341,18 +342,13 @@ def test_evaluation_compares_before_and_after(folder, tracker):
 
 
 def test_evaluation_judges_the_published_adapter(folder, tracker):
-    """The base model with the adapter of update 0, which changes nothing, scores as the base model does."""
-    write_params(folder, {**TINY, "update.num_updates": 1, "evaluation.every_num_updates": 1})
-    assert main(["train"]) == 0
-    assert json.loads(Path("models/policy/training.json").read_text())["update"] == 0
-    assert main(["evaluate"]) == 0
-    metrics = json.loads(Path("reports/evaluate/metrics.json").read_text())
-    assert metrics["policy"] == metrics["base"]
-
-
-def test_registration_before_training_names_the_cure(folder, tracker, capsys):
-    assert main(["register"]) == 1
-    assert_error(capsys, "training.json does not exist; run `dvc repro` first")
+    assert main(["train"]) == main(["evaluate"]) == 0
+    update = json.loads(Path("models/policy/training.json").read_text())["update"]
+    evaluations = json.loads(Path("reports/train/evaluations.json").read_text())
+    (selected,) = (evaluation for evaluation in evaluations if evaluation["update"] == update)
+    metrics = json.loads(Path("reports/evaluate/metrics.json").read_text())["policy"]
+    assert metrics["evaluation/light"] != evaluations[0]["evaluation/light"]
+    assert metrics == {key: selected[key] for key in metrics}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -367,10 +363,15 @@ def test_registration_after_an_evaluation_of_few_tasks_has_their_scores(folder, 
     assert {name for name in version.tags if name.startswith("geneval/")} == {"geneval/overall", "geneval/position"}
 
 
-@pytest.mark.parametrize("stage", ["train", "evaluate"])
-def test_unknown_reward_is_a_wrong_parameter(folder, tracker, capsys, stage):
-    write_params(folder, {**TINY, "reward.name": "beauty"})
-    assert main([stage]) == 2
+def test_unknown_reward_is_a_wrong_parameter(folder, tracker, capsys):
+    unknown = {**TINY, "reward.name": "beauty"}
+    write_params(folder, unknown)
+    assert main(["train"]) == 2
+    assert_error(capsys, "reward: reward 'beauty' is unknown; allowed are .*geneval")
+    write_params(folder, TINY)
+    assert main(["train"]) == 0
+    write_params(folder, unknown)
+    assert main(["evaluate"]) == 2
     assert_error(capsys, "reward: reward 'beauty' is unknown; allowed are .*geneval")
 
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from sfgrpo.config.schema import RegistryConfig
-from sfgrpo.errors import RegistryError
+from sfgrpo.errors import AdapterError, RegistryError
 from sfgrpo.registry import drawing
 from sfgrpo.registry.register import RegisteredVersion, TrainedAdapter, register_version
 from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 from tests.support.registry import draw
-from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline, tiny_serving
+from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline, make_tiny_policy, tiny_serving
 
 # From libraries, not from us: SQLAlchemy's, MLflow's and diffusers' own deprecations and advice.
 pytestmark = pytest.mark.filterwarnings(
@@ -145,14 +145,23 @@ def test_same_adapter_at_same_commit_is_registered_once(registry):
     assert (first.version, first.created, again.version, again.created) == (1, True, 1, False)
 
 
-def test_other_adapter_or_other_commit_is_another_version(registry):
+def test_other_adapter_or_other_commit_or_other_evaluation_is_another_version(registry):
     versions = [
         registry.register("several").version,
         registry.register("several", adapter="adapter_1").version,
         registry.register("several", provenance={"git_commit": "other"}).version,
+        registry.register("several", provenance={"git_commit": "c0ffee", "evaluation_sha256": "e7a1"}).version,
+        registry.register("several", provenance={"git_commit": "c0ffee", "evaluation_sha256": "e7a2"}).version,
     ]
-    assert versions == [1, 2, 3]
-    assert registry.challenger("several") == 3
+    assert versions == [1, 2, 3, 4, 5]
+    assert registry.challenger("several") == 5
+
+
+def test_adapter_that_changes_nothing_is_not_registered(registry, tmp_path):
+    make_tiny_policy().save_adapter(tmp_path)
+    with pytest.raises(AdapterError, match=r"safetensors changes nothing, for its product B A is 0 in every layer"):
+        registry.register("nothing", folder=tmp_path)
+    assert not connect(registry.uri).search_registered_models("name = 'nothing'")
 
 
 def test_registering_an_older_adapter_again_gives_it_the_alias_back(registry):
