@@ -25,13 +25,14 @@ from benchmarks.bare import BareModels, Call, RecordedReward, recorded_calls
 from benchmarks.update_tables import Part, Timings, methods_of, results_of, tables_of
 from sfgrpo.config.schema import SamplingConfig
 from sfgrpo.config.stages import PromptsStage, TrainStage, load_config
-from sfgrpo.factory import device_of, make_accelerator, make_policy, make_reward, use_threads
+from sfgrpo.factory import make_accelerator, make_policy, make_reward, use_threads
 from sfgrpo.grpo.distributed import row_slices
 from sfgrpo.grpo.noise import gaussian_noise
 from sfgrpo.grpo.rollout import roll_out
 from sfgrpo.grpo.scoring import StateScorer
 from sfgrpo.grpo.update import Objective, make_scaler, update_policy
 from sfgrpo.policies.sd3 import DTYPES, SD3Policy
+from sfgrpo.preflight.devices import device_of
 from sfgrpo.prompts import make_prompts
 from sfgrpo.rewards import Reward
 from sfgrpo.runtime.environment import Environment, read_environment

@@ -9,9 +9,9 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
+from sfgrpo.preflight.checkout import find_checkout
 from sfgrpo.runtime.environment import read_environment
 from tasks import maintenance
-from tasks.git import top_folder
 from tasks.stages import flow_as_program, refuse_inside_stage
 from tasks.supervisor import end_orphans, marked_folders
 
@@ -20,7 +20,7 @@ from tasks.supervisor import end_orphans, marked_folders
 def close_stale_runs() -> None:
     """Close the MLflow runs of dead processes, and end the processes that dead supervisors of this checkout left."""
     refuse_inside_stage()
-    checkout, grace_s = top_folder(Path.cwd()), read_environment().grace_s
+    checkout, grace_s = find_checkout(Path.cwd()), read_environment().grace_s
     folders = sorted(folder for folder in marked_folders() if folder.is_relative_to(checkout))
     ended = [pid for folder in folders for pid in end_orphans(folder, grace_s)]
     if ended:

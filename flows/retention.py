@@ -10,8 +10,8 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
+from sfgrpo.preflight.checkout import find_checkout
 from tasks.cleanup import collect_garbage, remove_old_branches, remove_stale_worktrees
-from tasks.git import top_folder
 from tasks.maintenance import remove_finished
 from tasks.stages import refuse_inside_stage
 
@@ -38,7 +38,7 @@ def retention(
         remote: Look at the remote of DVC as well as at the cache.
     """
     refuse_inside_stage()
-    checkout = top_folder(Path.cwd())
+    checkout = find_checkout(Path.cwd())
     worktrees = remove_stale_worktrees(checkout, worktree_days)
     states = remove_finished(state_days, rehearse_state)
     branches = remove_old_branches(checkout, branch_days, states["branches"])

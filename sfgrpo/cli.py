@@ -112,6 +112,12 @@ def _close_stale_runs(args: argparse.Namespace, environment: Environment) -> Non
     close_stale_runs(environment, args.quiet_h * 3600, args.report)
 
 
+def _relocate(_: argparse.Namespace, environment: Environment) -> None:
+    from sfgrpo.commands.relocate import relocate_store
+
+    relocate_store(environment)
+
+
 def _retention(args: argparse.Namespace, environment: Environment) -> None:
     from sfgrpo.commands.retention import retention
 
@@ -123,6 +129,12 @@ def _show(args: argparse.Namespace, _: Environment) -> None:
     for key, value in {**to_flat_dict(config), **to_flat_dict(launch)}.items():
         print(f"{key:32}{value}")
     print(f"\n{BatchArithmetic(config=config, num_processes=launch.launch.world_size).explain()}")
+
+
+def _doctor(args: argparse.Namespace, environment: Environment) -> None:
+    from sfgrpo.commands.doctor import doctor
+
+    doctor(args.params, environment)
 
 
 def _study(args: argparse.Namespace, environment: Environment) -> None:
@@ -153,6 +165,10 @@ def _allowed(kind: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{shown}{reason}") from error
 
     return read
+
+
+def _add_nothing(_: argparse.ArgumentParser) -> None:
+    """Add no option."""
 
 
 def _add_params_argument(parser: argparse.ArgumentParser) -> None:
@@ -286,7 +302,11 @@ COMMANDS: Mapping[str, Command] = {
         _retention,
         _add_retention_arguments,
     ),
+    "relocate": Command(
+        "correct the addresses of artifacts in mlflow.db after its folder was moved or copied", _relocate, _add_nothing
+    ),
     "study": Command("train a row of the study, or write its report", _study, _add_study_arguments),
+    "doctor": Command("check machine, services, models and parameters, and say how to cure what is wrong", _doctor),
     "show": Command("print all parameters and the batch arithmetic of a training", _show),
 }
 """All commands by name, those of the pipeline in its order; `_` may be typed for `-`."""

@@ -15,8 +15,10 @@ from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.schema import PolicyConfig, RewardConfig
 from sfgrpo.config.stages import TrainStage
 from sfgrpo.errors import ConfigError
+from sfgrpo.preflight.devices import device_of
+from sfgrpo.preflight.models import check_base_model, check_reward_model
 from sfgrpo.runtime.environment import Environment
-from sfgrpo.runtime.manifest import model_digest, verify_manifest
+from sfgrpo.runtime.manifest import MANIFEST, model_digest, verify_manifest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,11 +61,13 @@ def make_accelerator(
     return accelerator
 
 
-def make_reward(config: RewardConfig) -> Reward:
-    """Make the training reward."""
-    from sfgrpo.rewards import build_reward
+def make_reward(config: RewardConfig, section: str = "reward") -> Reward:
+    """Make the reward of a section of the parameters, by default that of the training."""
+    from sfgrpo.rewards import PRETRAINED_REWARDS, build_reward
 
-    with as_config_error("reward"):
+    if config.name in PRETRAINED_REWARDS:
+        check_reward_model(config, section)
+    with as_config_error(section):
         return build_reward(config.name, pretrained=config.pretrained, revision=config.revision)
 
 
@@ -76,6 +80,7 @@ def make_policy(
     from sfgrpo.policies.sd3 import SD3Policy
 
     disable_progress_bar()
+    device = device_of(environment)
     base = base_of(config)
     options = dataclasses.asdict(config) | {"revision": None if base.is_folder else base.revision}
     with as_config_error("policy"):
@@ -83,42 +88,16 @@ def make_policy(
     if sharding == "full":
         # First, so that no device ever holds more than its part and one block.
         policy.shard()
-    policy.pipeline.to(device_of(environment))
+    policy.pipeline.to(device)
     return policy
 
 
-def device_of(environment: Environment) -> str:
-    """Return the device of this process: by default each process of a node has a GPU of its own."""
-    import torch
-
-    if environment.device not in ("auto", "cuda"):
-        return environment.device
-    if environment.device == "auto" and not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-
-
-def evaluates_in_background(environment: Environment) -> bool:
-    """Return whether evaluations have a device of their own; refuse one on which metrics would differ."""
-    kind, wanted = device_of(environment).partition(":")[0], environment.evaluation_device
-    if wanted is not None and wanted.partition(":")[0] != kind:
-        raise ConfigError(
-            f"environment: SFGRPO_EVALUATION_DEVICE: {wanted} is no device of the training's kind, {kind}, and would "
-            f"give other figures; use {kind} and a number, or unset the variable"
-        )
-    return wanted is not None
-
-
 def check_pretrained(config: PolicyConfig) -> None:
-    """Refuse a base model folder that is absent or damaged; diffusers checks those of the hub, with a revision."""
+    """Refuse a base model that is absent, damaged or of a kind that is not supported, before it is loaded."""
     folder = Path(config.pretrained)
-    if (folder / "manifest.json").exists():
+    if (folder / MANIFEST).exists():
         verify_manifest(folder)
-    elif config.revision is None and not (folder / INDEX).exists():
-        raise ConfigError(
-            f"policy.pretrained: {config.pretrained} is no folder with a model_index.json; `git checkout` restores the "
-            "shipped one, and a model of the hub needs its policy.revision"
-        )
+    check_base_model(config)
 
 
 def base_of(config: PolicyConfig) -> Base:

@@ -34,11 +34,6 @@ def git(folder: Path, *arguments: str, content: str | None = None, variables: Ma
     return answer.stdout.rstrip("\n")
 
 
-def top_folder(folder: Path) -> Path:
-    """Return the root of the checkout that holds a folder."""
-    return Path(git(folder, "rev-parse", "--show-toplevel"))
-
-
 def add_worktree(checkout: Path, folder: Path, commit: str) -> None:
     """Make a worktree at a commit, on no branch; replace an earlier one."""
     remove_worktree(checkout, folder)

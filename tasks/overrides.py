@@ -79,15 +79,20 @@ def _set(parameters: Any, name: str, value: Any) -> None:
     place[last] = value
 
 
-def _checked(text: str) -> dict[str, Any]:
+def check_parameters(path: Path) -> dict[str, Any]:
     """Load the parameters of every stage and check the batch arithmetic; return the values by dotted name."""
+    flat = {name: value for stage in STAGES for name, value in to_flat_dict(load_config(stage, path)).items()}
+    launch = load_config(LaunchStage, path).launch
+    BatchArithmetic(config=load_config(TrainStage, path), num_processes=launch.world_size)
+    return flat
+
+
+def _checked(text: str) -> dict[str, Any]:
+    """Do the same with the text of a parameter file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, PARAMS)
         path.write_text(text, encoding="utf-8")
         try:
-            flat = {name: value for stage in STAGES for name, value in to_flat_dict(load_config(stage, path)).items()}
-            launch = load_config(LaunchStage, path).launch
-            BatchArithmetic(config=load_config(TrainStage, path), num_processes=launch.world_size)
+            return check_parameters(path)
         except ConfigError as error:
             raise ConfigError(str(error).replace(str(path), PARAMS)) from error
-    return flat

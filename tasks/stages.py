@@ -20,9 +20,11 @@ from prefect.runtime import flow_run
 from prefect.tasks import Task
 
 from sfgrpo.errors import ConfigError, ExitStatus
-from sfgrpo.paths import EVALUATE_REPORT, REGISTRATION
+from sfgrpo.paths import EVALUATE_REPORT, PARAMS, REGISTRATION
+from sfgrpo.preflight.checkout import find_checkout
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.runtime.shutdown import sigterm_as_exit
+from tasks.overrides import check_parameters
 from tasks.progress import ProgressBar
 from tasks.supervisor import is_stopping, run_supervised
 
@@ -66,8 +68,13 @@ def refuse_inside_stage() -> None:
 
 @contextlib.contextmanager
 def flow_as_program() -> Iterator[None]:
-    """Let the block run a flow as a program: a failed stage or a wrong configuration is a message and exit status 1."""
+    """Let the block run a flow as a program: a failed stage or a wrong configuration is a message and exit status 1.
+
+    What would fail in every stage is found before Prefect starts.
+    """
     try:
+        find_checkout(Path.cwd())
+        check_parameters(Path(PARAMS))
         # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
         with sigterm_as_exit():
             yield

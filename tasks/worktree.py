@@ -22,13 +22,14 @@ from typing import Any
 from prefect import get_run_logger
 from prefect.context import FlowRunContext
 
+from sfgrpo.config.addresses import sqlite_path
 from sfgrpo.errors import ConfigError, SfgrpoError
 from sfgrpo.paths import PARAMS
+from sfgrpo.preflight.checkout import find_checkout
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.runtime.files import atomic_write
 from sfgrpo.runtime.locks import exclusive_lock, shared_lock
-from sfgrpo.tracking.mlflow_client import sqlite_path
-from tasks.git import GitError, add_worktree, commit_files, git, remove_worktree, top_folder
+from tasks.git import GitError, add_worktree, commit_files, git, remove_worktree
 from tasks.overrides import changed_parameters
 
 WORKTREES = Path(".worktrees")
@@ -82,7 +83,7 @@ def run_worktree(changes: Mapping[str, Any]) -> Iterator[Worktree | None]:
             )
         yield None
         return
-    checkout = top_folder(Path.cwd())
+    checkout = find_checkout(Path.cwd())
     worktree = _planned(checkout, changes)
     with (
         shared_lock(checkout / RUNS_LOCK),

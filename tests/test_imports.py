@@ -16,7 +16,7 @@ ORDER = (
     ("types", "errors", "paths"),
     ("config", "policies", "geneval"),
     ("runtime", "shapes"),
-    ("rewards", "tracking", "prompts", "checkpoint"),
+    ("rewards", "tracking", "prompts", "checkpoint", "preflight"),
     ("grpo", "storage", "registry", "factory"),
     ("evaluation",),
     ("training", "promotion", "pretraining"),

@@ -15,6 +15,7 @@ from sfgrpo.errors import MismatchError
 from sfgrpo.evaluation.identity import EVALUATED, EvaluationIdentity, drawing_protocol, reward_identity
 from sfgrpo.factory import base_of, check_pretrained, make_policy, make_reward, policy_of, use_threads
 from sfgrpo.paths import EVALUATE_REPORT, EVALUATION_PROMPTS, POLICY
+from sfgrpo.preflight.devices import check_devices
 from sfgrpo.prompts import prompts_digest, read_prompts
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory
@@ -42,6 +43,7 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
     from sfgrpo.tracking.sample_grid import pick_rows
     from sfgrpo.training.published import read_published
 
+    check_devices(environment)
     check_pretrained(config.policy)
     published = read_published(POLICY)
     prompts = _read_prompts(published.record)

@@ -8,8 +8,9 @@ from sfgrpo.checkpoint.snapshots import Snapshot, evaluation_key, list_snapshots
 from sfgrpo.config.stages import TrainStage, load_config
 from sfgrpo.errors import ConfigError, SfgrpoError
 from sfgrpo.evaluation.store import EVALUATIONS, claimed_evaluation, read_metrics
-from sfgrpo.factory import check_pretrained, device_of, make_policy, make_reward, use_threads
+from sfgrpo.factory import check_pretrained, make_policy, make_reward, use_threads
 from sfgrpo.paths import EVALUATION_PROMPTS, PARAMS
+from sfgrpo.preflight.devices import device_of
 from sfgrpo.prompts import read_prompts
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.training.fingerprint import INPUTS, evaluation_fingerprint

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from sfgrpo.config.stages import PromoteStage
 from sfgrpo.errors import RegistryError
 from sfgrpo.paths import PROMOTION_REPORT
+from sfgrpo.preflight.devices import check_devices
 from sfgrpo.promotion.aliases import promote_version, rollback_champion, sync_aliases
 from sfgrpo.promotion.compare import compare_versions, keep_champion
 from sfgrpo.promotion.decision import read_decision
@@ -36,6 +37,7 @@ def promote(
         RegistryError: A version is not what was registered, or the candidate cannot draw; no alias has moved.
     """
     uri = environment.tracking_uri
+    check_devices(environment)
     client = connect_globally(uri)
     name = model or config.registry.model_name
     candidate = find_version(

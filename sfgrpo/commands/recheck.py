@@ -10,6 +10,7 @@ from sfgrpo.config.schema import RewardConfig
 from sfgrpo.errors import IntegrityError
 from sfgrpo.factory import use_threads
 from sfgrpo.paths import RECHECK
+from sfgrpo.preflight.devices import check_devices
 from sfgrpo.promotion.aliases import sync_aliases
 from sfgrpo.promotion.decision import PROMPTS, EvaluationRecord, read_file, read_record
 from sfgrpo.promotion.drift import drift
@@ -35,6 +36,7 @@ def recheck(environment: Environment, model: str) -> None:
         IntegrityError: The recorded prompts are not those that it was evaluated on.
     """
     uri = environment.tracking_uri
+    check_devices(environment)
     client = connect_globally(uri)
     require_model(client, model)
     number = sync_aliases(client, uri, model).champion

@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.schema import PolicyConfig, RewardConfig
 from sfgrpo.factory import make_policy, make_reward
 from sfgrpo.promotion.history import experiment_of
@@ -49,11 +48,7 @@ def tracked_run(environment: Environment, model: str, name: str) -> Iterator[Tra
 
 def make_rewards(training: RewardConfig, held_out: RewardConfig) -> tuple[Reward, Reward]:
     """Make the training reward and the held-out one."""
-    from sfgrpo.rewards import build_reward
-
-    with as_config_error("promotion.held_out"):
-        held_out_reward = build_reward(held_out.name, pretrained=held_out.pretrained, revision=held_out.revision)
-    return make_reward(training), held_out_reward
+    return make_reward(training), make_reward(held_out, "promotion.held_out")
 
 
 def load_policy(package: Package, environment: Environment) -> SD3Policy:

@@ -13,7 +13,15 @@ from sfgrpo.rewards.geneval import GenEvalReward, soft_credit
 from sfgrpo.rewards.likeness import LikenessReward
 from sfgrpo.shapes.detector import detect_images
 
-__all__ = ["PRETRAINED_REWARDS", "REWARDS", "Reward", "build_reward", "checked_rewards", "distinct_rewards"]
+__all__ = [
+    "PRETRAINED_REWARDS",
+    "REWARDS",
+    "Reward",
+    "build_reward",
+    "check_reward",
+    "checked_rewards",
+    "distinct_rewards",
+]
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "geneval": lambda: GenEvalReward("geneval", soft_credit, detect_images),
@@ -37,12 +45,20 @@ def build_reward(
     Raises:
         ValueError: the name is unknown, or the reward lacks its model, or has one that it does not need.
     """
+    check_reward(name, pretrained=pretrained, revision=revision)
+    if name in PRETRAINED_REWARDS:
+        return PRETRAINED_REWARDS[name](pretrained, revision=revision, device=device)
+    return REWARDS[name]()
+
+
+def check_reward(name: str, *, pretrained: str | None, revision: str | None) -> None:
+    """Raise `ValueError` if the name is unknown, or the reward lacks its model, or has one that it does not need."""
     if name in PRETRAINED_REWARDS:
         if pretrained is None:
             raise ValueError(
                 f"reward {name!r} needs a model; set reward.pretrained, for the shapes to models/shapes-clip"
             )
-        return PRETRAINED_REWARDS[name](pretrained, revision=revision, device=device)
+        return
     if name in RENAMED:
         raise ValueError(f"reward {name!r} is now called {RENAMED[name]!r}; write that instead")
     if name not in REWARDS:
@@ -50,4 +66,3 @@ def build_reward(
         raise ValueError(f"reward {name!r} is unknown; allowed are {allowed}")
     if pretrained is not None or revision is not None:
         raise ValueError(f"reward {name!r} takes no model; set reward.pretrained and reward.revision to null")
-    return REWARDS[name]()

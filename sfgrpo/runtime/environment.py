@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated
 
 import pydantic
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from sfgrpo.config.addresses import checked_tracking_uri
 from sfgrpo.config.loading import unknown_key
 from sfgrpo.config.ranges import ProcessCount, RunId
 from sfgrpo.errors import ConfigError
@@ -23,7 +25,9 @@ class Environment(BaseSettings):
         frozen=True, env_ignore_empty=True, extra="ignore", alias_generator=lambda field: f"{PREFIX}{field.upper()}"
     )
 
-    tracking_uri: str = Field(default="sqlite:///mlflow.db", validation_alias="MLFLOW_TRACKING_URI")
+    tracking_uri: Annotated[str, AfterValidator(checked_tracking_uri)] = Field(
+        default="sqlite:///mlflow.db", validation_alias="MLFLOW_TRACKING_URI"
+    )
     """MLflow server or database; the default is a file in the working directory."""
     run_id: RunId | None = Field(default=None, validation_alias="MLFLOW_RUN_ID")
     """MLflow run to write to, set by the parent process; None starts or finds one."""
@@ -63,7 +67,8 @@ def read_environment() -> Environment:
         return Environment()
     except pydantic.ValidationError as error:
         lines = (
-            f"environment: {problem['loc'][0]}: {problem['input']!r}: {problem['msg']}; correct or unset the variable"
+            f"environment: {problem['loc'][0]}: {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}; "
+            "correct or unset the variable"
             for problem in error.errors()
         )
         raise ConfigError("\n".join(lines)) from error

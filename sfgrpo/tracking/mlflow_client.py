@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sqlite3
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfgrpo.errors import TrackingError
+from sfgrpo.config.addresses import sqlite_path
+from sfgrpo.errors import ConfigError, TrackingError
 from sfgrpo.runtime.process import ProcessIdentity, this_process
 from sfgrpo.tracking.delivery import first_line
+from sfgrpo.tracking.moved import artifact_root
+from sfgrpo.tracking.store import prepare_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,16 +42,16 @@ def load_mlflow() -> None:
 
 
 def connect(uri: str) -> MlflowClient:
-    """Connect to the tracking store at `uri`, which is also the model registry; create a missing SQLite one."""
+    """Connect to the tracking store at `uri`, which is also the model registry; create a missing SQLite one.
+
+    Raises:
+        ConfigError: There is no such store, or one that this version of MLflow cannot use.
+        TrackingError: A SQLite store is locked by another process.
+    """
     load_mlflow()
     from mlflow import MlflowClient
 
-    database = sqlite_path(uri)
-    if database is not None and not database.exists():
-        # A write-ahead log halves the time to create the 65 tables, and its readers block no writer.
-        database.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(database)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
+    prepare_store(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -64,7 +65,7 @@ def reachable(uri: str, consequence: str) -> Iterator[MlflowClient]:
     try:
         yield connect(uri)
     except Exception as error:
-        if not is_outage(error):
+        if isinstance(error, ConfigError | TrackingError) or not is_outage(error):
             raise
         raise TrackingError(
             f"MLFLOW_TRACKING_URI {uri} does not answer ({first_line(error)}); {consequence}"
@@ -81,7 +82,7 @@ def find_or_create_experiment(client: MlflowClient, uri: str, name: str, tags: M
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         database = sqlite_path(uri)
-        location = None if database is None else (database.resolve().parent / "mlartifacts").as_uri()
+        location = None if database is None else artifact_root(database).as_uri()
         tags = EXPERIMENT_TAGS | dict(tags or {})
         try:
             return str(client.create_experiment(name, artifact_location=location, tags=tags))
@@ -145,8 +146,3 @@ def is_outage(error: Exception) -> bool:
     # Errors of databases and object stores have no common base class but `Exception`.
     bugs = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
     return isinstance(error, OSError) or not isinstance(error, bugs)
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """Return the file of a SQLite store, or None for any other store."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None

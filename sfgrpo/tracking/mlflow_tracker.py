@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from sfgrpo.errors import TrackingError
+from sfgrpo.errors import ConfigError, TrackingError
 from sfgrpo.runtime.lines import read_lines
 from sfgrpo.runtime.manifest import sha256_of_file
 from sfgrpo.tracking.base import RunStatus, Tracker, param_texts
@@ -142,6 +142,8 @@ class MlflowTracker(Tracker):
 
     def _raise_refusal(self) -> None:
         refusal = self._queue.take_refusal()
+        if isinstance(refusal, ConfigError):
+            raise refusal
         if refusal is not None:
             raise TrackingError(self._refused(refusal)) from refusal
 

@@ -22,6 +22,8 @@ INPUTS = "inputs"
 """Folder, below that of a run, with what it was started with."""
 PROVENANCE = "provenance.json"
 FINGERPRINT = "fingerprint.json"
+MODEL_FILE = "config.json"
+"""In the folder of every model of a reward."""
 PACKAGE = Path(__file__).parents[1]
 SHAPING_CODE = (
     "checkpoint",
@@ -135,7 +137,10 @@ def evaluation_fingerprint(config: TrainStage, evaluation_prompts: Sequence[Prom
 
 
 def _models_digest(config: TrainStage) -> str:
-    weights = [] if config.reward.pretrained is None else sorted(Path(config.reward.pretrained).rglob("*.safetensors"))
+    folder = Path(config.reward.pretrained or "")
+    # A folder that holds no model may be the root of the disk.
+    is_model = config.reward.pretrained is not None and (folder / MODEL_FILE).is_file()
+    weights = sorted(folder.rglob("*.safetensors")) if is_model else []
     reward = [f"{file.name} {sha256_of_file(file)}" for file in weights]
     return _digest([base_of(config.policy).revision, *reward])
 

@@ -16,6 +16,7 @@ from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.errors import ConfigError, MirrorError, SfgrpoError
 from sfgrpo.evaluation.store import EVALUATIONS
 from sfgrpo.paths import PARAMS, POLICY, TRAIN_REPORT, TRAINING, run_lock
+from sfgrpo.preflight.devices import check_devices
 from sfgrpo.prompts import prompts_digest
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, write_json
@@ -80,8 +81,9 @@ def train_policy(
     from sfgrpo.training.trainer import Trainer, TrainerInputs
 
     with GracefulShutdown(environment.grace_s) as shutdown:
+        check_devices(environment)
         accelerator = factory.make_accelerator(config, environment, launch.sharding)
-        in_background, reward = factory.evaluates_in_background(environment), factory.make_reward(config.reward)
+        reward = factory.make_reward(config.reward)
         factory.check_pretrained(config.policy)
         factory.use_threads(environment)
         run = Run.of(config, environment, inputs, accept_code_change=accept_code_change)
@@ -100,7 +102,7 @@ def train_policy(
                     folder=run.folder,
                     store=run.folder.parent / EVALUATIONS,
                     fingerprint=evaluation_fingerprint(config, run.evaluation_prompts, policy.device.type),
-                    in_background=in_background,
+                    in_background=environment.evaluation_device is not None,
                 ),
                 tracker=tracker,
                 shutdown=shutdown,

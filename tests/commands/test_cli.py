@@ -48,6 +48,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 OPTIONS = {
     "train": ("--params", "--resume", "--accept-code-change"),
     "evaluate-snapshot": (),
+    "relocate": (),
     "study": (),
     "promote": ("--params", "--model", "--version", "--judge-only", "--apply"),
     "rollback": ("--params", "--model"),

@@ -9,6 +9,7 @@ import pytest
 
 from flows.train_policy import main, train_policy
 from tasks import stages
+from tasks.git import git
 from tasks.stages import StageError, refuse_inside_stage
 from tests.support.stub_pipeline import build_stub_pipeline, calls
 
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 @pytest.fixture
 def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     build_stub_pipeline(tmp_path)
+    git(tmp_path, "add", "--all")
+    git(tmp_path, "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "First")
     monkeypatch.chdir(tmp_path)
     for task in (stages.prompts, stages.train, stages.evaluate, stages.register):
         monkeypatch.setattr(task, "retry_delay_seconds", 0)
