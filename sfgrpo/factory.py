@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from sfgrpo.policies.adapter import Adapter, Base
     from sfgrpo.policies.sd3 import SD3Policy
+    from sfgrpo.policies.text_encoders import TextEncoder
     from sfgrpo.rewards import Reward
 
 INDEX = "model_index.json"
@@ -149,3 +150,19 @@ def use_threads(environment: Environment) -> None:
         import torch
 
         torch.set_num_threads(environment.num_threads)
+
+
+def make_text_encoders(pretrained: str, revision: str | None, max_sequence_length: int) -> tuple[TextEncoder, ...]:
+    """Load what the text encoders of a base model are checked by; of the hub these are some small files."""
+    from sfgrpo.policies.text_encoders import load_text_encoders
+
+    try:
+        return load_text_encoders(pretrained, revision=revision, max_sequence_length=max_sequence_length)
+    except (OSError, ValueError) as error:
+        if not Path(pretrained).is_dir():
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"policy.pretrained: the tokenizers of {pretrained} cannot be read ({reason}); give the folder of a whole "
+            "Stable Diffusion 3 pipeline"
+        ) from error

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from sfgrpo.config.stages import PromptsStage, load_config
 from sfgrpo.errors import SfgrpoError
-from sfgrpo.geneval.prompt_sets import twin_key
 from sfgrpo.paths import EVALUATION_PROMPTS, PARAMS, TRAINING_PROMPTS
-from sfgrpo.prompts import read_prompts
+from sfgrpo.prompt_checks import check_prompts
+from sfgrpo.prompts import read_prompt_file
 from sfgrpo.types import TAGS, Tag
 
 
@@ -37,14 +37,12 @@ def read_prompt_sets() -> PromptSets:
     """Read both sets; check their sizes and that they do not overlap.
 
     Raises:
-        SfgrpoError: a set has another size than the parameters ask for, or the training set holds an evaluation prompt
-            or the order-swapped twin of one.
+        SfgrpoError: a set has another size than the parameters ask for, or `check_prompts` refuses the two.
     """
     wanted = load_config(PromptsStage, Path(PARAMS)).prompts
-    training, evaluation = read_prompts(TRAINING_PROMPTS), read_prompts(EVALUATION_PROMPTS)
-    held_out = set(map(twin_key, evaluation))
-    if overlap := [prompt.text for prompt in training if twin_key(prompt) in held_out]:
-        raise SfgrpoError(f"{TRAINING_PROMPTS}: {overlap[0]!r} and {len(overlap) - 1} others are kept for evaluation")
+    files = read_prompt_file(TRAINING_PROMPTS), read_prompt_file(EVALUATION_PROMPTS)
+    check_prompts(files[1], (), training=files[0])
+    training, evaluation = (file.prompts for file in files)
     for path, found, number in (
         (TRAINING_PROMPTS, training, wanted.num_train),
         (EVALUATION_PROMPTS, evaluation, sum(wanted.num_evaluation.values())),

@@ -17,7 +17,7 @@ ORDER = (
     ("config", "policies", "geneval"),
     ("runtime", "shapes"),
     ("rewards", "tracking", "prompts", "checkpoint", "preflight"),
-    ("grpo", "storage", "registry", "factory"),
+    ("grpo", "storage", "registry", "factory", "prompt_checks"),
     ("evaluation",),
     ("training", "promotion", "pretraining"),
     ("commands",),

@@ -58,7 +58,7 @@ def _checks(params: Path, environment: Environment) -> Mapping[str, Check]:
         "base model": functools.partial(_check_base_model, params),
         "reward models": functools.partial(_check_reward_models, params),
         "hub": functools.partial(_describe_hub, params),
-        "prompts": _check_prompts,
+        "prompts": functools.partial(_check_prompts, params),
         "memory": functools.partial(_check_memory, params),
         "Prefect": check_prefect,
         "mirror": functools.partial(_check_bucket, environment.mirror, "SFGRPO_MIRROR"),
@@ -126,15 +126,21 @@ def _check_memory(params: Path) -> str:
     return check_memory(Path(_policy(params).pretrained))
 
 
-def _check_prompts() -> str:
-    """Read both prompt files, if they are there."""
-    from sfgrpo.prompts import read_prompts
+def _check_prompts(params: Path) -> str:
+    """Check both prompt files, if they are there, by the tokenizers of a base model that is on this disk."""
+    from sfgrpo.factory import make_text_encoders
+    from sfgrpo.prompt_checks import check_prompts
+    from sfgrpo.prompts import read_prompt_file
 
     paths = (TRAINING_PROMPTS, EVALUATION_PROMPTS)
     if absent := [str(path) for path in paths if not path.exists()]:
         return f"{' and '.join(absent)} not written yet; `python -m sfgrpo prompts` does"
-    training, evaluation = map(read_prompts, paths)
-    return f"{len(training)} for training, {len(evaluation)} for evaluation"
+    training, evaluation = map(read_prompt_file, paths)
+    policy = _policy(params)
+    is_here = Path(policy.pretrained).is_dir()
+    encoders = make_text_encoders(policy.pretrained, policy.revision, policy.max_sequence_length) if is_here else ()
+    check_prompts(evaluation, (), training=training, encoders=encoders)
+    return f"{len(training.prompts)} for training, {len(evaluation.prompts)} for evaluation"
 
 
 def _check_bucket(address: str | None, variable: str) -> str:

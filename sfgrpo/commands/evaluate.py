@@ -13,10 +13,19 @@ from sfgrpo.config.schema import PolicyConfig, RewardConfig
 from sfgrpo.config.stages import EvaluateStage
 from sfgrpo.errors import MismatchError
 from sfgrpo.evaluation.identity import EVALUATED, EvaluationIdentity, drawing_protocol, reward_identity
-from sfgrpo.factory import base_of, check_pretrained, make_policy, make_reward, policy_of, use_threads
+from sfgrpo.factory import (
+    base_of,
+    check_pretrained,
+    make_policy,
+    make_reward,
+    make_text_encoders,
+    policy_of,
+    use_threads,
+)
 from sfgrpo.paths import EVALUATE_REPORT, EVALUATION_PROMPTS, POLICY
 from sfgrpo.preflight.devices import check_devices
-from sfgrpo.prompts import prompts_digest, read_prompts
+from sfgrpo.prompt_checks import check_prompts
+from sfgrpo.prompts import prompts_digest, read_prompt_file, read_prompts
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.types import Prompt
@@ -24,6 +33,7 @@ from sfgrpo.types import Prompt
 if TYPE_CHECKING:
     from sfgrpo.evaluation.evaluate import Evaluation
     from sfgrpo.policies.adapter import Adapter
+    from sfgrpo.rewards import Reward
     from sfgrpo.training.published import TrainingRecord
 
 HELD_OUT = RewardConfig(name="likeness")
@@ -50,6 +60,7 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
     # After the files, since a reward may have a model of gigabytes.
     rewards = distinct_rewards(make_reward(config.reward), build_reward(HELD_OUT.name))
     policy_config = policy_of(published.adapter, config.policy)
+    _check_prompts(policy_config, (build_reward("geneval_correct"), *rewards))
     identity = _identity(config, policy_config, published.adapter, prompts)
     use_threads(environment)
     policy = make_policy(policy_config, config.seed, environment)
@@ -78,6 +89,12 @@ def _read_prompts(record: TrainingRecord) -> list[Prompt]:
             "`python -m sfgrpo train`, or write those again by `python -m sfgrpo prompts`"
         )
     return prompts
+
+
+def _check_prompts(policy: PolicyConfig, judges: Sequence[Reward]) -> None:
+    """Refuse evaluation prompts that cannot be drawn, judged or counted; an overlap is refused by the training."""
+    encoders = make_text_encoders(policy.pretrained, policy.revision, policy.max_sequence_length)
+    check_prompts(read_prompt_file(EVALUATION_PROMPTS), judges, encoders=encoders)
 
 
 def _identity(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sfgrpo.config.stages import PromptsStage
 from sfgrpo.errors import ConfigError
 from sfgrpo.paths import EVALUATION_PROMPTS, PROMPTS, TRAINING_PROMPTS
-from sfgrpo.prompts import make_prompts, to_lines
+from sfgrpo.prompt_checks import check_prompts
+from sfgrpo.prompts import PromptFile, make_prompts, to_lines
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory
 from sfgrpo.runtime.manifest import MANIFEST, manifest_digests, sha256_of_file, write_manifest
+from sfgrpo.types import Prompt
 
 
 def prompts(config: PromptsStage, _: Environment) -> None:
@@ -22,6 +24,7 @@ def prompts(config: PromptsStage, _: Environment) -> None:
         ConfigError: the folder holds what a person has written or edited.
     """
     training, evaluation = make_prompts(config)
+    check_prompts(_file(EVALUATION_PROMPTS, evaluation), (), training=_file(TRAINING_PROMPTS, training))
     wanted = {TRAINING_PROMPTS.name: to_lines(training), EVALUATION_PROMPTS.name: to_lines(evaluation)}
     require_own(PROMPTS, wanted)
     with atomic_directory(PROMPTS) as partial:
@@ -30,6 +33,10 @@ def prompts(config: PromptsStage, _: Environment) -> None:
         write_manifest(partial)
     unique = len({prompt.text for prompt in training})
     print(f"{len(training)} training prompts ({unique} unique) and {len(evaluation)} evaluation prompts in {PROMPTS}")
+
+
+def _file(path: Path, prompts: Sequence[Prompt]) -> PromptFile:
+    return PromptFile(path=path, prompts=prompts, lines=range(1, len(prompts) + 1))
 
 
 def require_own(folder: Path, wanted: Mapping[str, str]) -> None:

@@ -25,10 +25,21 @@ PromptSpace = tuple[Callable[[Any], Prompt], Sequence[Any]]
 
 
 def twin_key(prompt: Prompt) -> Hashable:
-    """Return a key that "a A and a B" shares with "a B and a A"; all other prompts have keys of their own."""
-    if prompt.tag in ("two_object", "color_attr"):
-        return prompt.tag, frozenset((clause.class_name, clause.color) for clause in prompt.include)
-    return prompt.tag, prompt.text
+    """Return what a prompt asks for: a key that is shared by all prompts of the same objects, colours and relations.
+
+    "a A and a B" shares it with "a B and a A" and with any other wording of that. "a A left of a B" and "a B right of a
+    A" have keys of their own, although the same images show both: the word for the relation is what a policy has to
+    learn, and GenEval counts the two as two prompts (its own 553 hold one such pair).
+    """
+    return frozenset(
+        (
+            clause.class_name,
+            clause.count,
+            clause.color,
+            None if clause.position is None else (clause.position[0], prompt.include[clause.position[1]].class_name),
+        )
+        for clause in prompt.include
+    )
 
 
 def training_prompts(

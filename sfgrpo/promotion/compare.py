@@ -6,16 +6,17 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from sfgrpo.config.stages import PromoteStage
-from sfgrpo.factory import use_threads
-from sfgrpo.paths import EVALUATION_PROMPTS, PROMOTION_DECISION, PROMOTION_REPORT, PROMOTION_TEXT
+from sfgrpo.factory import make_text_encoders, use_threads
+from sfgrpo.paths import EVALUATION_PROMPTS, PROMOTION_DECISION, PROMOTION_REPORT, PROMOTION_TEXT, TRAINING_PROMPTS
 from sfgrpo.promotion.decision import DECISION_TAG, PROMPTS, Baseline, EvaluationRecord, PromotionDecision, tag_version
 from sfgrpo.promotion.diversity import diversity
 from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, make_rewards, tracked_run
 from sfgrpo.promotion.gates import Comparison, ModelScores, compare_scores
 from sfgrpo.promotion.history import PromotionHistory
 from sfgrpo.promotion.report import SAMPLES, decision_sentence, promotion_report
-from sfgrpo.prompts import prompts_digest, read_prompts, to_lines
-from sfgrpo.registry.package import download_version
+from sfgrpo.prompt_checks import check_prompts
+from sfgrpo.prompts import prompts_digest, read_prompt_file, read_prompts, to_lines
+from sfgrpo.registry.package import Package, download_version
 from sfgrpo.registry.versions import Version
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, temporary_directory
@@ -127,6 +128,7 @@ def _evaluate_both(
         with clock("promotion_download"):
             ours = download_version(candidate, folder / "candidate")
             theirs = None if champion is None else download_version(champion, folder / "champion")
+        _check_prompts(setup, *(package for package in (ours, theirs) if package is not None))
         with clock("promotion_load"):
             policy = load_policy(theirs or ours, environment)
             if theirs is not None:
@@ -141,6 +143,20 @@ def _evaluate_both(
         with clock("promotion_draw"):
             evaluations[CANDIDATE] = evaluate(policy, setup)
     return evaluations
+
+
+def _check_prompts(setup: EvaluationSetup, *packages: Package) -> None:
+    """Refuse prompts that a version cannot read, that cannot be judged or counted, or that are trained on here."""
+    from sfgrpo.rewards import build_reward
+
+    judges = (build_reward("geneval_correct"), *setup.rewards)
+    evaluation = read_prompt_file(EVALUATION_PROMPTS)
+    training = read_prompt_file(TRAINING_PROMPTS) if TRAINING_PROMPTS.exists() else None
+    for package in packages:
+        encoders = make_text_encoders(
+            package.pretrained, package.settings["revision"], package.settings["max_sequence_length"]
+        )
+        check_prompts(evaluation, judges, training=training, encoders=encoders)
 
 
 def _scores(evaluation: Evaluation, setup: EvaluationSetup) -> ModelScores:

@@ -1,7 +1,7 @@
 """Gates of a promotion: the candidate is better than its baseline beyond chance, and nothing was paid for it.
 
 Both models draw the same prompts from the same noise. A paired bootstrap over prompts bounds how far each difference
-would move with other prompts, and four gates look at the bounds:
+would move with other prompts, where prompts that ask for the same count as one, and four gates look at the bounds:
 
 - `overall`: GenEval's overall score rises by more than `min_gain`.
 - `tasks`: no task is shown to be worse.
@@ -20,14 +20,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sfgrpo.config.schema import PromotionConfig
-from sfgrpo.promotion.bootstrap import Floats, Interval, expanded, interval, resampled_means, task_means
+from sfgrpo.geneval.prompt_sets import twin_key
+from sfgrpo.promotion.bootstrap import (
+    Floats,
+    Interval,
+    expanded,
+    interval,
+    num_independent,
+    resampled_means,
+    task_means,
+)
 from sfgrpo.types import TAGS, Prompt, Tag
 
 Rule = Literal["lower bound above", "upper bound at least"]
@@ -147,7 +156,7 @@ def compare_scores(
             "prompts; score both on the same prompts with as many images"
         )
     tags = [prompt.tag for prompt in prompts]
-    bounds = _intervals(tags, candidate, baseline, config)
+    bounds = _intervals(tags, list(map(twin_key, prompts)), candidate, baseline, config)
 
     def gate(name: str, rule: Rule, threshold: float, *metrics: str) -> Gate:
         return Gate(name=name, rule=rule, threshold=threshold, observed={metric: bounds[metric] for metric in metrics})
@@ -168,7 +177,11 @@ def compare_scores(
 
 
 def _intervals(
-    tags: Sequence[Tag], candidate: ModelScores, baseline: ModelScores, config: PromotionConfig
+    tags: Sequence[Tag],
+    requests: Sequence[Hashable],
+    candidate: ModelScores,
+    baseline: ModelScores,
+    config: PromotionConfig,
 ) -> dict[str, Interval]:
     """Return every metric with its bounds.
 
@@ -181,12 +194,13 @@ def _intervals(
     The tasks share the error rate by Bonferroni's correction. Holm's would let through the same candidates: one worse
     task fails the gate, and the first step of Holm is Bonferroni. Only Bonferroni also gives bounds to show.
     """
-    tasks = [tag for tag in TAGS if tag in tags]
+    independent = num_independent(tags, requests)
     values_PJ = _paired_values(candidate, baseline)
     observed_TJ = task_means(tags, values_PJ)
-    resampled_RTJ = resampled_means(tags, values_PJ, config.num_resamples, np.random.default_rng(config.seed))
+    generator = np.random.default_rng(config.seed)
+    resampled_RTJ = resampled_means(tags, values_PJ, config.num_resamples, generator, requests)
     observed_J, resampled_RJ = observed_TJ.mean(axis=0), resampled_RTJ.mean(axis=1)
-    tail = expanded(config.error_rate, len(tags) - len(tasks))
+    tail = expanded(config.error_rate, sum(independent.values()) - len(independent))
     bounds = {
         name: interval(observed_J[column], resampled_RJ[:, column], tail)
         for column, name in enumerate(("overall", "held_out", "training"))
@@ -194,8 +208,8 @@ def _intervals(
     bounds["diversity_ratio"] = interval(
         _ratio(observed_J[3], observed_J[4]), _ratio(resampled_RJ[:, 3], resampled_RJ[:, 4]), tail
     )
-    for row, tag in enumerate(tasks):
-        task_tail = expanded(config.error_rate / len(tasks), tags.count(tag) - 1)
+    for row, (tag, number) in enumerate(independent.items()):
+        task_tail = expanded(config.error_rate / len(independent), number - 1)
         bounds[tag] = interval(observed_TJ[row, 0], resampled_RTJ[:, row, 0], task_tail)
     return bounds
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 
 from sfgrpo.geneval.scorer import is_correct
-from sfgrpo.rewards.base import Reward, checked_rewards, distinct_rewards
+from sfgrpo.rewards.base import Reward, Vocabulary, checked_rewards, distinct_rewards
 from sfgrpo.rewards.clip import ClipReward
 from sfgrpo.rewards.geneval import GenEvalReward, soft_credit
 from sfgrpo.rewards.likeness import LikenessReward
 from sfgrpo.shapes.detector import detect_images
+from sfgrpo.shapes.world import CLASSES, COLORS
 
 __all__ = [
     "PRETRAINED_REWARDS",
@@ -23,9 +24,12 @@ __all__ = [
     "distinct_rewards",
 ]
 
+SHAPES = Vocabulary(classes=CLASSES, colors=COLORS)
+"""What the detector of the shapes world can tell apart."""
+
 REWARDS: dict[str, Callable[[], Reward]] = {
-    "geneval": lambda: GenEvalReward("geneval", soft_credit, detect_images),
-    "geneval_correct": lambda: GenEvalReward("geneval_correct", is_correct, detect_images),
+    "geneval": lambda: GenEvalReward("geneval", soft_credit, detect_images, SHAPES),
+    "geneval_correct": lambda: GenEvalReward("geneval_correct", is_correct, detect_images, SHAPES),
     "likeness": LikenessReward,
 }
 """Rewards without a pretrained model."""

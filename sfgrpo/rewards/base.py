@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfgrpo.errors import RewardError
+from sfgrpo.geneval.metadata import shown
 from sfgrpo.types import Prompt
 
 
@@ -23,6 +25,34 @@ class Reward(abc.ABC):
     @abc.abstractmethod
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
         """Score RGB images [N, H, W, 3] for their N prompts: float32 [N] on the CPU, higher is better."""
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Raise `ValueError` if images cannot be scored for this prompt; by default they can for every one.
+
+        It is called before a training or an evaluation starts.
+        """
+        return
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Classes and colours that a reward can tell from others."""
+
+    classes: Collection[str]
+    colors: Collection[str]
+
+    def check_prompt(self, reward: str, prompt: Prompt) -> None:
+        """Raise `ValueError` if a prompt names a class or a colour that the reward of this name does not know."""
+        for clause in (*prompt.include, *prompt.exclude):
+            for kind, name, known in (
+                ("class", clause.class_name, self.classes),
+                ("colour", clause.color, self.colors),
+            ):
+                if name is not None and name not in known:
+                    raise ValueError(
+                        f"reward {reward} knows no {kind} {shown(name)}; it knows {', '.join(known)}, so reword the "
+                        "prompt, or use another reward"
+                    )
 
 
 def checked_rewards(reward: Reward, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfgrpo.geneval.metadata import shown
+from sfgrpo.policies.text_encoders import TextEncoder
 from sfgrpo.rewards.base import Reward
 from sfgrpo.runtime.manifest import MANIFEST, verify_manifest
 from sfgrpo.types import Prompt
@@ -46,6 +48,7 @@ class ClipReward(Reward):
         self._tokenizer = tokenizer
         self._mean, self._std = tuple(mean), tuple(std)
         self._scale = model.logit_scale.exp().item() / PICKSCORE_UNIT
+        self._longest = model.config.text_config.max_position_embeddings
         self._text = functools.lru_cache(maxsize=MAX_CACHED_TEXTS)(self._embedded_text)
 
     @classmethod
@@ -77,6 +80,12 @@ class ClipReward(Reward):
         tokenizer = CLIPTokenizer.from_pretrained(processor, **at)
         return cls(model.to(device), tokenizer, mean=settings.image_mean, std=settings.image_std)
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        encoder = TextEncoder(name=f"reward {self.name}", tokenizer=self._tokenizer, max_tokens=self._longest)
+        (tokens,) = encoder.tokenize([prompt.text])
+        if (problem := encoder.problem(tokens)) is not None:
+            raise ValueError(f"{problem} ({shown(prompt.text)}); shorten or reword the prompt, or use another reward")
+
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
         scores = [
@@ -95,8 +104,7 @@ class ClipReward(Reward):
 
     def _embedded_text(self, text: str) -> Tensor:
         """Embed one prompt, [D]; one longer than the model's context is cut off."""
-        longest = self._model.config.text_config.max_position_embeddings
-        tokens = self._tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
+        tokens = self._tokenizer(text, truncation=True, max_length=self._longest, return_tensors="pt")
         return embed_texts(self._model, tokens.input_ids.to(self._model.device))[0]
 
 

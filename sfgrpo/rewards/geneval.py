@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfgrpo.geneval.relations import relations_between
-from sfgrpo.rewards.base import Reward
+from sfgrpo.rewards.base import Reward, Vocabulary
 from sfgrpo.types import Clause, Detection, Prompt
 
 Detector = Callable[[NDArray[np.uint8]], list[list[Detection]]]
@@ -51,9 +51,18 @@ def soft_credit(prompt: Prompt, detections: Sequence[Detection]) -> float:
 class GenEvalReward(Reward):
     """A score of what a detector finds: `soft_credit`, the training reward, or `is_correct`, the official verdict."""
 
-    def __init__(self, name: str, score: Callable[[Prompt, Sequence[Detection]], float], detector: Detector) -> None:
-        """Take the reward's name, the score of a prompt and its detections, and the detector."""
-        self.name, self._score, self._detector = name, score, detector
+    def __init__(
+        self,
+        name: str,
+        score: Callable[[Prompt, Sequence[Detection]], float],
+        detector: Detector,
+        vocabulary: Vocabulary,
+    ) -> None:
+        """Take the reward's name, the score of a prompt and its detections, and the detector with what it knows."""
+        self.name, self._score, self._detector, self._vocabulary = name, score, detector, vocabulary
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        self._vocabulary.check_prompt(self.name, prompt)
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
         scores = [self._score(*pair) for pair in zip(prompts, self._detector(images), strict=True)]

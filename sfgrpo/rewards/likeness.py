@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sfgrpo.rewards.base import Reward
-from sfgrpo.shapes.world import IMAGE_SIZE, PALETTE, coverage
+from sfgrpo.rewards.base import Reward, Vocabulary
+from sfgrpo.shapes.world import CLASSES, COLORS, IMAGE_SIZE, PALETTE, coverage
 from sfgrpo.types import Prompt
 
 RADII = (4.2, 4.7, 5.2, 5.8, 6.4, 7.1, 7.8, 8.6, 9.4, 10.2)
@@ -46,6 +46,9 @@ class LikenessReward(Reward):
     """
 
     name = "likeness"
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        Vocabulary(classes=CLASSES, colors=COLORS).check_prompt(self.name, prompt)
 
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
         return torch.tensor([likeness(*pair) for pair in zip(images, prompts, strict=True)], dtype=torch.float32)

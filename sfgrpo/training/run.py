@@ -17,7 +17,8 @@ from sfgrpo.errors import ConfigError, MirrorError, SfgrpoError
 from sfgrpo.evaluation.store import EVALUATIONS
 from sfgrpo.paths import PARAMS, POLICY, TRAIN_REPORT, TRAINING, run_lock
 from sfgrpo.preflight.devices import check_devices
-from sfgrpo.prompts import prompts_digest
+from sfgrpo.prompt_checks import check_prompts
+from sfgrpo.prompts import prompts_digest, read_prompt_file
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, write_json
 from sfgrpo.runtime.locks import exclusive_lock
@@ -28,6 +29,7 @@ from sfgrpo.training.fingerprint import FINGERPRINT, INPUTS, PROVENANCE, Run, ev
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from sfgrpo.rewards import Reward
     from sfgrpo.tracking.base import Tracker
     from sfgrpo.training.published import TrainingRecord
     from sfgrpo.training.trainer import Trainer
@@ -87,6 +89,7 @@ def train_policy(
         factory.check_pretrained(config.policy)
         factory.use_threads(environment)
         run = Run.of(config, environment, inputs, accept_code_change=accept_code_change)
+        _check_prompts(run, config, reward)
         _require_same_run(run.key, accelerator)
         with (
             _only_trainer(run, environment, accelerator),
@@ -233,6 +236,22 @@ def _has_checkpoint(folder: Path) -> bool:
     from sfgrpo.checkpoint.state import CHECKPOINTS, latest_checkpoint
 
     return latest_checkpoint(folder / CHECKPOINTS) is not None
+
+
+def _check_prompts(run: Run, config: TrainStage, reward: Reward) -> None:
+    """Refuse prompts that cannot be drawn, judged or counted as they stand."""
+    from sfgrpo.evaluation.evaluator import Evaluator
+
+    evaluator = Evaluator.of(config, run.evaluation_prompts, reward)
+    policy = config.policy
+    training, evaluation = map(read_prompt_file, run.prompt_files)
+    check_prompts(
+        evaluation,
+        (evaluator.is_correct, *evaluator.rewards),
+        training=training,
+        rewards=(reward,),
+        encoders=factory.make_text_encoders(policy.pretrained, policy.revision, policy.max_sequence_length),
+    )
 
 
 def _require_same_run(key: str, accelerator: Accelerator) -> None:

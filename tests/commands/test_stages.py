@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,8 +17,10 @@ from PIL import Image
 from sfgrpo.checkpoint.state import latest_checkpoint
 from sfgrpo.cli import main
 from sfgrpo.errors import MirrorError
+from sfgrpo.factory import make_text_encoders
 from sfgrpo.geneval.prompt_sets import twin_key
 from sfgrpo.paths import run_lock
+from sfgrpo.policies.sd3 import SD3Policy
 from sfgrpo.prompts import read_prompts
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.manifest import verify_manifest
@@ -170,6 +173,63 @@ def test_impossible_prompt_counts_are_wrong_parameters(geneval, capsys, changes,
     with inside(geneval):
         assert main(["prompts"]) == 2
     assert_error(capsys, complaint)
+
+
+def repeat_a_line(path: str) -> None:
+    Path(path).write_text(Path(path).read_text() + Path(path).read_text().split("\n")[0] + "\n")
+
+
+def add_evaluation_prompt_to_training() -> None:
+    asked = Path("data/prompts/evaluation.jsonl").read_text().split("\n")[0]
+    training = Path("data/prompts/train.jsonl")
+    training.write_text(f"{training.read_text()}{asked.replace('a photo of', 'photo of')}\n")
+
+
+def lengthen(path: str) -> None:
+    Path(path).write_text(Path(path).read_text().replace("a photo of a", "a photo of a very, very, very large"))
+
+
+WRONG_PROMPTS = {
+    "overlap": (add_evaluation_prompt_to_training, r"train.jsonl:17: 1 of 17 training prompts are evaluated on"),
+    "repeated": (
+        lambda: repeat_a_line("data/prompts/evaluation.jsonl"),
+        r"evaluation.jsonl:7: 1 of 7 evaluation prompts repeat an earlier one",
+    ),
+    "long": (
+        lambda: lengthen("data/prompts/evaluation.jsonl"),
+        r"evaluation.jsonl:\d: no text encoder of the base model reads the whole of .*takes 12 tokens of",
+    ),
+    "unknown class": (
+        lambda: Path("data/prompts/evaluation.jsonl").write_text(
+            '\n{"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a ring"}'
+        ),
+        r'evaluation.jsonl:2: reward geneval_correct knows no class "dog"',
+    ),
+    "absent": (
+        lambda: shutil.rmtree("data/prompts"),
+        r"data/prompts/(train|evaluation).jsonl does not exist; write it by `python -m sfgrpo prompts`",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_PROMPTS)
+def test_wrong_prompts_are_refused_before_a_model_is_loaded(folder, tracker, capsys, monkeypatch, wrong):
+    edit, complaint = WRONG_PROMPTS[wrong]
+    edit()
+    monkeypatch.setattr(SD3Policy, "from_pretrained", lambda *_, **__: pytest.fail("the model is loaded"))
+    assert main(["train"]) == 2
+    assert_error(capsys, complaint)
+    assert tracker.status is None
+    assert not list(Path().glob(".scratch/train-*"))
+
+
+def test_evaluation_refuses_prompts_that_its_model_cannot_read(folder, tracker, capsys, monkeypatch):
+    assert main(["train"]) == 0
+    short = [dataclasses.replace(encoder, max_tokens=4) for encoder in make_text_encoders("models/tiny", None, 0)]
+    monkeypatch.setattr("sfgrpo.commands.evaluate.make_text_encoders", lambda *_: short)
+    monkeypatch.setattr(SD3Policy, "from_pretrained", lambda *_, **__: pytest.fail("the model is loaded"))
+    assert main(["evaluate"]) == 2
+    assert_error(capsys, "evaluation.jsonl:1: no text encoder of the base model reads the whole of")
 
 
 def test_training_publishes_the_best_adapter_with_its_reports(folder, tracker):

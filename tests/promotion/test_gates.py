@@ -11,11 +11,13 @@ from scipy.stats import bootstrap, norm
 from scipy.stats import t as student
 
 from sfgrpo.config.schema import PromotionConfig, RewardConfig
+from sfgrpo.geneval.grammar import two_object
+from sfgrpo.geneval.prompt_sets import twin_key
 from sfgrpo.promotion.bootstrap import expanded, interval, resampled_means, task_means
 from sfgrpo.promotion.diversity import diversity
 from sfgrpo.promotion.gates import Comparison, ModelScores, compare_scores
 from sfgrpo.promotion.report import decision_sentence, gates_table
-from sfgrpo.types import TAGS, Prompt
+from sfgrpo.types import TAGS, Clause, Prompt, Tag
 
 GATES = ("overall", "tasks", "held_out", "diversity")
 CONFIG = PromotionConfig(
@@ -30,9 +32,12 @@ CONFIG = PromotionConfig(
 
 def prompts_of(per_task: int | dict[str, int]) -> list[Prompt]:
     counts = per_task if isinstance(per_task, dict) else dict.fromkeys(TAGS, per_task)
-    return [
-        Prompt(text=f"{tag} {index}", tag=tag, include=()) for tag, count in counts.items() for index in range(count)
-    ]
+    return [prompt_of(tag, index) for tag, count in counts.items() for index in range(count)]
+
+
+def prompt_of(tag: Tag, index: int) -> Prompt:
+    """Return a prompt that asks for something else than one of another number."""
+    return Prompt(text=f"{tag} {index}", tag=tag, include=(Clause(class_name=f"{tag} {index}", count=1),))
 
 
 def tags_of(prompts):
@@ -442,3 +447,73 @@ def test_models_with_other_numbers_of_images_are_refused():
         ValueError, match=r"the candidate has \[4, 2\] verdicts and its baseline \[4, 3\] for 4 prompts"
     ):
         Pair(prompts, equal(prompts), equal(prompts, group=3)).compare()
+
+
+def repeated_pair(generator, sizes, *, spread=0.6) -> Pair:
+    """Return two models of equal quality on two tasks whose requests stand in the set as often as `sizes` says.
+
+    Of each request one of the models is better at random, in all of its prompts alike.
+    """
+    tags: tuple[Tag, Tag] = ("counting", "colors")
+    prompts = [
+        dataclasses.replace(prompt_of(tag, request), text=f"{tag} {request} {copy}")
+        for tag in tags
+        for request, size in enumerate(sizes)
+        for copy in range(size)
+    ]
+    shift = np.concatenate([np.repeat(generator.normal(0.0, spread, len(sizes)), sizes) for _ in tags])
+    ability = np.full(len(prompts), 0.5)
+    candidate, champion = ability + shift / 2, ability - shift / 2
+    return Pair(prompts, scores(generator, prompts, candidate), scores(generator, prompts, champion))
+
+
+def share_promoted(pairs, **settings) -> float:
+    """Return the share of candidates that pass the gate on the overall score."""
+    return float(np.mean(["overall" not in pair.compare(num_resamples=400, **settings).failed for pair in pairs]))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1,) * 15, (6,) * 15, (1, 2, 3, 4, 5) * 3, (1,) * 10 + (8,) * 5],
+    ids=["once each", "six times each", "one to five times", "some eight times"],
+)
+def test_repeated_requests_let_no_more_equal_candidates_through(sizes):
+    generator = np.random.default_rng(0)
+    pairs = [repeated_pair(generator, sizes) for _ in range(400)]
+    # A rate of .05 has a standard error of .011.
+    assert share_promoted(pairs) <= 0.05 + 3 * 0.011
+
+
+def test_repeats_taken_for_independent_would_let_equal_candidates_through():
+    generator = np.random.default_rng(0)
+    pairs = [repeated_pair(generator, (6,) * 15) for _ in range(400)]
+    alone = [
+        dataclasses.replace(pair, prompts=[prompt_of(p.tag, index) for index, p in enumerate(pair.prompts)])
+        for pair in pairs
+    ]
+    assert share_promoted(alone) > 0.15
+
+
+def test_a_request_in_two_orders_is_one_cluster():
+    prompts = [two_object("dog", "cat"), two_object("cat", "dog"), two_object("cow", "cat")]
+    values_PJ = np.array([[1.0], [3.0], [7.0]])
+    means = resampled_means(tags_of(prompts), values_PJ, 50, np.random.default_rng(0), [*map(twin_key, prompts)])
+    assert set(means.ravel()) == {2.0, 7.0}
+
+
+def test_requests_that_differ_change_no_number():
+    generator, prompts = np.random.default_rng(1), prompts_of(7)
+    values_PJ = generator.random((len(prompts), 3))
+    drawn = [
+        resampled_means(tags_of(prompts), values_PJ, 20, np.random.default_rng(2), requests)
+        for requests in (None, [*map(twin_key, prompts)])
+    ]
+    np.testing.assert_array_equal(*drawn)
+
+
+def test_one_request_in_many_wordings_has_an_unknown_error():
+    pair = better_pair({"colors": 30})
+    same = [dataclasses.replace(prompt, include=pair.prompts[0].include) for prompt in pair.prompts]
+    comparison = dataclasses.replace(pair, prompts=same).compare()
+    assert bounds_of(comparison, "overall").lower == -math.inf
+    assert "overall" in comparison.failed

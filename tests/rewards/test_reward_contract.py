@@ -49,6 +49,12 @@ def test_no_name_is_in_both_tables():
     assert not REWARDS.keys() & PRETRAINED_REWARDS.keys()
 
 
+def test_reward_takes_every_prompt_of_the_shapes_world(reward):
+    for space in all_prompts().values():
+        for prompt in space:
+            reward.check_prompt(prompt)
+
+
 def test_reward_gives_one_finite_float32_on_the_cpu_for_every_image(reward, batch):
     rewards = checked_rewards(reward, *batch)
     assert rewards.shape == (len(batch[1]),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,12 +13,12 @@ from sfgrpo.errors import RewardError
 from sfgrpo.geneval.grammar import color_attr, colors, counting, position, single_object, two_object
 from sfgrpo.geneval.scorer import is_correct
 from sfgrpo.rewards import Reward, build_reward, checked_rewards
-from sfgrpo.rewards.base import raw_rewards
+from sfgrpo.rewards.base import Vocabulary, raw_rewards
 from sfgrpo.rewards.geneval import GenEvalReward, soft_credit
 from sfgrpo.rewards.likeness import LikenessReward, likeness
 from sfgrpo.shapes.prompt_sets import all_prompts
 from sfgrpo.shapes.world import Shape, render, sample_scene
-from sfgrpo.types import TAGS, Box, Detection
+from sfgrpo.types import TAGS, Box, Clause, Detection
 from tests.support.reproductions import partial_credit
 
 LEFT, RIGHT = (0.0, 0.0, 10.0, 10.0), (50.0, 0.0, 60.0, 10.0)
@@ -40,6 +41,7 @@ class Constant(Reward):
 
 
 CAT_AND_DOG = [single_object("cat"), single_object("dog")]
+PETS = Vocabulary(classes=("cat", "dog"), colors=("brown",))
 BLANK = np.zeros((2, 32, 32, 3), dtype=np.uint8)
 
 
@@ -98,16 +100,32 @@ def test_geneval_rewards_ask_their_detector_once_for_the_whole_batch():
         calls.append(len(images))
         return [[seen("dog", 0.2)], [seen("dog", 0.9)]]
 
-    rewards = GenEvalReward("geneval", soft_credit, detector)(BLANK, [single_object("dog")] * 2)
+    rewards = GenEvalReward("geneval", soft_credit, detector, PETS)(BLANK, [single_object("dog")] * 2)
     torch.testing.assert_close(rewards, torch.tensor([0.2, 0.9]))
-    verdicts = GenEvalReward("geneval_correct", is_correct, detector)(BLANK, [single_object("dog")] * 2)
+    verdicts = GenEvalReward("geneval_correct", is_correct, detector, PETS)(BLANK, [single_object("dog")] * 2)
     torch.testing.assert_close(verdicts, torch.tensor([0.0, 1.0]))
     assert calls == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "complaint"),
+    [
+        (single_object("skis"), 'reward geneval knows no class "skis"; it knows cat, dog'),
+        (two_object("cat", "Dog"), 'knows no class "Dog"'),
+        (colors("dog", "pink"), 'knows no colour "pink"; it knows brown, so reword the prompt'),
+        (dataclasses.replace(single_object("dog"), exclude=(Clause(class_name="cow", count=1),)), 'no class "cow"'),
+    ],
+)
+def test_a_detector_refuses_what_it_cannot_tell_apart(prompt, complaint):
+    reward = GenEvalReward("geneval", soft_credit, lambda images: [], PETS)
+    reward.check_prompt(colors("dog", "brown"))
+    with pytest.raises(ValueError, match=complaint):
+        reward.check_prompt(prompt)
+
+
 def test_a_detector_that_loses_an_image_is_an_error():
     with pytest.raises(RewardError, match=r"reward geneval failed on .*shorter"):
-        reward = GenEvalReward("geneval", soft_credit, lambda images: [[]] * (len(images) - 1))
+        reward = GenEvalReward("geneval", soft_credit, lambda images: [[]] * (len(images) - 1), PETS)
         checked_rewards(reward, BLANK, CAT_AND_DOG)
 
 
