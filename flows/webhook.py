@@ -8,12 +8,14 @@ a message that MLflow sends again, because it got no answer, starts no second ru
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import hashlib
 import hmac
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +23,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from sfgrpo.errors import ConfigError
 from sfgrpo.runtime.environment import read_environment
@@ -35,6 +38,12 @@ MAX_BYTES = 64 * 1024
 """Largest size of a message; MLflow's have some 200 bytes."""
 MAX_AGE_S = 300
 """Largest age of a message, in either direction, since clocks differ."""
+START_TIMEOUT_S = 20.0
+"""How long Prefect may take to accept a run. MLflow waits 30 seconds for an answer."""
+CONNECTION_TIMEOUT_S = 30.0
+"""How long a connection may last, whatever it has sent by then: a message needs a second."""
+MAX_CONNECTIONS = 500
+"""More get status 503, upon which MLflow sends its message again."""
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +86,7 @@ def refusal(secret: str, headers: dict[str, str], body: bytes, deliveries: Deliv
     # The signature comes first and takes constant time, so that a forger learns nothing.
     if not hmac.compare_digest(given.encode(), expected.encode()):
         return "wrong signature"
-    if not timestamp.isascii() or not timestamp.isdigit() or abs(now_s - int(timestamp)) > MAX_AGE_S:
+    if not re.fullmatch("[0-9]{1,12}", timestamp) or abs(now_s - int(timestamp)) > MAX_AGE_S:
         return "too old"
     return None if deliveries.is_new(delivery_id, now_s) else "seen before"
 
@@ -93,9 +102,17 @@ def challenger_of(body: bytes) -> tuple[str, int] | None:
         if (message["entity"], message["action"]) != ("model_version_alias", "created"):
             return None
         data = message["data"]
-        return (str(data["name"]), int(data["version"])) if data["alias"] == CHALLENGER else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"no message of MLflow's registry: {error!r}") from error
+        if data["alias"] != CHALLENGER:
+            return None
+        name, version = data["name"], data["version"]
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise ValueError("its name is no text")
+        # A number is taken too, but True, 1.5 and Infinity are no versions, though int() would make them some.
+        if isinstance(version, bool) or not re.fullmatch("[1-9][0-9]{0,8}", str(version)):
+            raise ValueError("its version is no number")
+        return name, int(version)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"no message of MLflow's registry: {type(error).__name__} {str(error)[:200]!r}") from error
 
 
 def make_app(secret: str, start: Start) -> FastAPI:
@@ -119,11 +136,14 @@ def make_app(secret: str, start: Start) -> FastAPI:
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         delivery_id = request.headers["x-mlflow-delivery-id"]
+        if not re.fullmatch("[!-~]{1,100}", delivery_id):
+            raise HTTPException(400, "the id of the delivery is not 1 to 100 printable characters")
         deliveries.accept(delivery_id, now_s)
         if challenger is None:
             return {"started": None}
         try:
-            run_id = await start(*challenger, delivery_id)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                run_id = await start(*challenger, delivery_id)
         except Exception as error:
             # MLflow will send it again.
             deliveries.forget(delivery_id)
@@ -159,6 +179,29 @@ async def _body(request: Request) -> bytes:
     return body
 
 
+class ShortConnection(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
+    """HTTP over connections that end in time: uvicorn waits for ever for the second half of a request."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Begin the time that the connection has."""
+        super().connection_made(transport)
+        self._timeout = asyncio.get_running_loop().call_later(CONNECTION_TIMEOUT_S, transport.abort)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Forget it."""
+        self._timeout.cancel()
+        super().connection_lost(error)
+
+
+def make_server(app: FastAPI, host: str, port: int) -> uvicorn.Server:
+    """Make the server of the application."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app, host=host, port=port, log_level="warning", http=ShortConnection, limit_concurrency=MAX_CONNECTIONS
+        )
+    )
+
+
 def read_secret() -> str:
     """Read the secret that MLflow signs with.
 
@@ -175,8 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve until stopped, or register the webhook; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m flows.webhook", description="Starts promotions for MLflow.")
     form = parser.add_mutually_exclusive_group(required=True)
-    form.add_argument("--port", type=int, help="listen on this port of the loopback interface")
+    form.add_argument("--port", type=int, help="listen on this port")
     form.add_argument("--register", metavar="URL", help="register URL as webhook of the MLflow server, and exit")
+    parser.add_argument("--host", default="127.0.0.1", help="listen on this address; only this machine's unless given")
     chosen = parser.parse_args(arguments)
     try:
         secret = read_secret()
@@ -187,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    uvicorn.run(make_app(secret, start_promotion), host="127.0.0.1", port=chosen.port, log_level="warning")
+    make_server(make_app(secret, start_promotion), chosen.host, chosen.port).run()
     return 0
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -60,10 +64,12 @@ class Starts:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, str]] = []
         self.error: Exception | None = None
+        self.pause_s = 0.0
 
     async def __call__(self, model: str, version: int, key: str) -> str:
         if self.error is not None:
             raise self.error
+        await asyncio.sleep(self.pause_s)
         self.calls.append((model, version, key))
         return "flow-run"
 
@@ -164,14 +170,114 @@ def test_other_events_start_nothing(receiver, starts, message):
     assert (send(receiver, message).status_code, starts.calls) == (202, [])
 
 
+def challenger(**data: Any) -> dict[str, Any]:
+    return {**EVENT, "data": {"name": "toy", "alias": "challenger", "version": "3", **data}}
+
+
+@pytest.mark.parametrize("version", ["3", 3])
+def test_version_is_a_number_or_its_digits(receiver, starts, version):
+    assert (send(receiver, challenger(version=version)).status_code, starts.calls) == (202, [("toy", 3, "d-1")])
+
+
 @pytest.mark.parametrize(
     "message",
-    [b"{", b"[]", b'"text"', {"entity": "x"}, {**EVENT, "data": {"alias": "challenger"}}, {**EVENT, "data": None}],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe",
+        b"\xef\xbb\xbf{}",
+        b"[" * 60_000,
+        b'{"a":' * 10_000,
+        b"9" * 5_000,
+        {"entity": "x"},
+        {**EVENT, "data": {"alias": "challenger"}},
+        {**EVENT, "data": None},
+        {**EVENT, "data": []},
+        {**EVENT, "data": "challenger"},
+        *(
+            challenger(version=version)
+            for version in (
+                *(float("inf"), float("-inf"), float("nan"), 3.0, 3.7, True, False, None, 0, -1, 10**30, [], ["3"], {}),
+                *("", "0", "-1", "+3", "3.0", "03", " 3", "3\n", "3_0", "1e3", "٣", "Infinity", "9" * 5_000),
+            )
+        ),
+        *(challenger(name=name) for name in ("", None, 3, True, [], ["toy"], {}, "a\nb", "a\x00b", "\ud800")),
+    ],
+    ids=lambda message: repr(message)[-60:],
 )
 def test_signed_nonsense_is_told(receiver, starts, message):
     answer = send(receiver, message)
     assert (answer.status_code, starts.calls) == (400, [])
     assert answer.json()["detail"].startswith("no message of MLflow's registry")
+
+
+@pytest.mark.parametrize("timestamp", ["9" * 5_000, "0" * 20, "", "-1", "1e9", "1_0", "٣", "²", "inf", " 1"])
+def test_signed_nonsense_as_timestamp_is_too_old(timestamp):
+    given = {"x-mlflow-delivery-id": "d", "x-mlflow-timestamp": timestamp}
+    given["x-mlflow-signature"] = webhook.signature_of(SECRET, "d", timestamp, b"{}")
+    assert webhook.refusal(SECRET, given, b"{}", webhook.Deliveries(), 0.0) == "too old"
+
+
+@pytest.mark.parametrize("delivery", ["x" * 101, "a b"])
+def test_signed_nonsense_as_id_is_told(receiver, starts, delivery):
+    assert (send(receiver, delivery=delivery).status_code, starts.calls) == (400, [])
+
+
+def test_promotion_that_prefect_does_not_start_in_time_is_told(receiver, starts, monkeypatch):
+    monkeypatch.setattr(webhook, "START_TIMEOUT_S", 0.05)
+    starts.pause_s = 10.0
+    assert send(receiver).status_code == 503
+    starts.pause_s = 0.0
+    assert send(receiver).status_code == 202
+
+
+@pytest.fixture
+def listening(starts: Starts, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A receiver on a real port, whose connections last a second; yield the port."""
+    monkeypatch.setattr(webhook, "CONNECTION_TIMEOUT_S", 1.0)
+    port = free_port()
+    server = webhook.make_server(make_app(SECRET, starts), "127.0.0.1", port)
+    thread = threading.Thread(target=asyncio.run, args=[server.serve()])
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+HALVES = [
+    b"",
+    b"POST / HT",
+    b"POST / HTTP/1.1\r\nHost: x\r\n",
+    b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{",
+    b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n{",
+    b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nPOST / HTTP/1.1\r\n",
+    b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n",
+]
+
+
+def test_half_sent_requests_end_in_time_while_others_are_answered(listening, starts):
+    with contextlib.ExitStack() as held:
+        connections = []
+        for half in HALVES * 20:
+            connections.append(held.enter_context(socket.create_connection(("127.0.0.1", listening))))
+            connections[-1].sendall(half)
+        body = json.dumps(EVENT).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{listening}/", data=body, headers=headers(body))
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            assert answer.status == 202
+        for connection in connections:
+            connection.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(4096):
+                    pass
+    assert len(starts.calls) == 1
 
 
 def test_message_that_is_too_large_is_not_read(receiver):
