@@ -12,6 +12,10 @@ locals {
     promoter = { read = ["mlflow"], write = [], delete = [] }
     # `dvc gc --cloud`, which reads the lists of folders, and the runs that nobody will take up again.
     collector = { read = ["dvc"], write = [], delete = ["dvc", "runs"] }
+    # An MLflow server that serves artifacts itself, in place of its clients.
+    mlflow = { read = ["mlflow"], write = ["mlflow"], delete = ["mlflow"] }
+    # A flow, which does all stages by one identity. Artifacts go through the MLflow server, whose role is the one above.
+    flow = { read = ["dvc", "runs"], write = ["dvc", "runs"], delete = ["runs"] }
   }
 
   actions = {

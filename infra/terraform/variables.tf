@@ -72,7 +72,7 @@ variable "trust" {
 
   validation {
     condition     = alltrue([for role in keys(var.trust) : contains(keys(local.rights), role)])
-    error_message = "The roles are trainer, evaluator, publisher, promoter and collector."
+    error_message = "The roles are trainer, evaluator, publisher, promoter, collector, mlflow and flow."
   }
 
   validation {

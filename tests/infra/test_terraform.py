@@ -45,6 +45,8 @@ RIGHTS = {
     "publisher": {"read": {"dvc"}, "write": {"dvc"}, "delete": set[str]()},
     "promoter": {"read": {"mlflow"}, "write": set[str](), "delete": set[str]()},
     "collector": {"read": {"dvc"}, "write": set[str](), "delete": {"dvc", "runs"}},
+    "mlflow": {"read": {"mlflow"}, "write": {"mlflow"}, "delete": {"mlflow"}},
+    "flow": {"read": {"dvc", "runs"}, "write": {"dvc", "runs"}, "delete": {"runs"}},
 }
 
 # No name service knows the buckets of a mock.

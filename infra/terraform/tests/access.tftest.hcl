@@ -54,6 +54,23 @@ run "each_role_has_its_rights_and_no_others" {
         "s3:DeleteObject arn:aws:s3:::example-sfgrpo/dvc/*",
         "s3:DeleteObject arn:aws:s3:::example-sfgrpo/runs/*",
       ])
+      mlflow = toset([
+        "s3:ListBucket arn:aws:s3:::example-sfgrpo",
+        "s3:GetObject arn:aws:s3:::example-sfgrpo/mlflow/*",
+        "s3:PutObject arn:aws:s3:::example-sfgrpo/mlflow/*",
+        "s3:AbortMultipartUpload arn:aws:s3:::example-sfgrpo/mlflow/*",
+        "s3:DeleteObject arn:aws:s3:::example-sfgrpo/mlflow/*",
+      ])
+      flow = toset([
+        "s3:ListBucket arn:aws:s3:::example-sfgrpo",
+        "s3:GetObject arn:aws:s3:::example-sfgrpo/dvc/*",
+        "s3:GetObject arn:aws:s3:::example-sfgrpo/runs/*",
+        "s3:PutObject arn:aws:s3:::example-sfgrpo/dvc/*",
+        "s3:PutObject arn:aws:s3:::example-sfgrpo/runs/*",
+        "s3:AbortMultipartUpload arn:aws:s3:::example-sfgrpo/dvc/*",
+        "s3:AbortMultipartUpload arn:aws:s3:::example-sfgrpo/runs/*",
+        "s3:DeleteObject arn:aws:s3:::example-sfgrpo/runs/*",
+      ])
     }
     error_message = "A role has lost a right, or gained one."
   }
@@ -90,6 +107,8 @@ run "the_key_serves_writers_to_encrypt_and_all_to_decrypt" {
       publisher = toset(["kms:Decrypt", "kms:GenerateDataKey"])
       promoter  = toset(["kms:Decrypt"])
       collector = toset(["kms:Decrypt"])
+      mlflow    = toset(["kms:Decrypt", "kms:GenerateDataKey"])
+      flow      = toset(["kms:Decrypt", "kms:GenerateDataKey"])
     }
     error_message = "A role has another use of the key than it needs."
   }
