@@ -63,7 +63,10 @@ mount_check = false
 disable_fallocate = true
 
 [pipeline:main]
-pipeline = {kind}-server
+pipeline = gate {kind}-server
+
+[filter:gate]
+paste.filter_factory = backend_gate:filter_factory
 
 [app:{kind}-server]
 use = egg:swift#{kind}
@@ -115,6 +118,8 @@ def main() -> None:
     folder: Path = arguments.folder.resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_extended_attributes(folder)
+    # The children inherit it; see `backend_gate`.
+    os.environ["BACKEND_GATE_KEY"] = secrets.token_hex(32)
     with _locked(folder) as lock, contextlib.ExitStack() as running:
         ports = _write_configuration(
             folder, arguments.port, arguments.access_key, _secret_key(arguments.secret_key_file)
@@ -215,6 +220,7 @@ def _write_configuration(folder: Path, port: int, access_key: str, secret: str) 
 
 def _write_private(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
     partial.touch(mode=0o600)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -9,6 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+from backend_gate import send_key
+
 # mypy runs in .venv; Swift is installed in .venv-s3 alone.
 from swift.common import utils  # type: ignore[import-not-found]
 
@@ -21,6 +23,7 @@ def main() -> None:
     _die_with(parent)
     # Swift has no option for this path, and would look in /etc.
     utils.SWIFT_CONF_FILE = str(folder / "swift.conf")
+    send_key()
     module = {"object": "swift.obj"}.get(kind, f"swift.{kind}")
     sys.argv = [f"swift-{kind}-server", str(folder / f"{kind}.conf"), "--verbose"]
     importlib.import_module(f"{module}.server").main()
