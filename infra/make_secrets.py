@@ -6,6 +6,7 @@ the owner can enter their folder.
 
 from __future__ import annotations
 
+import base64
 import json
 import secrets
 import sys
@@ -17,7 +18,11 @@ PASSWORDS = (
     "prefect_database_password",
     "mlflow_database_password",
     "valkey_password",
+    "mlflow_session_key",
+    "webhook_secret",
 )
+USER = "sfgrpo"
+"""Who logs in to Prefect and MLflow, as `mlflow/login.ini` says too."""
 RIGHTS = {
     "admin": ["Admin"],
     "mlflow": ["Read:mlflow", "Write:mlflow", "List:mlflow"],
@@ -35,6 +40,18 @@ def main(folder: Path) -> int:
         return 1
     for name in PASSWORDS:
         _write(folder / name, secrets.token_urlsafe(32))
+    prefect, mlflow = f"{USER}:{secrets.token_urlsafe(32)}", secrets.token_urlsafe(32)
+    _write(folder / "prefect_login", prefect)
+    _write(folder / "mlflow_password", mlflow)
+    # For shells of clients.
+    login = {
+        "PREFECT_API_AUTH_STRING": prefect,
+        "MLFLOW_TRACKING_USERNAME": USER,
+        "MLFLOW_TRACKING_PASSWORD": mlflow,
+    }
+    _write(folder / "login", "".join(f"export {name}={value}\n" for name, value in login.items()))
+    # A key of Fernet, which MLflow encrypts the secrets of webhooks by.
+    _write(folder / "mlflow_webhook_key", base64.urlsafe_b64encode(secrets.token_bytes(32)).decode())
     identities = []
     for user, actions in RIGHTS.items():
         access, secret = secrets.token_hex(10), secrets.token_hex(20)

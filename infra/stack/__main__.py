@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m infra.stack",
         description="PostgreSQL, S3, MLflow, Prefect and a worker on this machine, under supervisord.",
         epilog="Set by STACK_DIR, STACK_HOST, STACK_POSTGRES_PORT, STACK_S3_PORT, STACK_MLFLOW_PORT, "
-        "STACK_PREFECT_PORT, STACK_WEBHOOK_PORT and STACK_AUTH; see infra/README.md.",
+        "STACK_PREFECT_PORT, STACK_WEBHOOK_PORT, STACK_AUTH, STACK_ALLOW_ROOT and STACK_ORIGINS; see infra/README.md.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("up", help="start everything that does not run, and wait until it is healthy")

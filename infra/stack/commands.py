@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,7 +22,15 @@ from infra.stack.orphans import end_orphans
 from infra.stack.program import Program, Stack
 from infra.stack.programs.table import PROGRAMS
 from infra.stack.running import is_still_run, run
-from infra.stack.settings import Settings, dump_settings, parse_settings, read_settings, require_free_ports
+from infra.stack.settings import (
+    Settings,
+    dump_settings,
+    open_doors,
+    parse_settings,
+    read_settings,
+    require_free_ports,
+    require_ordinary_user,
+)
 from infra.stack.supervision import (
     STOPPED_STATES,
     Process,
@@ -63,6 +72,7 @@ def up() -> None:
     supervisor = running_supervisor(folder)
     if supervisor is not None:
         settings = _running_settings(folder, settings)
+    require_ordinary_user(settings)
     running = _running(supervisor)
     missing = [program for program in PROGRAMS.values() if program.name not in running]
     require_free_ports(settings, [program.port for program in missing if program.port is not None])
@@ -80,6 +90,7 @@ def up() -> None:
         supervisor.add_missing(PROGRAMS)
         _start_all(stack, supervisor, begin)
     print(_next_steps(stack, time.monotonic() - begin))
+    _warn(settings)
 
 
 def down() -> None:
@@ -116,6 +127,7 @@ def statuses() -> list[Status]:
     """Return the state of every program, by supervisord and by health checks."""
     folder = open_folder(read_settings().folder)
     stack = _stack_of(folder)
+    _warn(stack.settings)
     supervisor = running_supervisor(folder)
     processes = supervisor.processes() if supervisor is not None else {}
     return [_status(stack, program, processes.get(program.name)) for program in PROGRAMS.values()]
@@ -233,9 +245,18 @@ def _next_steps(stack: Stack, seconds: float) -> str:
     lines += [
         f"  {PROGRAMS[name].address(stack):36}{title}" for name, title in (("prefect", "Prefect"), ("mlflow", "MLflow"))
     ]
-    if stack.settings.asks_for_credentials:
-        lines.append(f"  Both ask for credentials, which are in {env}.")
+    if stack.settings.auth:
+        lines.append(
+            f"  Both ask for a login, which is in {env}: Prefect for all of PREFECT_API_AUTH_STRING in one field,"
+        )
+        lines.append("  MLflow for MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.")
     return "\n".join(lines)
+
+
+def _warn(settings: Settings) -> None:
+    """Print what the settings leave open to the error stream."""
+    for warning in open_doors(settings):
+        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
 
 
 def _wait_for_end(pid: int) -> None:

@@ -12,8 +12,9 @@ from infra.stack.errors import StackError
 from sfgrpo.errors import ConfigError
 from sfgrpo.runtime.locks import lock_existing
 
-MAX_SOCKET_LENGTH = 99
-"""In bytes; Linux allows 107, and supervisord first makes a socket whose name is longer by a process id."""
+MAX_SOCKET_LENGTH = 89
+"""Of supervisord's socket, in bytes; Linux allows 107. Python's multiprocessing makes sockets whose names are longer by
+18, in the folder of temporary files."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,12 @@ class Folder:
     def socket(self) -> Path:
         """Socket of supervisord."""
         return self.private / "socket"
+
+    @property
+    def temporary(self) -> Path:
+        """Folder of the flow runs' temporary files; in the one that all users share Prefect takes a name that anybody
+        may have taken before."""
+        return self.root / "tmp"
 
     @property
     def logs(self) -> Path:
@@ -98,6 +105,7 @@ def make_folder(folder: Folder) -> None:
         (folder.root / "data", passage),
         (folder.private, 0o700),
         (folder.logs, 0o700),
+        (folder.temporary, 0o700),
     ):
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(mode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -13,13 +13,24 @@ from infra.stack.errors import UnhealthyError
 TIMEOUT_S = 5.0
 
 
-def post_json(url: str, content: object, credentials: tuple[str, str] | None = None) -> Any:
+def post_json(
+    url: str, content: object, credentials: tuple[str, str] | None = None, headers: Mapping[str, str] | None = None
+) -> Any:
     """Post a JSON document and return the JSON answer; raise `UnhealthyError` for every other outcome.
 
     `credentials` are user and password.
     """
     with _client(credentials) as client:
-        answer = client.post(url, json=content)
+        return _json_of(client.post(url, json=content, headers=headers))
+
+
+def get_json(url: str, credentials: tuple[str, str] | None = None) -> Any:
+    """Return a JSON document; raise `UnhealthyError` for every other outcome."""
+    with _client(credentials) as client:
+        return _json_of(client.get(url))
+
+
+def _json_of(answer: httpx.Response) -> Any:
     if not answer.is_success:
         raise UnhealthyError(f"it answers with status {answer.status_code}")
     try:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import pydantic
 from pydantic import Field
@@ -39,16 +40,32 @@ class Settings(BaseSettings):
     mlflow_port: Port = Field(default=5000, validation_alias="STACK_MLFLOW_PORT")
     prefect_port: Port = Field(default=4200, validation_alias="STACK_PREFECT_PORT")
     webhook_port: Port = Field(default=4201, validation_alias="STACK_WEBHOOK_PORT")
-    auth: bool | None = Field(default=None, validation_alias="STACK_AUTH")
-    """Whether MLflow and Prefect ask for credentials; None means if other machines can reach them."""
+    auth: bool = Field(default=True, validation_alias="STACK_AUTH")
+    """Whether MLflow and Prefect ask for credentials."""
+    allow_root: bool = Field(default=False, validation_alias="STACK_ALLOW_ROOT")
+    """Whether root may run the stack, and thereby every flow run."""
+    origins: str = Field(default="", validation_alias="STACK_ORIGINS")
+    """Further addresses of MLflow's and Prefect's pages, separated by commas, such as those of a proxy with TLS."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Settings:
-        if self.is_exposed and self.auth is False:
+        if not self.auth and self.is_exposed:
             raise ValueError(
                 f"STACK_AUTH is off, but STACK_HOST {self.host} lets other machines in; switch it on or unset one of "
                 "the two"
             )
+        if not self.auth and self.allow_root:
+            raise ValueError(
+                "STACK_AUTH is off, but STACK_ALLOW_ROOT lets flows run as root, so that every user of this machine "
+                "would be root; unset one of the two"
+            )
+        for origin in self.further_origins:
+            parts = urlsplit(origin)
+            if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}" or "*" in origin:
+                raise ValueError(
+                    f"STACK_ORIGINS: {origin!r} is no address such as https://prefect.example; separate several by "
+                    "commas"
+                )
         ports: dict[int, str] = {}
         for variable, port in self.ports.items():
             if port in ports:
@@ -62,9 +79,9 @@ class Settings(BaseSettings):
         return not self.host.is_loopback
 
     @property
-    def asks_for_credentials(self) -> bool:
-        """Whether MLflow and Prefect ask for user and password."""
-        return self.is_exposed or bool(self.auth)
+    def further_origins(self) -> list[str]:
+        """The addresses of STACK_ORIGINS."""
+        return [origin.strip() for origin in self.origins.split(",") if origin.strip()]
 
     @property
     def local_host(self) -> str:
@@ -107,8 +124,31 @@ def dump_settings(settings: Settings) -> str:
 
 
 def parse_settings(folder: Path, text: str) -> Settings:
-    """Parse the output of `dump_settings`."""
-    return Settings.model_validate({"STACK_DIR": folder, **json.loads(text)})
+    """Parse the output of `dump_settings`; None, which earlier versions wrote for "not given", is the default."""
+    known = {name: value for name, value in json.loads(text).items() if value is not None}
+    return Settings.model_validate({"STACK_DIR": folder, **known})
+
+
+def open_doors(settings: Settings) -> list[str]:
+    """Return a warning for each protection that was switched off."""
+    warnings = []
+    if not settings.auth:
+        warnings.append(
+            "STACK_AUTH is off: every user and every program of this machine can run commands as you, by Prefect, and "
+            "change every model; `make stack-down`, unset it and start again"
+        )
+    if settings.allow_root and os.geteuid() == 0:
+        warnings.append("STACK_ALLOW_ROOT: flows run as root, and who can log in to Prefect can do everything here")
+    return warnings
+
+
+def require_ordinary_user(settings: Settings) -> None:
+    """Raise `ConfigError` if root starts the stack and nobody has allowed it."""
+    if os.geteuid() == 0 and not settings.allow_root:
+        raise ConfigError(
+            "root would run the stack, and a flow run could do everything on this machine; start it as another user "
+            "who owns the checkout, or set STACK_ALLOW_ROOT=true where there is only root, as in a container"
+        )
 
 
 def require_free_ports(settings: Settings, variables: Iterable[str]) -> None:

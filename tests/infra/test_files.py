@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.fernet import Fernet
 from ruamel.yaml import YAML
 
+from infra.prefect_server.serve import own_origins
+from infra.stack.programs.mlflow import LOGIN
 from infra.supply.lock import MAIN, read_lock
 from tests.support.paths import ROOT
 
@@ -127,7 +130,7 @@ def compose_schema(path: Path) -> str:
 
 def compose_rules(path: Path) -> str:
     (document,) = load(path)
-    problems = list(_service_problems(document))
+    problems = [*_service_problems(document), *_open_door_problems(document["services"])]
     if not document["networks"]["backend"].get("internal"):
         problems.append("the network backend is not internal")
     text = "\n".join(
@@ -186,6 +189,31 @@ def _service_problems(document: Document) -> Iterator[str]:
                 yield f"{name}: reads a secret that it is not given: {used}"
 
 
+def _open_door_problems(services: Document) -> Iterator[str]:
+    """Prefect and MLflow ask for a login and answer to their own pages alone; the others have only what they need."""
+    told = {name: " ".join(map(str, service.get("command", []))) for name, service in services.items()}
+    prefect, mlflow, environment = told["prefect-server"], told["mlflow"], services["prefect-server"]["environment"]
+    if 'PREFECT_SERVER_API_AUTH_STRING="$$(cat /run/secrets/' not in prefect:
+        yield "prefect-server: asks for no login"
+    if "serve.py" not in prefect or not any("serve.py" in mount for mount in services["prefect-server"]["volumes"]):
+        yield "prefect-server: answers any Host"
+    try:
+        own_origins(str(environment.get("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", "*")))
+    except ValueError as error:
+        yield f"prefect-server: answers any Origin: {error}"
+    if environment.get("PREFECT_SERVER_CSRF_PROTECTION_ENABLED") != "true":
+        yield "prefect-server: takes forged requests"
+    if "--app-name basic-auth" not in mlflow or 'MLFLOW_AUTH_ADMIN_PASSWORD="$$(cat /run/secrets/' not in mlflow:
+        yield "mlflow: asks for no login"
+    for option in ("--allowed-hosts", "--cors-allowed-origins"):
+        if not re.search(rf"{option} [^*\s]+(\s|$)", mlflow):
+            yield f"mlflow: is open to others: {option}"
+    if ". /run/secrets/login" not in told["worker"]:
+        yield "worker: has no login"
+    if set(services["webhook"]["secrets"]) != {"prefect_login", "webhook_secret"}:
+        yield "webhook: has other secrets than it needs"
+
+
 def shell_syntax(path: Path) -> str:
     return subprocess.run(["sh", "-n", path], capture_output=True, text=True, timeout=60).stderr
 
@@ -233,6 +261,8 @@ def pod_rules(documents: list[Document]) -> str:
             "image is not pinned": re.search(r":\d+\.\d+\.\d+", container["image"]),
             "no component": "app.kubernetes.io/component" in document["spec"]["template"]["metadata"]["labels"],
         }
+        if document["kind"] == "Deployment":
+            wanted["has no login"] = _logs_in(container["env"])
         if document["kind"] == "Job":
             wanted["has a token"] = pod.get("automountServiceAccountToken") is False
             mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
@@ -244,6 +274,15 @@ def pod_rules(documents: list[Document]) -> str:
             wanted["starts again elsewhere"] = pod["restartPolicy"] == "Never"
         problems += [f"{document['kind']}: {problem}" for problem, is_met in wanted.items() if not is_met]
     return "\n".join(problems)
+
+
+def _logs_in(variables: list[Document]) -> bool:
+    """Return whether a worker takes its login from a secret, and has its Jobs take it from there too."""
+    given = {entry["name"]: entry for entry in variables}
+    known = given.get("PREFECT_API_AUTH_STRING", {}).get("valueFrom", {}).get("secretKeyRef", {})
+    setting = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
+    passed_on = [given.get(f"{setting}_{part}", {}).get("value") for part in ("NAME", "KEY")]
+    return bool(known) and passed_on == [known["name"], known["key"]]
 
 
 def training_jobs(path: Path) -> str:
@@ -350,11 +389,39 @@ PLANTED: list[tuple[Check, Path, str, str, str]] = [
     (locked_versions, MLFLOW, "mlflow:v", "mlflow:v0.", "mlflow 0"),
     (compose_schema, COMPOSE, "healthcheck:", "heathcheck:", "heathcheck"),
     (compose_rules, COMPOSE, "healthcheck:", "x-healthcheck:", "postgres: no health check"),
+    (compose_rules, COMPOSE, "SERVER_API_AUTH_STRING=", "API_AUTH_STRING=", "prefect-server: asks for no login"),
+    (compose_rules, COMPOSE, "python /opt/sfgrpo/serve.py", "prefect server start", "prefect-server: answers any Host"),
+    (compose_rules, COMPOSE, "http://127.0.0.1:4200,", "http://*,", "prefect-server: answers any Origin"),
+    (
+        compose_rules,
+        COMPOSE,
+        "SERVER_CORS_ALLOWED_ORIGINS",
+        "SERVER_CORS_ORIGINS",
+        "prefect-server: answers any Origin",
+    ),
+    (compose_rules, COMPOSE, 'PROTECTION_ENABLED: "true"', 'PROTECTION_ENABLED: "false"', "takes forged requests"),
+    (compose_rules, COMPOSE, "--app-name basic-auth", "", "mlflow: asks for no login"),
+    (
+        compose_rules,
+        COMPOSE,
+        "--allowed-hosts mlflow:5000,",
+        "--allowed-hosts *,",
+        "open to others: --allowed-hosts",
+    ),
+    (compose_rules, COMPOSE, "--cors-allowed-origins http://localhost:5000,", "", "open to others: --cors-allowed-ori"),
+    (compose_rules, COMPOSE, ". /run/secrets/login", "true", "worker: has no login"),
+    (
+        compose_rules,
+        COMPOSE,
+        "[prefect_login, webhook_secret]",
+        "[prefect_login, s3_admin]",
+        "webhook: has",
+    ),
     (compose_rules, COMPOSE, "postgres:17.10-bookworm", "postgres:latest", "image is not pinned"),
     (compose_rules, COMPOSE, 'user: "999:999"', 'user: "0:0"', "postgres: runs as root"),
     (compose_rules, COMPOSE, "127.0.0.1:4200:4200", "4200:4200", "open to the network"),
     (compose_rules, COMPOSE, "internal: true", "internal: false", "not internal"),
-    (compose_rules, COMPOSE, "secrets: [s3_training]", "secrets: [s3_mlflow]", "not given: s3_training"),
+    (compose_rules, COMPOSE, "secrets: [s3_training,", "secrets: [s3_mlflow,", "not given: s3_training"),
     (compose_rules, COMPOSE, "secrets: [s3_admin]", "secrets: [s3_root]", "not among the secrets: s3_root"),
     (compose_rules, COMPOSE, "/run/secrets/postgres_password", "hunter2", "secret in the environment"),
     (compose_rules, COMPOSE, "prefect@postgres", "prefect:hunter2@postgres", "password in an address"),
@@ -389,6 +456,9 @@ PLANTED: list[tuple[Check, Path, str, str, str]] = [
     ),
     (base_files, WORKER, "livenessProbe:", "liveProbe:", "liveProbe"),
     (base_files, WORKER, "drop: [ALL]", "drop: [CHOWN]", "has capabilities"),
+    (base_files, WORKER, "runAsNonRoot: true", "runAsNonRoot: false", "runs as root"),
+    (base_files, WORKER, "name: PREFECT_API_AUTH_STRING", "name: PREFECT_API_KEY", "has no login"),
+    (base_files, WORKER, "AUTH_STRING_SECRET_KEY", "AUTH_STRING_KEY", "has no login"),
     (base_files, NETWORK, "podSelector: {}", "podSelecter: {}", "podSelecter"),
     (base_files, ACCOUNTS, "automountServiceAccountToken", "automountToken", "automountToken"),
     (job_template, GPU_TEMPLATE, '"backoffLimit": 0', '"backoffLimit": 6', "beside Prefect"),
@@ -534,6 +604,31 @@ def test_the_users_of_s3_have_the_keys_that_the_server_knows(tmp_path: Path) -> 
             "accessKey": file["default"]["aws_access_key_id"],
             "secretKey": file["default"]["aws_secret_access_key"],
         }
+
+
+def test_one_login_is_the_servers_and_the_clients(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    assert _make_secrets(folder) == 0
+    script = (
+        '. "$0" && printf "%s|%s:%s" "$PREFECT_API_AUTH_STRING" "$MLFLOW_TRACKING_USERNAME" "$MLFLOW_TRACKING_PASSWORD"'
+    )
+    told = subprocess.run(["sh", "-c", script, folder / "login"], capture_output=True, text=True, check=True).stdout
+    prefect, mlflow = ((folder / name).read_text(encoding="utf-8") for name in ("prefect_login", "mlflow_password"))
+    login = configparser.ConfigParser()
+    login.read(INFRA / "mlflow" / "login.ini", encoding="utf-8")
+    assert told.strip() == f"{prefect}|{login['mlflow']['admin_username']}:{mlflow}"
+    assert len(mlflow) >= 40 and len(prefect) >= 40
+    Fernet((folder / "mlflow_webhook_key").read_text(encoding="utf-8"))
+
+
+def test_mlflows_login_is_the_same_in_compose_and_in_the_stack() -> None:
+    ours, theirs = configparser.ConfigParser(), configparser.ConfigParser()
+    ours.read(INFRA / "mlflow" / "login.ini", encoding="utf-8")
+    theirs.read_string(LOGIN.format(database="login.db", user="sfgrpo"))
+    assert ours["mlflow"].keys() == theirs["mlflow"].keys()
+    assert [key for key in ours["mlflow"] if ours["mlflow"][key] != theirs["mlflow"][key]] == ["database_uri"]
+    # The login is an extra of MLflow, which its image lacks.
+    assert "flask-wtf" in {package.name for package in read_lock(INFRA / "docker" / "mlflow.lock")}
 
 
 def test_secrets_are_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

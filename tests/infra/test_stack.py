@@ -21,19 +21,31 @@ import pytest
 from supervisor.options import ServerOptions
 
 from infra.stack.__main__ import main
+from infra.stack.addresses import own_hosts, own_origins
 from infra.stack.clients import client_environment, env_file
 from infra.stack.credentials import Secrets, ensure_secrets
 from infra.stack.errors import StackError, UnhealthyError
 from infra.stack.folder import MAX_SOCKET_LENGTH, Folder, make_folder, open_folder, start_stop_lock
-from infra.stack.health import post_json, require_answer
+from infra.stack.health import get_json, post_json, require_answer
 from infra.stack.orphans import end_orphans, processes
 from infra.stack.program import Stack
-from infra.stack.programs.mlflow import allowed_hosts
+from infra.stack.programs.mlflow import MLFLOW
 from infra.stack.programs.postgres import binaries, require_reachable
+from infra.stack.programs.prefect import PREFECT
+from infra.stack.programs.prefect import client_environment as prefect_environment
 from infra.stack.programs.table import PROGRAMS
 from infra.stack.programs.webhook import WEBHOOK
 from infra.stack.running import is_still_run
-from infra.stack.settings import PREFIX, Settings, dump_settings, parse_settings, read_settings, require_free_ports
+from infra.stack.settings import (
+    PREFIX,
+    Settings,
+    dump_settings,
+    open_doors,
+    parse_settings,
+    read_settings,
+    require_free_ports,
+    require_ordinary_user,
+)
 from infra.stack.supervision import configuration, running_supervisor
 from sfgrpo.errors import ConfigError
 from tests.support.stack import BELOW_EPHEMERAL, PORTS, free_ports
@@ -79,19 +91,23 @@ def test_every_setting_comes_from_its_variable(monkeypatch: pytest.MonkeyPatch) 
         "STACK_PREFECT_PORT": "4",
         "STACK_WEBHOOK_PORT": "5",
         "STACK_AUTH": "true",
+        "STACK_ALLOW_ROOT": "true",
+        "STACK_ORIGINS": "https://prefect.example",
     }
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     settings = read_settings()
     assert (settings.folder, str(settings.host), settings.auth) == (Path("/elsewhere"), "192.0.2.1", True)
     assert settings.ports == dict(zip(PORTS, range(1, 6), strict=True))
+    assert (settings.allow_root, settings.further_origins) == (True, ["https://prefect.example"])
     assert settings.chosen.keys() == given.keys()
 
 
 def test_without_variables_the_stack_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STACK_HOST", "")
     settings = read_settings()
-    assert (settings.is_exposed, settings.asks_for_credentials, settings.chosen) == (False, False, {})
+    assert (settings.is_exposed, settings.auth, settings.allow_root, settings.chosen) == (False, True, False, {})
+    assert open_doors(settings) == []
     assert settings.folder == Path(".stack")
 
 
@@ -109,6 +125,12 @@ def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ({"STACK_AUTH": "perhaps"}, "STACK_AUTH: 'perhaps': Input should be a valid boolean"),
         ({"STACK_S3_PORT": "5000"}, "STACK_S3_PORT and STACK_MLFLOW_PORT are both 5000; change one of them"),
         ({"STACK_HOST": "0.0.0.0", "STACK_AUTH": "false"}, "STACK_AUTH is off, but STACK_HOST 0.0.0.0 lets other"),
+        ({"STACK_HOST": "192.0.2.1", "STACK_AUTH": "off"}, "STACK_AUTH is off, but STACK_HOST 192.0.2.1 lets other"),
+        ({"STACK_ALLOW_ROOT": "true", "STACK_AUTH": "0"}, "every user of this machine would be root; unset one of the"),
+        ({"STACK_ORIGINS": "*"}, "STACK_ORIGINS: '*' is no address such as https://prefect.example"),
+        ({"STACK_ORIGINS": "https://*.example"}, "STACK_ORIGINS: 'https://*.example' is no address"),
+        ({"STACK_ORIGINS": "https://a.example, b.example"}, "STACK_ORIGINS: 'b.example' is no address"),
+        ({"STACK_ORIGINS": "https://a.example/"}, "STACK_ORIGINS: 'https://a.example/' is no address"),
     ],
 )
 def test_a_wrong_setting_is_told_in_one_line(
@@ -124,16 +146,46 @@ def test_a_wrong_setting_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("variables", "asks", "local_host"),
     [
-        ({}, False, "127.0.0.1"),
-        ({"STACK_AUTH": "true"}, True, "127.0.0.1"),
-        ({"STACK_HOST": "127.0.0.2"}, False, "127.0.0.2"),
+        ({}, True, "127.0.0.1"),
+        ({"STACK_AUTH": "false"}, False, "127.0.0.1"),
+        ({"STACK_HOST": "127.0.0.2"}, True, "127.0.0.2"),
         ({"STACK_HOST": "0.0.0.0"}, True, "127.0.0.1"),
         ({"STACK_HOST": "192.0.2.1"}, True, "192.0.2.1"),
     ],
 )
-def test_who_lets_others_in_asks_for_credentials(variables: dict[str, str], asks: bool, local_host: str) -> None:
+def test_a_login_is_asked_for_unless_it_is_switched_off(variables: dict[str, str], asks: bool, local_host: str) -> None:
     settings = Settings.model_validate(variables)
-    assert (settings.asks_for_credentials, settings.local_host) == (asks, local_host)
+    assert (settings.auth, settings.local_host) == (asks, local_host)
+
+
+def test_what_was_switched_off_is_told_at_every_start_and_status(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STACK_DIR", str(folder.root))
+    settings = Settings.model_validate({"STACK_AUTH": "false"})
+    folder.settings.write_text(dump_settings(settings), encoding="utf-8")
+    main(["status"])
+    assert capsys.readouterr().err.startswith("WARNING: STACK_AUTH is off: every user and every program of this machi")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    (warning,) = open_doors(Settings.model_validate({"STACK_ALLOW_ROOT": "true"}))
+    assert "flows run as root" in warning
+
+
+def test_root_is_refused_unless_it_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STACK_DIR", str(tmp_path / "s"))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert main(["up"]) == 2
+    assert "error: root would run the stack, and a flow run could do everything" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+    require_ordinary_user(Settings.model_validate({"STACK_ALLOW_ROOT": "true"}))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    require_ordinary_user(Settings())
+
+
+def test_settings_of_an_earlier_version_are_read_as_the_defaults(tmp_path: Path) -> None:
+    assert parse_settings(tmp_path, '{"STACK_AUTH": null}').auth
 
 
 def test_settings_are_read_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +213,7 @@ def test_a_taken_port_keeps_everything_from_being_made(
     for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True):
         monkeypatch.setenv(name, str(port))
     monkeypatch.setenv("STACK_DIR", str(tmp_path / "s"))
+    monkeypatch.setenv("STACK_ALLOW_ROOT", "true")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setenv("STACK_PREFECT_PORT", str(taken.getsockname()[1]))
         assert main(["up"]) == 2
@@ -183,7 +236,7 @@ def test_ports_for_tests_are_none_that_a_client_may_get() -> None:
 def test_others_see_nothing_in_the_folder(folder: Folder) -> None:
     passage = 0o711 if IS_ROOT else 0o700
     assert [mode(path) for path in (folder.root, folder.root / "data")] == [passage] * 2
-    assert [mode(path) for path in (folder.private, folder.logs)] == [0o700] * 2
+    assert [mode(path) for path in (folder.private, folder.logs, folder.temporary)] == [0o700] * 3
 
 
 def test_a_folder_that_was_open_is_closed(tmp_path: Path) -> None:
@@ -195,7 +248,7 @@ def test_a_folder_that_was_open_is_closed(tmp_path: Path) -> None:
 
 
 def test_a_path_that_is_too_long_for_a_socket_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"the path of the socket /tmp/.* has 126 bytes, and the system allows 99; s"):
+    with pytest.raises(ConfigError, match=r"the path of the socket /tmp/.* has 126 bytes, and the system allows 89; s"):
         open_folder(Path("/tmp") / ("é" * 50 + "abc"))
 
 
@@ -213,6 +266,7 @@ def test_the_longest_path_that_is_allowed_can_be_used(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server, pytest.raises(FileNotFoundError):
         # What supervisord binds first; the name is not the problem.
         server.bind(f"{folder.socket}.4194304")
+    assert len(str(folder.temporary / "pymp-abcdefgh" / "listener-abcdefgh")) == 107
     with pytest.raises(ConfigError):
         open_folder(folder.root.with_name(folder.root.name + "a"))
 
@@ -287,10 +341,49 @@ def test_no_command_line_holds_a_secret(folder: Folder, name: str) -> None:
     assert not [path for path in written for value in values(stack.secrets) if value in path.read_text()]
 
 
-def test_mlflow_on_all_addresses_knows_those_of_this_machine(folder: Folder) -> None:
-    hosts = allowed_hosts(set_up(folder, STACK_HOST="0.0.0.0", STACK_MLFLOW_PORT="1234"))
-    assert {"127.0.0.1:1234", "localhost:1234", f"{socket.gethostname()}:1234"} <= set(hosts)
+def test_a_server_on_all_addresses_knows_those_of_this_machine() -> None:
+    hosts = own_hosts(Settings.model_validate({"STACK_HOST": "0.0.0.0"}), 1234)
+    assert {"127.0.0.1:1234", "localhost:1234", f"{socket.gethostname().lower()}:1234"} <= set(hosts)
     assert not [host for host in hosts if "*" in host or host.startswith("0.0.0.0")]
+
+
+@pytest.mark.parametrize(
+    ("variables", "port", "origins"),
+    [
+        ({}, 4200, ["http://127.0.0.1:4200", "http://localhost:4200"]),
+        ({}, 80, ["http://127.0.0.1", "http://localhost"]),
+        (
+            {"STACK_HOST": "192.0.2.1", "STACK_ORIGINS": "https://prefect.example"},
+            4200,
+            ["http://127.0.0.1:4200", "http://192.0.2.1:4200", "http://localhost:4200", "https://prefect.example"],
+        ),
+    ],
+)
+def test_a_server_answers_to_its_own_addresses(variables: dict[str, str], port: int, origins: list[str]) -> None:
+    settings = Settings.model_validate(variables)
+    assert own_origins(settings, port) == origins
+    assert own_hosts(settings, port) == [origin.split("//")[1] for origin in origins]
+
+
+@pytest.mark.parametrize("variables", [{}, {"STACK_AUTH": "false"}, {"STACK_HOST": "192.0.2.1"}])
+def test_no_setting_opens_prefect_and_mlflow_to_other_pages(folder: Folder, variables: dict[str, str]) -> None:
+    stack = set_up(folder, **variables)
+    prefect, mlflow = PREFECT.launch(stack), MLFLOW.launch(stack)
+    assert prefect.environment["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
+    own = ",".join(own_origins(stack.settings, stack.settings.prefect_port))
+    assert prefect.environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == own
+    assert "*" not in " ".join([own, *mlflow.command])
+    assert {"--allowed-hosts", "--cors-allowed-origins"} <= set(mlflow.command)
+
+
+@pytest.mark.parametrize(("variables", "asks"), [({}, True), ({"STACK_AUTH": "false"}, False)])
+def test_prefect_and_mlflow_ask_for_a_login_unless_told_otherwise(
+    folder: Folder, variables: dict[str, str], asks: bool
+) -> None:
+    stack = set_up(folder, **variables)
+    prefect, mlflow = PREFECT.launch(stack), MLFLOW.launch(stack)
+    assert ("PREFECT_SERVER_API_AUTH_STRING" in prefect.environment) is asks
+    assert ("basic-auth" in mlflow.command) is asks
 
 
 # --- What supervisord reads ---
@@ -420,6 +513,8 @@ def server() -> Iterator[str]:
 
 def test_an_answer_needs_the_right_credentials(server: str) -> None:
     assert post_json(server, {"a": 1}, ("me", "secret")) == {"a": 1}
+    with pytest.raises(UnhealthyError, match="answers with something other than JSON"):
+        get_json(server)
     for credentials in (None, ("me", "wrong")):
         with pytest.raises(UnhealthyError, match="answers with status 401"):
             post_json(server, {"a": 1}, credentials)
@@ -448,8 +543,10 @@ def test_the_receiver_of_webhooks_knows_its_secret_and_its_port(folder: Folder) 
     stack = set_up(folder, STACK_WEBHOOK_PORT="12345")
     launch = WEBHOOK.launch(stack)
     assert launch.command[1:] == ["-m", "flows.webhook", "--port", "12345"]
-    assert launch.environment["WEBHOOK_SECRET"] == stack.secrets.webhook_secret
-    assert launch.environment.items() >= client_environment(stack).items()
+    given = {**prefect_environment(stack), "WEBHOOK_SECRET": stack.secrets.webhook_secret}
+    assert launch.environment == {**given, "PREFECT_HOME": str(stack.folder.data("webhook"))}
+    held = [value for value in values(stack.secrets) if value in " ".join(launch.environment.values())]
+    assert sorted(held) == sorted([stack.secrets.prefect_password, stack.secrets.webhook_secret])
 
 
 # --- Processes ---

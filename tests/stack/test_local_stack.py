@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import subprocess
 import sys
 import textwrap
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +72,6 @@ FETCH_RUN = """
 """
 
 
-@pytest.fixture(scope="module")
-def guarded() -> Iterator[Stack]:
-    """A second stack, beside the other, that asks for credentials."""
-    with Stack(STACK_AUTH="true") as running:
-        yield running
-
-
 def run_script(script: str, *arguments: str | Path, environment: Mapping[str, str]) -> str:
     """Run Python code as a user of the stack does; return the last line that it prints."""
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
@@ -101,17 +91,6 @@ def s3_of(stack: Stack) -> Any:
         aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
         region_name=environment["AWS_DEFAULT_REGION"],
     )
-
-
-def status_of(url: str, question: bytes | None = None) -> int:
-    """Ask without credentials; return the HTTP status."""
-    request = urllib.request.Request(url, data=question, headers={"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        error.close()
-        return error.code
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +113,8 @@ def test_an_empty_folder_becomes_a_healthy_stack_in_time(stack: Stack) -> None:
     assert {entry["health"] for entry in found.values()} == {"healthy"}
     assert {entry["state"] for entry in found.values()} == {"RUNNING"}
     assert all(psutil.pid_exists(entry["pid"]) for entry in found.values())
-    assert max(entry["uptime_s"] for entry in found.values()) <= time.time() - begin + 1 < MAX_START_S
+    assert max(entry["uptime_s"] for entry in found.values()) <= time.time() - begin + 1
+    assert stack.first_start_s < MAX_START_S
     assert stack.command("status").returncode == 0
 
 
@@ -231,29 +211,7 @@ def test_data_survive_a_stop_that_leaves_nothing_running(
     assert run_script(script, environment=stack.environment) == "{'Crashed'}"
 
 
-def test_without_credentials_nobody_gets_in(guarded: Stack) -> None:
-    environment = guarded.environment
-    mlflow, prefect = environment["MLFLOW_TRACKING_URI"], environment["PREFECT_API_URL"]
-    assert status_of(mlflow) == 401
-    assert status_of(f"{mlflow}/api/2.0/mlflow/experiments/search", b'{"max_results": 1}') == 401
-    assert status_of(f"{mlflow}/api/2.0/mlflow-artifacts/artifacts") == 401
-    assert status_of(f"{prefect}/flows/filter", b"{}") == 401
-    assert status_of(f"{prefect}/admin/settings") == 401
-
-
-def test_with_credentials_everybody_does(guarded: Stack) -> None:
-    script = "import mlflow; print(mlflow.search_experiments()[0].name)"
-    assert run_script(script, environment=guarded.environment) == "Default"
-    script = "from prefect.client.orchestration import get_client\n"
-    script += "with get_client(sync_client=True) as client: print(client.read_work_pool('sfgrpo').type)"
-    assert run_script(script, environment=guarded.environment) == "process"
-    # The worker could not report to Prefect without.
-    assert guarded.status()["worker"]["health"] == "healthy"
-
-
-@pytest.mark.parametrize("name", ["stack", "guarded"])
-def test_no_secret_is_in_a_command_line_a_log_or_a_configuration(name: str, request: pytest.FixtureRequest) -> None:
-    stack: Stack = request.getfixturevalue(name)
+def test_no_secret_is_in_a_command_line_a_log_or_a_configuration(stack: Stack) -> None:
     secrets = dataclasses.asdict(ensure_secrets(stack.folder.secrets)).values()
     commands = "\n".join(" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
     assert str(stack.folder.root) in commands
@@ -266,11 +224,6 @@ def test_no_secret_is_in_a_command_line_a_log_or_a_configuration(name: str, requ
     # Where they have to be, only the owner gets at them.
     for path in (stack.folder.env, stack.folder.secrets):
         assert path.stat().st_mode & 0o777 == 0o600
-
-
-def test_what_supervisord_started_ends_with_it(guarded: Stack) -> None:
-    os.kill(running_pid(guarded), signal.SIGKILL)
-    wait_until(lambda: guarded.processes() == [], "programs go on without supervisord", timeout_s=60)
 
 
 def test_a_program_that_cannot_start_is_told_with_its_last_words() -> None:

@@ -19,7 +19,7 @@ from uuid import UUID
 
 import psutil
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
@@ -83,7 +83,11 @@ def platform(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         environment=environment_of(stack),
     )
     platform.command("flows.deploy")
-    with temporary_settings({PREFECT_API_URL: platform.environment["PREFECT_API_URL"]}):
+    prefect = {setting: platform.environment[setting.name] for setting in (PREFECT_API_URL, PREFECT_API_AUTH_STRING)}
+    with temporary_settings(prefect), pytest.MonkeyPatch.context() as patch:
+        # MLflow's client reads them in this process too.
+        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+            patch.setenv(name, platform.environment[name])
         yield platform
     print("".join(f"\n{what}: {seconds:.0f} s" for what, seconds in platform.durations.items()))
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,27 @@ POLL_S = 0.5
 class Stack:
     """A stack in a folder of its own below /tmp, on free ports; a context that starts it and removes everything."""
 
-    def __init__(self, **variables: str) -> None:
-        """Start nothing yet; take further STACK_ variables."""
+    def __init__(self, prefix: Sequence[str] = (), **variables: str) -> None:
+        """Start nothing yet; take the start of every command line, such as another user's, and STACK_ variables."""
         # Short, since it holds a socket, and open, since PostgreSQL's user passes through.
         self.parent = Path(tempfile.mkdtemp(prefix="stack-", dir="/tmp"))
         self.parent.chmod(0o711)
         ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
-        self.variables = {"STACK_DIR": str(self.parent / "s"), **ports, **variables}
+        # Where the tests are root's, the stack is, unless it is an ordinary user's.
+        root = {"STACK_ALLOW_ROOT": "true"} if os.geteuid() == 0 and not prefix else {}
+        self.variables = {"STACK_DIR": str(self.parent / "s"), **ports, **root, **variables}
+        self._prefix = list(prefix)
+        self.first_start_s = 0.0
+        """What the start from an empty folder took."""
 
     def __enter__(self) -> Stack:
+        begin = time.monotonic()
         try:
             self.start()
         except BaseException:
             self.remove()
             raise
+        self.first_start_s = time.monotonic() - begin
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -68,7 +75,7 @@ class Stack:
     def command(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run `python -m infra.stack ...`, with further variables, and return the finished process."""
         return subprocess.run(
-            [sys.executable, "-m", "infra.stack", *arguments],
+            [*self._prefix, sys.executable, "-m", "infra.stack", *arguments],
             cwd=ROOT,
             env=_clean() | self.variables | variables,
             capture_output=True,

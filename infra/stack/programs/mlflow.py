@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-
-import psutil
-
+from infra.stack.addresses import own_hosts, own_origins
 from infra.stack.credentials import write_private
 from infra.stack.health import post_json
 from infra.stack.program import BIN, Launch, Program, Stack
@@ -35,18 +32,8 @@ def client_environment(stack: Stack) -> dict[str, str]:
     return {
         "MLFLOW_TRACKING_URI": address(stack),
         "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true",
-        **(login if stack.settings.asks_for_credentials else {}),
+        **(login if stack.settings.auth else {}),
     }
-
-
-def allowed_hosts(stack: Stack) -> list[str]:
-    """Return the hosts, with the port, by which browsers and clients may address the server."""
-    names = {"localhost", "127.0.0.1", stack.settings.local_host}
-    if stack.settings.host.is_unspecified:
-        names |= {socket.gethostname(), socket.getfqdn()}
-        for interface in psutil.net_if_addrs().values():
-            names |= {entry.address for entry in interface if entry.family == socket.AF_INET}
-    return [f"{name}:{stack.settings.mlflow_port}" for name in sorted(names)]
 
 
 def _launch(stack: Stack) -> Launch:
@@ -54,6 +41,9 @@ def _launch(stack: Stack) -> Launch:
     settings, secrets = stack.settings, stack.secrets
     command = [str(BIN / "mlflow"), "server", "--host", str(settings.host), "--port", str(settings.mlflow_port)]
     command += ["--workers", str(NUM_WORKERS), "--artifacts-destination", "s3://mlflow"]
+    # Its own default lets in every name that looks like a private address, such as 10.example.org.
+    command += ["--allowed-hosts", ",".join(own_hosts(settings, settings.mlflow_port))]
+    command += ["--cors-allowed-origins", ",".join(own_origins(settings, settings.mlflow_port))]
     environment = {
         **s3_environment(stack),
         "MLFLOW_BACKEND_STORE_URI": database_url(stack, "psycopg2", "mlflow", secrets.mlflow_database_password),
@@ -66,9 +56,7 @@ def _launch(stack: Stack) -> Launch:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    if settings.is_exposed:
-        command += ["--allowed-hosts", ",".join(allowed_hosts(stack))]
-    if settings.asks_for_credentials:
+    if settings.auth:
         login = folder / "login.ini"
         write_private(login, LOGIN.format(database=folder / "login.db", user=USER).replace("%", "%%"))
         command += ["--app-name", "basic-auth"]
@@ -81,7 +69,7 @@ def _launch(stack: Stack) -> Launch:
 
 
 def _check(stack: Stack) -> None:
-    credentials = (USER, stack.secrets.mlflow_password) if stack.settings.asks_for_credentials else None
+    credentials = (USER, stack.secrets.mlflow_password) if stack.settings.auth else None
     post_json(f"{address(stack)}/api/2.0/mlflow/experiments/search", {"max_results": 1}, credentials)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from infra.stack.clients import client_environment
 from infra.stack.health import require_answer
 from infra.stack.program import BIN, ROOT, Launch, Program, Stack
+from infra.stack.programs.prefect import client_environment
 from infra.stack.settings import LOOPBACK
 
 
@@ -16,7 +16,11 @@ def _launch(stack: Stack) -> Launch:
     folder = stack.folder.make_data("webhook")
     return Launch(
         command=[str(BIN / "python"), "-m", "flows.webhook", "--port", str(stack.settings.webhook_port)],
-        environment={**client_environment(stack), "PREFECT_HOME": str(folder)},
+        environment={
+            **client_environment(stack),
+            "WEBHOOK_SECRET": stack.secrets.webhook_secret,
+            "PREFECT_HOME": str(folder),
+        },
         working_directory=ROOT,
     )
 

@@ -25,6 +25,7 @@ def _launch(stack: Stack) -> Launch:
             # Flows call `dvc` and `prefect` by name.
             "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)]),
             "PREFECT_HOME": str(folder),
+            "TMPDIR": str(stack.folder.temporary),
             # In seconds; a flow run that has missed three heartbeats counts as dead.
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "MLFLOW_DISABLE_TELEMETRY": "true",
