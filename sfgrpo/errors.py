@@ -56,10 +56,6 @@ class RegistryError(SfgrpoError):
     """A registered version does not exist, is not what was registered, or draws no image."""
 
 
-class Preempted(SfgrpoError):
-    """The run was told to stop before it was done; starting it again resumes it."""
-
-
 class TrackingError(SfgrpoError):
     """The tracking store did not answer in time, or refused a record."""
 
@@ -78,3 +74,15 @@ class ExitStatus(enum.IntEnum):
     """Parameters or environment are wrong; another attempt does not help."""
     RESUMABLE = 75
     """Told to stop, or cut off from the other nodes; starting it again resumes it. EX_TEMPFAIL of sysexits.h."""
+
+
+class Preempted(SystemExit):
+    """The process was told to stop before it was done; starting it again resumes it.
+
+    No `Exception`: it may be raised anywhere, also while a library is being imported that turns every error into its
+    own. A program that lets it pass ends with `ExitStatus.RESUMABLE`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = ExitStatus.RESUMABLE

@@ -88,7 +88,11 @@ def draw_images(policy: Policy, conditioning: Conditioning, protocol: SamplingPr
 
 @torch.no_grad()
 def _draw_batch(
-    policy: Policy, conditioning: Conditioning, protocol: SamplingProtocol, rows: slice
+    policy: Policy,
+    conditioning: Conditioning,
+    protocol: SamplingProtocol,
+    rows: slice,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> NDArray[np.uint8]:
     """Draw the images of `rows` together; of no row at all the policy still runs once."""
     indices = range(rows.start, rows.stop)
@@ -105,6 +109,7 @@ def _draw_batch(
         step_noise.to(policy.device),
         policy.sigmas(protocol.num_steps).to(policy.device),
         protocol,
+        on_pass,
     )
     return policy.decode(trajectory.latents_NSCHW[:, -1])
 
@@ -118,7 +123,7 @@ def evaluate_policy(
     is_correct: Reward | None = None,
     shown: Sequence[int] = (),
     accelerator: Accelerator | None = None,
-    on_batch: Callable[[], None] = lambda: None,
+    on_pass: Callable[[], None] = lambda: None,
     on_images: Callable[[int, NDArray[np.uint8]], None] = lambda first, images: None,
 ) -> Evaluation:
     """Sample the protocol's images for every prompt and score each.
@@ -134,13 +139,13 @@ def evaluate_policy(
         is_correct: Returns 1 for a correct image and 0 for any other; by default GenEval's own verdict.
         shown: Positions of the prompts whose images are kept.
         accelerator: The processes of the run; by default this one alone.
-        on_batch: Called by each process after each batch, by all of them equally often.
+        on_pass: Called by each process after each pass of the policy and each batch, by all of them equally often.
         on_images: Gets the images of every batch, [n, H, W, 3], with the number of the first: image g of prompt p has
             number p * G + g, and those of a process come in ascending order.
     """
     judges = (is_correct or build_reward("geneval_correct"), *rewards)
     scores_NJ, images, small_NHWC = _score_images(
-        policy, prompts, judges, protocol, shown, accelerator, on_batch, on_images
+        policy, prompts, judges, protocol, shown, accelerator, on_pass, on_images
     )
     shape = len(prompts), protocol.images_per_prompt
     correct, *rewards_JPG = (scores_N.reshape(shape) for scores_N in scores_NJ.numpy().T)
@@ -159,14 +164,14 @@ def mean_rewards(
     rewards: Sequence[Reward],
     protocol: SamplingProtocol,
     accelerator: Accelerator | None = None,
-    on_batch: Callable[[], None] = lambda: None,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Return the mean of every reward over the images that the protocol's sampler makes, by the reward's name.
 
     With the sampler of the training this measures what training improves, on prompts and noise that, unlike those of
     an update, never change. Processes share the work as in `evaluate_policy`.
     """
-    scores_NJ, _, _ = _score_images(policy, prompts, rewards, protocol, (), accelerator, on_batch)
+    scores_NJ, _, _ = _score_images(policy, prompts, rewards, protocol, (), accelerator, on_pass)
     return {reward.name: _mean(scores_N) for reward, scores_N in zip(rewards, scores_NJ.numpy().T, strict=True)}
 
 
@@ -188,7 +193,7 @@ def _score_images(
     protocol: SamplingProtocol,
     shown: Sequence[int],
     accelerator: Accelerator | None,
-    on_batch: Callable[[], None],
+    on_pass: Callable[[], None],
     on_images: Callable[[int, NDArray[np.uint8]], None] = lambda first, images: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample the N = P * G images of all prompts, each process its part.
@@ -206,7 +211,7 @@ def _score_images(
     scores_NJ = torch.zeros(len(prompts_N), len(judges))
     kept = small_NHWC = torch.empty(0, dtype=torch.uint8)
     for rows in batches[process::num_processes]:
-        images = _draw_batch(policy, conditioning[positions], protocol, rows)
+        images = _draw_batch(policy, conditioning[positions], protocol, rows, on_pass)
         small = thumbnails(images)
         if not len(small_NHWC):
             kept = torch.zeros(len(shown_rows), *images.shape[1:], dtype=torch.uint8)
@@ -219,7 +224,7 @@ def _score_images(
         for place, row in enumerate(shown_rows):
             if rows.start <= row < rows.stop:
                 kept[place] = torch.from_numpy(images[row - rows.start])
-        on_batch()
+        on_pass()
     if accelerator is not None:
         # Each process has zeros where the others have numbers.
         scores_NJ, kept = summed(scores_NJ, accelerator), summed(kept, accelerator)

@@ -51,7 +51,7 @@ class Evaluator:
         store: Path,
         key: str,
         accelerator: Accelerator | None = None,
-        on_batch: Callable[[], None] = lambda: None,
+        on_pass: Callable[[], None] = lambda: None,
     ) -> None:
         """Evaluate the policy as it is; the main process puts the result into the store."""
         shown = pick_rows(self.prompts)
@@ -67,11 +67,11 @@ class Evaluator:
                 is_correct=self.is_correct,
                 shown=shown,
                 accelerator=accelerator,
-                on_batch=on_batch,
+                on_pass=on_pass,
             )
             noisy = {}
             if self.training_protocol is not None:
-                noisy = mean_rewards(policy, self.prompts, self.rewards, self.training_protocol, accelerator, on_batch)
+                noisy = mean_rewards(policy, self.prompts, self.rewards, self.training_protocol, accelerator, on_pass)
         if accelerator is None or accelerator.is_main_process:
             metrics = evaluation.to_dict() | {f"evaluation_noisy/{name}": value for name, value in noisy.items()}
             grid = sample_grid(self.prompts, {"policy": evaluation.images}, {"policy": evaluation.correct}, shown)

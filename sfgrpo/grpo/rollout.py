@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -31,8 +32,9 @@ def roll_out(
     step_noise_NKCHW: Tensor,
     sigmas_S: Tensor,
     sampling: Sampling,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Trajectory:
-    """Denoise N start states together in K steps; step k takes state k to state k + 1.
+    """Denoise N start states together in K steps; step k takes state k to state k + 1. `on_pass` follows every step.
 
     Noise comes in from outside, so that it depends on the image alone and not on batch or rank. No images at all
     still make one run of the policy: processes that share a model need one another in every pass.
@@ -48,6 +50,7 @@ def roll_out(
         log_probs.append(gaussian_log_prob(x, step.mean, step.std) if stochastic else torch.full_like(sigma, torch.nan))
         states.append(x)
         velocities.append(velocity)
+        on_pass()
     return Trajectory(
         latents_NSCHW=torch.stack(states, dim=1),
         velocities_NKCHW=torch.stack(velocities, dim=1),

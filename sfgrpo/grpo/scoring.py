@@ -42,11 +42,13 @@ class StateScorer:
         prompts: Sequence[Prompt],
         group_first_rows: Sequence[int],
         clock: PhaseClock,
+        on_pass: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Return the rewards [N, len(states)] of N images, NaN where the latents or velocities are not finite.
 
         A group shares state 0, so only the rows in `group_first_rows` are scored there; the others have NaN until
-        `collect_rewards`. The phases of `clock` are estimates, decode and reward.
+        `collect_rewards`. The phases of `clock` are estimates, decode and reward; `on_pass` follows every micro-batch
+        of each, equally often in all processes.
         """
         images, last = range(len(prompts)), len(self.sigmas_S) - 1
         cells = [
@@ -60,15 +62,23 @@ class StateScorer:
             pairs = [(row, self.states[column]) for row, column in cells]
             rows_M, states_M = torch.tensor(pairs, dtype=torch.long, device=latents.device).reshape(-1, 2).unbind(dim=1)
             with clock("estimates"):
-                latents = torch.cat([self.estimate(trajectory, conditioning, rows_M, states_M), latents])
+                estimates = self.estimate(trajectory, conditioning, rows_M, states_M, on_pass)
+                latents = torch.cat([estimates, latents])
         cells += [(row, len(self.states) - 1) for row in images]
         rows, columns = map(list, zip(*cells, strict=True))
         rewards_NS = torch.full((len(prompts), len(self.states)), torch.nan)
-        rewards_NS[rows, columns] = self._score_latents(latents, [prompts[row] for row in rows], clock)
+        rewards_NS[rows, columns] = self._score_latents(latents, [prompts[row] for row in rows], clock, on_pass)
         return rewards_NS.masked_fill(broken_images(trajectory)[:, None], torch.nan)
 
     @torch.no_grad()
-    def estimate(self, trajectory: Trajectory, conditioning: Conditioning, rows_M: Tensor, states_M: Tensor) -> Tensor:
+    def estimate(
+        self,
+        trajectory: Trajectory,
+        conditioning: Conditioning,
+        rows_M: Tensor,
+        states_M: Tensor,
+        on_pass: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """Estimate the clean latents [M, C, H, W] of state `states_M` (below K) of image `rows_M`, in any mixture.
 
         An estimate is an Euler run to sigma 0. Its first velocity is the one the rollout computed there; with one
@@ -86,27 +96,29 @@ class StateScorer:
                 parts = [active[part] for part in self.cut(len(active), self.micro_batch_size)]
                 if not parts:
                     break
-                velocity = torch.cat(
-                    [
-                        self.policy.velocity(
-                            x[part], sigmas_MT[part, substep], conditioning[rows_M[part]], self.guidance_scale
-                        )
-                        for part in parts
-                    ]
-                )
+                velocities = []
+                for part in parts:
+                    inputs = (x[part], sigmas_MT[part, substep], conditioning[rows_M[part]], self.guidance_scale)
+                    velocities.append(self.policy.velocity(*inputs))
+                    on_pass()
+                velocity = torch.cat(velocities)
             # From sigma to 0 the Euler step is the clean estimate x - sigma v itself.
             drop = sigmas_MT[active, substep] - sigmas_MT[active, substep + 1]
             x[active] = clean_estimate(x[active], velocity, drop)
         return x
 
-    def _score_latents(self, latents: Tensor, prompts: Sequence[Prompt], clock: PhaseClock) -> Tensor:
+    def _score_latents(
+        self, latents: Tensor, prompts: Sequence[Prompt], clock: PhaseClock, on_pass: Callable[[], None]
+    ) -> Tensor:
         """Decode clean latents and reward the images, [N]; a reward may be NaN or infinite."""
         rewards = []
-        for part in row_slices(len(latents), self.micro_batch_size):
-            with clock("decode"):
-                images = self.policy.decode(latents[part])
-            with clock("reward"):
-                rewards.append(raw_rewards(self.reward, images, prompts[part]))
+        for part in self.cut(len(latents), self.micro_batch_size):
+            if own_prompts := prompts[part]:
+                with clock("decode"):
+                    images = self.policy.decode(latents[part])
+                with clock("reward"):
+                    rewards.append(raw_rewards(self.reward, images, own_prompts))
+            on_pass()
         return torch.cat(rewards)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -85,12 +85,14 @@ def update_policy(
     objective: Objective,
     accelerator: Accelerator,
     scaler: torch.amp.GradScaler,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> UpdateOutcome:
     """Take `steps_per_update` optimiser steps, each on its own consecutive share of the rollout's images.
 
     The batch holds the images of this process; optimiser step s learns from share s of all processes together. The
     loss is the mean over all images and trained steps of a share; images of constant groups count as zeros and cost
-    nothing. The first step is on-policy, so its ratio must be 1.
+    nothing. The first step is on-policy, so its ratio must be 1. `on_pass` follows every backward pass, equally often
+    in all processes; if it raises, the policy may be anywhere within the update.
 
     All processes skip a step if its loss or gradient is not finite on any of them. A gradient that overflows at a
     scale of `scaler` that can still fall is skipped too, but not counted as broken.
@@ -109,7 +111,7 @@ def update_policy(
     for share in torch.arange(len(constant_N)).chunk(objective.update.steps_per_update):
         rows = share[~constant_N[share]]
         num_terms = len(share) * len(objective.trained_steps) * accelerator.num_processes
-        done = _accumulate_gradients(policy, batch, rows, num_terms, objective, accelerator, scaler)
+        done = _accumulate_gradients(policy, batch, rows, num_terms, objective, accelerator, scaler, on_pass)
         if not passes:
             _check_first_ratio(done.deviations, objective.update.ratio_tolerance)
         passes.append(done)
@@ -157,6 +159,7 @@ def _accumulate_gradients(
     objective: Objective,
     accelerator: Accelerator,
     scaler: torch.amp.GradScaler,
+    on_pass: Callable[[], None],
 ) -> _Passes:
     """Add the gradient of a share's loss to the parameters, one micro-batch of one step at a time."""
     parts = [rows[part] for part in even_slices(len(rows), objective.micro_batch_size, accelerator)]
@@ -172,6 +175,7 @@ def _accumulate_gradients(
                 raise SanityCheckError("no trainable parameter takes part in the loss: the adapter is not attached")
             # Not by accelerator.backward, which would scale a second time if it was launched with mixed precision.
             scaler.scale(loss / num_terms).backward()
+            on_pass()
     columns_MJ = torch.cat(collected).cpu().double()
     finite_M = columns_MJ.isfinite().all(dim=1)
     finite_MJ = columns_MJ[finite_M]

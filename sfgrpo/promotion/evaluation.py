@@ -13,7 +13,6 @@ from sfgrpo.factory import make_policy, make_reward
 from sfgrpo.promotion.history import experiment_of
 from sfgrpo.registry.package import Package
 from sfgrpo.runtime.environment import Environment
-from sfgrpo.runtime.shutdown import sigterm_as_exit
 from sfgrpo.tracking.base import Tracker, ending
 from sfgrpo.types import Prompt
 
@@ -41,7 +40,7 @@ def tracked_run(environment: Environment, model: str, name: str) -> Iterator[Tra
     from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 
     tracker = MlflowTracker(uri=environment.tracking_uri, experiment=experiment_of(model), run_name=name)
-    with sigterm_as_exit(), ending(tracker):
+    with ending(tracker):
         tracker.open()
         yield tracker
 

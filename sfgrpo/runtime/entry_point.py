@@ -10,6 +10,7 @@ from collections.abc import Callable
 from sfgrpo.errors import ConfigError, ExitStatus, Preempted, SfgrpoError
 from sfgrpo.runtime.rank import is_first_rank, record_error
 from sfgrpo.runtime.redaction import SecretFreeFormatter, print_error, without_secrets
+from sfgrpo.runtime.shutdown import COMMAND_STOPPED, GRACE_S, GracefulShutdown
 
 
 def set_up_logging() -> None:
@@ -27,9 +28,13 @@ def set_up_logging() -> None:
 
 
 def run_guarded(command: Callable[[], None]) -> int:
-    """Run a command, print an error that the user can correct as one line, and return the exit status."""
+    """Run a command, print an error that the user can correct as one line, and return the exit status.
+
+    A command that is told to stop, whatever it is doing, says so in one line and ends with `ExitStatus.RESUMABLE`.
+    """
     try:
-        command()
+        with GracefulShutdown(GRACE_S, COMMAND_STOPPED):
+            command()
     except Preempted as error:
         # Every rank was told to stop; one line is enough.
         if is_first_rank():

@@ -9,7 +9,6 @@ from pathlib import Path
 from sfgrpo.errors import SfgrpoError
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory
-from sfgrpo.runtime.shutdown import sigterm_as_exit
 from sfgrpo.study.config import Plan
 from sfgrpo.study.figures import draw_figures, svg_of
 from sfgrpo.study.page import html, markdown
@@ -41,7 +40,7 @@ def write_report(plan: Plan, environment: Environment) -> None:
         (partial / "figures").mkdir()
         for name, text in (texts | plots).items():
             (partial / name).write_text(text, encoding="utf-8")
-    with sigterm_as_exit(), ending(parent_run(plan, environment)) as tracker:
+    with ending(parent_run(plan, environment)) as tracker:
         for name, text in texts.items():
             tracker.log_text(text, name)
     print(f"report in {report / 'report.html'}")

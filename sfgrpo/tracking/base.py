@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from sfgrpo.config.stages import flatten
-from sfgrpo.errors import Preempted
 
 RunStatus: TypeAlias = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -90,11 +89,11 @@ def ending(tracker: Tracker) -> Iterator[Tracker]:
     """End the run of `tracker` with the block: FINISHED, FAILED after an error, KILLED when told to stop.
 
     MLflow alone would leave the run of a process that was told to stop RUNNING for ever. A signal has to arrive as an
-    exception, as SIGTERM does within `sigterm_as_exit`.
+    exception, as within `GracefulShutdown`.
     """
     try:
         yield tracker
-    except (KeyboardInterrupt, SystemExit, Preempted):
+    except (KeyboardInterrupt, SystemExit):
         tracker.finish("KILLED")
         raise
     except BaseException:

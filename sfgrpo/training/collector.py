@@ -77,9 +77,9 @@ class Collector:
         self._encoded = _encode_in_batches(policy, texts)
 
     def collect(
-        self, update_index: int, clock: PhaseClock | None = None, on_batch: Callable[[], None] = lambda: None
+        self, update_index: int, clock: PhaseClock | None = None, on_pass: Callable[[], None] = lambda: None
     ) -> Collected:
-        """Sample the images of an update, score their states and compare them; `on_batch` follows each micro-batch."""
+        """Sample the images of an update, score their states and compare them; `on_pass` follows each model pass."""
         clock, rollout = clock or PhaseClock(self._policy.device), self._config.rollout
         rows = self.partition.rows(self._accelerator.process_index)
         prompts = self._prompts_of(update_index)
@@ -89,15 +89,15 @@ class Collector:
         for part in row_slices(len(rows), self._micro_batch_size):
             images = rows[part].tolist()
             with clock("rollout"):
-                start, noise = self._noise_of(update_index, images)
-                trajectories.append(
-                    roll_out(self._policy, conditioning[part], start, noise, self._sigmas_S, self._config.sampling)
-                )
+                noise = self._noise_of(update_index, images)
+                inputs = (conditioning[part], *noise, self._sigmas_S, self._config.sampling, on_pass)
+                trajectories.append(roll_out(self._policy, *inputs))
             # The first image of a group scores the start state, which the whole group shares.
             first_rows = [row for row, image in enumerate(images) if image % rollout.group_size == 0]
             own_prompts = [prompts[image] for image in images]
-            rewards.append(self._scorer.score(trajectories[-1], conditioning[part], own_prompts, first_rows, clock))
-            on_batch()
+            rewards.append(
+                self._scorer.score(trajectories[-1], conditioning[part], own_prompts, first_rows, clock, on_pass)
+            )
         rewards_NS, broken_reward_N = collect_rewards(
             torch.cat(rewards),
             states=self._config.scored_states,

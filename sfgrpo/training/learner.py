@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,6 +43,26 @@ class Learner:
             yield
         finally:
             self.ema.restore(parameters)
+
+    @contextmanager
+    def undone_by(self, kind: type[Exception]) -> Iterator[None]:
+        """Take back all optimiser steps of a block that ends with an error of this kind."""
+        parameters = self.policy.adapter_parameters()
+        before = copy.deepcopy(
+            ({name: value.detach() for name, value in parameters.items()}, self.optimizer.state_dict())
+        )
+        scale = self.scaler.state_dict()
+        try:
+            yield
+        except kind:
+            adapter, optimizer = before
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(adapter[name])
+            self.optimizer.load_state_dict(optimizer)
+            self.optimizer.zero_grad()
+            self.scaler.load_state_dict(scale)
+            raise
 
     def state(self) -> dict[str, Any]:
         """Return this object's fields of `TrainingState`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,15 +46,12 @@ class Checkpointer:
         self._accelerator, self._on_checkpoint = accelerator, on_checkpoint
         self._saved: tuple[int, int] | None = None
         """Updates and evaluations of the newest checkpoint."""
-        self.seconds = 0.0
-        """What the last checkpoint took."""
 
     def save(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write a checkpoint of everything that the rest of the run depends on, unless the newest one is it."""
         done = len(history), len(self._evaluations.results)
         if self._saved == done:
             return
-        started = time.monotonic()
         require_same_everywhere(self._learner.policy.adapter_parameters(), self._accelerator)
         self._saved = done
         if not self._accelerator.is_main_process:
@@ -71,7 +67,6 @@ class Checkpointer:
         )
         save_checkpoint(self._folder / CHECKPOINTS, state, self._config.checkpoint.keep)
         self._evaluations.prune()
-        self.seconds = time.monotonic() - started
         self._on_checkpoint()
 
     def restore(self) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -52,7 +51,7 @@ class TrainerInputs:
 
 
 class _StopRequested(Exception):
-    """Unwinds what is done between two updates; nothing that a checkpoint holds has changed."""
+    """Unwinds an update or an evaluation; what a checkpoint holds is as it was before."""
 
 
 class Trainer:
@@ -82,8 +81,6 @@ class Trainer:
         self._checkpointer = Checkpointer(
             inputs.paths.folder, config, self._learner, self._periodic, accelerator, inputs.on_checkpoint
         )
-        self._seconds_of_update = math.inf
-        """What the last update took, and the next one is expected to take."""
         # All noise is addressed by seed and update; this is for what a library may draw by itself.
         torch.manual_seed(config.seed)
         self.history: list[dict[str, Any]] = self._checkpointer.restore()
@@ -138,10 +135,13 @@ class Trainer:
                     self._evaluate_and_save()
             except _StopRequested:
                 self._checkpointer.save(self.history)
-                raise Preempted(
-                    f"the run was told to stop; its state after update {self.update_index} is saved, and starting it "
-                    "again goes on"
-                ) from None
+                raise Preempted(self._what_is_saved()) from None
+
+    def _what_is_saved(self) -> str:
+        if self.update_index == 0:
+            return "the run was told to stop before its first update was done; starting it again begins with that one"
+        saved = f"its state after update {self.update_index} is saved, and starting it again goes on"
+        return f"the run was told to stop; {saved}"
 
     def _evaluate_and_save(self) -> None:
         """Evaluate the averaged adapter and write a checkpoint, each if it is due now."""
@@ -153,39 +153,48 @@ class Trainer:
         if is_last or (update > 0 and update % self._config.checkpoint.every_num_updates == 0):
             self._checkpointer.save(self.history)
 
-    def _stop_if_requested(self, seconds_to_go: float = math.inf) -> None:
-        """Stop if some process was told to and has less time left than the work at hand would take."""
-        shutdown = self._inputs.shutdown
-        needed_s = seconds_to_go + 2 * self._checkpointer.seconds
-        if any_of(shutdown.stop_requested and shutdown.remaining_s < needed_s, self._accelerator):
+    def _stop_if_requested(self) -> None:
+        """Stop if some process was told to; all processes call this together, between two passes of the model."""
+        if any_of(self._inputs.shutdown.stop_requested, self._accelerator):
             raise _StopRequested
 
     def _update(self, update_index: int) -> dict[str, float]:
         """Sample and score images, then update the policy; return the metrics."""
         clock, started = self._clock(), time.monotonic()
-        collected = self._collector.collect(
-            update_index,
-            clock,
-            lambda: self._stop_if_requested(self._seconds_of_update - (time.monotonic() - started)),
-        )
-        with clock("update"):
-            optimizer, scaler = self._learner.optimizer, self._learner.scaler
-            outcome = update_policy(
-                self._policy, optimizer, collected.batch, self._objective, self._accelerator, scaler
-            )
+        rng = torch.get_rng_state()
+        try:
+            collected = self._collector.collect(update_index, clock, self._stop_if_requested)
+            with clock("update"):
+                outcome = self._learn(collected)
+        except _StopRequested:
+            torch.set_rng_state(rng)
+            raise
         if not self._sampler_changed and outcome.trained:
             num_rows = self._batches.rollout_micro_batch
             require_changed_sampler(self._policy, collected.batch, num_rows, self._objective, self._accelerator)
             self._sampler_changed = True
         is_broken = self._record_broken(update_index, collected, outcome)
-        self._seconds_of_update = time.monotonic() - started
         return {
             **collected.metrics,
             **outcome.metrics,
             "guards/broken": float(is_broken),
             **clock.metrics(),
-            "time/total_s": self._seconds_of_update,
+            "time/total_s": time.monotonic() - started,
         }
+
+    def _learn(self, collected: Collected) -> UpdateOutcome:
+        """Update the policy; a stop amid the optimiser steps takes it back to where it was before them."""
+        learner = self._learner
+        with learner.undone_by(_StopRequested):
+            return update_policy(
+                self._policy,
+                learner.optimizer,
+                collected.batch,
+                self._objective,
+                self._accelerator,
+                learner.scaler,
+                self._stop_if_requested,
+            )
 
     def _record_broken(self, update_index: int, collected: Collected, outcome: UpdateOutcome) -> bool:
         """Record the prompts of images with a number that is not finite; return whether there are any."""

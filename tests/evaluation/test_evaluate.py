@@ -107,7 +107,7 @@ def test_only_the_images_of_the_prompts_that_are_shown_are_kept_in_their_order(p
 
 def test_somebody_may_look_in_between_batches(policy):
     visits = []
-    evaluated(policy, Scripted([1] * 6), on_batch=lambda: visits.append(1))
+    evaluated(policy, Scripted([1] * 6), on_pass=lambda: visits.append(1))
     assert len(visits) == 2
 
 

@@ -60,9 +60,55 @@ SWALLOWING = """
             try:
                 print("ready", flush=True)
                 time.sleep(60)
-            except Exception:
+            except BaseException:
                 pass
 """
+WRAPPING = """
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        except {caught} as error:
+            raise RuntimeError("Failed to import diffusers.pipelines because of the following error") from error
+"""
+"""Turns every error into its own, as a library does whose parts are imported when they are used."""
+FAILING = """
+        from sfgrpo.errors import ConfigError
+        with shutdown.deferred():
+            print("ready", flush=True)
+            while not shutdown.stop_requested:
+                time.sleep(0.01)
+            raise {error}
+"""
+DROPPING = """
+        class Resource:
+            def __del__(self):
+                print("ready", flush=True)
+                time.sleep(60)
+        resource = Resource()
+        del resource
+        time.sleep(60)
+"""
+"""Is told to stop where Python can only ignore an exception."""
+FORGETTING = """
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        except BaseException:
+            pass
+        time.sleep(60)
+"""
+CLOSING = """
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        finally:
+            try:
+                raise OSError("the store is away")
+            except OSError:
+                time.sleep(2.5)
+            print("closed", flush=True)
+"""
+"""Takes longer to close what it has opened than it takes until a notice is repeated."""
 STUCK = """
         import ctypes
         with shutdown.deferred():
@@ -122,7 +168,46 @@ def test_process_that_has_nothing_to_save_leaves_at_once(start, number):
     process.send_signal(number)
     _, errors = process.communicate(timeout=5)
     assert process.returncode == 75
-    assert "stopped: the run was told to stop; starting it again resumes it from its last checkpoint" in errors
+    assert "stopped: the run was told to stop outside its updates; nothing is lost, and starting it again" in errors
+
+
+LOST = "stopped: the run was told to stop outside its updates; nothing is lost, and starting it again goes on"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("caught", ["Exception", "BaseException"])
+def test_notice_that_a_library_turns_into_its_own_error_is_a_notice_still(start, caught, number):
+    process = start(WRAPPING.format(caught=caught))
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=5)
+    assert (process.returncode, errors.splitlines()[-1]) == (75, LOST)
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("error", ["OSError('disk full')", "ValueError('half a module')", "ConfigError('seed: -1')"])
+def test_error_while_a_stopped_process_leaves_is_told_in_the_same_line(start, error):
+    process = start(FAILING.format(error=error))
+    process.terminate()
+    _, errors = process.communicate(timeout=5)
+    cause = error.replace("('", ": ").removesuffix("')")
+    assert (process.returncode, errors.splitlines()[-1]) == (75, f"{LOST} (it ended with {cause})")
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("body", [DROPPING, FORGETTING])
+def test_notice_that_was_swallowed_is_repeated(start, body):
+    process = start(body)
+    process.terminate()
+    _, errors = process.communicate(timeout=5)
+    assert (process.returncode, errors.splitlines()[-1]) == (75, LOST)
+    assert "Traceback" not in errors and "ignored" not in errors
+
+
+def test_repeated_notice_does_not_disturb_what_closes(start):
+    process = start(CLOSING)
+    process.terminate()
+    output, _ = process.communicate(timeout=10)
+    assert (process.returncode, output) == (75, "closed\n")
 
 
 def test_repeated_signals_are_ignored_also_while_the_process_leaves(start):
@@ -146,7 +231,7 @@ def test_process_that_does_not_leave_in_time_is_ended(start, body):
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 75
     assert 0.9 < time.monotonic() - begin < 3
-    assert "the process is ended: it was still running 1 s after it was told to stop" in errors
+    assert "the process is ended: it ran for 1 s after it was told to stop" in errors
 
 
 @pytest.mark.parametrize("body", [BUSY, STUCK])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -271,24 +273,20 @@ def num_evaluated(folder: Path) -> int:
 
 
 class Told(GracefulShutdown):
-    """Is told to stop at the first or a later look at a moment of the run."""
+    """Is told to stop at a look that the training takes once an update is recorded."""
 
-    def __init__(self, remaining_s: float = 60.0) -> None:
+    def __init__(self, look: int = 0) -> None:
         super().__init__(grace_s=60.0)
-        self.is_told = False
-        self.left_s = remaining_s
+        self.look, self.num_looks, self.is_counting = look, 0, False
 
     @property
     def stop_requested(self) -> bool:
-        return self.is_told
-
-    @property
-    def remaining_s(self) -> float:
-        return self.left_s if self.is_told else math.inf
+        self.num_looks += self.is_counting
+        return self.num_looks > self.look
 
 
 class Telling(RecordingTracker):
-    """Gives the shutdown when an update is recorded."""
+    """Lets the looks of the shutdown be counted when an update is recorded."""
 
     def __init__(self, shutdown: Told, update: int) -> None:
         super().__init__()
@@ -296,18 +294,7 @@ class Telling(RecordingTracker):
 
     def log_metrics(self, metrics, step):
         super().log_metrics(metrics, step)
-        self.shutdown.is_told |= "reward/mean" in metrics and step == self.update
-
-
-class TellingReward(Light):
-    """Gives the shutdown when it is asked for the first time after an update, that is, in the middle of a rollout."""
-
-    def __init__(self, shutdown: Told, tracker: RecordingTracker, update: int) -> None:
-        self.shutdown, self.tracker, self.update = shutdown, tracker, update
-
-    def __call__(self, images, prompts):
-        self.shutdown.is_told |= len(self.tracker.metrics.get("reward/mean", ())) == self.update
-        return super().__call__(images, prompts)
+        self.shutdown.is_counting |= "reward/mean" in metrics and step == self.update
 
 
 def assert_ends_as(run: Run, folder: Path) -> None:
@@ -330,7 +317,7 @@ def saved_updates(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("update", [1, 3, 4])
-def test_run_that_is_told_to_stop_finishes_its_update_and_saves_it(run, tmp_path, update):
+def test_run_that_is_told_to_stop_after_an_update_saves_it(run, tmp_path, update):
     shutdown = Told()
     with pytest.raises(Preempted, match=f"its state after update {update} is saved"):
         trainer_in(tmp_path, tracker=Telling(shutdown, update), shutdown=shutdown, is_correct=Half(0.0, 1.0, 0.5)).run()
@@ -364,13 +351,45 @@ def test_evaluation_is_broken_off_and_done_again_after_the_resume(run, tmp_path)
     assert_ends_as(run, tmp_path)
 
 
-@pytest.mark.parametrize(("remaining_s", "saved"), [(0.0, 3), (60.0, 4)])
-def test_rollout_is_given_up_when_too_little_time_is_left_for_its_update(run, tmp_path, remaining_s, saved):
-    shutdown, tracker = Told(remaining_s), RecordingTracker()
-    reward = TellingReward(shutdown, tracker, update=3)
-    with pytest.raises(Preempted, match=f"after update {saved} "):
-        trainer_in(tmp_path, tracker=tracker, shutdown=shutdown, reward=reward, is_correct=Half(0.0, 1.0, 0.5)).run()
-    assert saved_updates(tmp_path)[-1] == saved
+def assert_is_given_up_everywhere(trainer: Trainer, shutdown: Told, message: str) -> int:
+    """Stops the next update at one of its looks after the other, without an effect; gives their number."""
+    state, number = copy.deepcopy(trainer._learner.state()), trainer.update_index
+    looks = itertools.count()
+    for shutdown.look in looks:
+        shutdown.num_looks = 0
+        with pytest.raises(Preempted, match=message):
+            trainer.run()
+        if trainer.update_index > number:
+            break
+        assert_same(trainer._learner.state(), state)
+    shutdown.is_counting, shutdown.num_looks = False, 0
+    return next(looks) - 1
+
+
+def test_update_is_given_up_wherever_it_is_and_the_state_before_it_is_saved(run, tmp_path):
+    shutdown = Told()
+    trainer = trainer_in(tmp_path, tracker=Telling(shutdown, 3), shutdown=shutdown, is_correct=Half(0.0, 1.0, 0.5))
+    with pytest.raises(Preempted, match="its state after update 3 is saved, and starting it again goes on"):
+        trainer.run()
+    assert saved_updates(tmp_path)[-1] == 3
+    num_looks = assert_is_given_up_everywhere(trainer, shutdown, "its state after update [34] is saved")
+    # Before the update, after each of its steps, its estimates and its batches of images, after each backward pass.
+    assert num_looks >= 1 + NUM_STEPS + 1 + NUM_STEPS + 2 * NUM_STEPS
+    assert saved_updates(tmp_path)[-1] == 4
+    assert_ends_as(run, tmp_path)
+
+
+def test_run_that_is_told_to_stop_in_its_first_update_says_that_nothing_was_done(run, tmp_path):
+    shutdown = Told()
+    trainer = trainer_in(tmp_path, shutdown=shutdown, is_correct=Half(0.0))
+    trainer._periodic.request(0, trainer.averaged())
+    trainer._periodic.advance()
+    shutdown.is_counting = True
+    with pytest.raises(Preempted, match="before its first update was done; starting it again begins with that one"):
+        trainer.run()
+    assert saved_updates(tmp_path) == [0]
+    assert len_of(tmp_path) == 1, "the evaluation before training is not repeated"
+    assert_is_given_up_everywhere(trainer, shutdown, "before its first update was done|its state after update 1")
     assert_ends_as(run, tmp_path)
 
 
