@@ -72,15 +72,20 @@ stack-down: setup ## Stops them; their data are kept
 stack-status: setup ## Shows how they are
 	@$(BIN)/python -m infra.stack status
 
+# What the last line of a program that was stopped says to start again. Exported here and not in a recipe's line, whose
+# shell would not wait for the program after Ctrl-C.
+demo: export STARTED_BY := make demo
 demo: setup ## Trains, evaluates and registers a policy
 	@$(BIN)/python -m flows.train_policy
 
+repro: export PATH := $(CURDIR)/$(BIN):$(PATH)
 repro: setup ## Brings the DVC stages up to date without Prefect
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+	@$(BIN)/dvc repro
 
 deploy: setup ## Registers the deployments at the Prefect server of PREFECT_API_URL
 	@$(BIN)/python -m flows.deploy
 
+study: export STARTED_BY := make study$(if $(filter-out short,$(FORM)), FORM=$(FORM))
 study: setup ## Compares Stepwise-Flow-GRPO with Flow-GRPO; FORM=long for the long form
 	@$(BIN)/python -m flows.study $(FORM)
 

@@ -12,7 +12,8 @@ from prefect.artifacts import create_markdown_artifact
 from sfgrpo.preflight.checkout import find_checkout
 from sfgrpo.runtime.environment import read_environment
 from tasks import maintenance
-from tasks.stages import flow_as_program, refuse_inside_stage
+from tasks.program import flow_as_program
+from tasks.stages import refuse_inside_stage
 from tasks.supervisor import end_orphans, marked_folders
 
 

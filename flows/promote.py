@@ -9,8 +9,9 @@ from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
+from tasks.program import flow_as_program
 from tasks.promotion import apply, decide, show_decision
-from tasks.stages import flow_as_program, prompts, refuse_inside_stage
+from tasks.stages import prompts, refuse_inside_stage
 from tasks.worktree import run_worktree
 
 APPROVAL_S = 7 * 24 * 3600

@@ -10,7 +10,8 @@ from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from sfgrpo.study.config import load_plan
-from tasks.stages import flow_as_program, refuse_inside_stage
+from tasks.program import flow_as_program
+from tasks.stages import refuse_inside_stage
 from tasks.study import train_run, write_report
 from tasks.supervisor import stop_all
 

@@ -13,8 +13,9 @@ from sfgrpo.errors import ConfigError
 from sfgrpo.paths import EVALUATE_REPORT
 from tasks.evaluations import background_evaluations
 from tasks.gpu_slots import gpu_slots
+from tasks.program import flow_as_program
 from tasks.promotion import promote_version
-from tasks.stages import evaluate, flow_as_program, prompts, push, refuse_inside_stage, register, train
+from tasks.stages import evaluate, prompts, push, refuse_inside_stage, register, train
 from tasks.worktree import Worktree, is_deployed, run_worktree, save_branch
 
 STAGES = ("prompts", "train", "evaluate")

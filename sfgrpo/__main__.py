@@ -1,21 +1,11 @@
 """Entry point of `python -m sfgrpo`."""
 
 import os
-import signal
 import sys
-from types import FrameType
 
+from sfgrpo.runtime.startup import leave_when_told
 
-def leave(number: int, frame: FrameType | None) -> None:
-    """End the process at once: nothing is open. The status is that of `sfgrpo.errors.ExitStatus.RESUMABLE`."""
-    os.write(2, b"stopped: the command was told to stop before it was done; start it again\n")
-    os._exit(75)
-
-
-# Before the imports, which take a second. `sfgrpo.runtime.shutdown` takes over when the command begins.
-for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
-    if signal.getsignal(number) is not signal.SIG_IGN:
-        signal.signal(number, leave)
+leave_when_told()
 
 from sfgrpo.cli import main  # noqa: E402
 from sfgrpo.errors import ExitStatus  # noqa: E402

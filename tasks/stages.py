@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -19,12 +18,9 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 from prefect.tasks import Task
 
-from sfgrpo.errors import ConfigError, ExitStatus
-from sfgrpo.paths import EVALUATE_REPORT, PARAMS, REGISTRATION
-from sfgrpo.preflight.checkout import find_checkout
+from sfgrpo.errors import ConfigError, ExitStatus, Preempted
+from sfgrpo.paths import EVALUATE_REPORT, REGISTRATION
 from sfgrpo.runtime.environment import read_environment
-from sfgrpo.runtime.shutdown import sigterm_as_exit
-from tasks.overrides import check_parameters
 from tasks.progress import ProgressBar
 from tasks.supervisor import is_stopping, run_supervised
 
@@ -44,6 +40,10 @@ DVC_ADVICE = (
 """Starts of the lines that DVC prints around every stage; `--quiet` would hide its errors as well."""
 NUM_SHOWN_LINES = 20
 RETRY_DELAY_S = 5
+STOPPED_MARK = "stopped: "
+"""Start of the line in which a command that was told to stop says what it has saved."""
+_unfinished: dict[str, str] = {}
+"""What stages that did not end by themselves have said last about their state; empty for those that run."""
 
 
 class StageError(RuntimeError):
@@ -66,20 +66,9 @@ def refuse_inside_stage() -> None:
         raise RuntimeError(f"DVC stage {stage} started the flow, which would wait for that stage; start it by itself")
 
 
-@contextlib.contextmanager
-def flow_as_program() -> Iterator[None]:
-    """Let the block run a flow as a program: a failed stage or a wrong configuration is a message and exit status 1.
-
-    What would fail in every stage is found before Prefect starts.
-    """
-    try:
-        find_checkout(Path.cwd())
-        check_parameters(Path(PARAMS))
-        # Prefect passes the signal on once the flow has ended; as an exit it also ends the temporary server.
-        with sigterm_as_exit():
-            yield
-    except (StageError, ConfigError) as error:
-        sys.exit(str(error))
+def unfinished_stages() -> dict[str, str]:
+    """Return the stages that run or were stopped, each with what it has said about its state."""
+    return dict(_unfinished)
 
 
 def dvc_repro(stage: str, file: str = "dvc.yaml") -> list[str]:
@@ -97,7 +86,7 @@ def run_command(
 ) -> None:
     """Run a command under supervision and log its output without DVC's advice.
 
-    A command that was told to stop is started again, as often as it takes, until this process itself is told to stop.
+    A command that was told to stop is started again, as often as it takes, unless `stop_all` ended it.
 
     Args:
         stage: Name of the stage, for the log and for errors.
@@ -108,6 +97,7 @@ def run_command(
 
     Raises:
         StageError: the command failed. The exit status is that of the stage when DVC reports one.
+        Preempted: `stop_all` was called.
     """
     logger = get_run_logger()
     lines: deque[str] = deque(maxlen=NUM_SHOWN_LINES)
@@ -115,6 +105,8 @@ def run_command(
     def show(line: str) -> None:
         if not line.strip().startswith(DVC_ADVICE):
             lines.append(line)
+            if line.startswith(STOPPED_MARK):
+                _unfinished[stage] = line.removeprefix(STOPPED_MARK)
             logger.info("%s", line)
             on_line(line)
 
@@ -123,13 +115,19 @@ def run_command(
     except ConfigError as error:
         raise StageError(stage, ExitStatus.WRONG_CONFIGURATION, str(error).splitlines()) from error
     environment = _environment(variables or {})
+    _unfinished[stage] = ""
     while status := run_supervised(command, LOGS / f"{stage}.log", show, environment, grace_s=grace_s, stop=stop):
         status = _status_of_stage(status, lines)
         is_over = stop is not None and stop.is_set()
-        if status != ExitStatus.RESUMABLE or is_over or is_stopping(within_s=RETRY_DELAY_S):
+        is_resumable = status == ExitStatus.RESUMABLE and not is_over
+        if is_stopping(within_s=RETRY_DELAY_S if is_resumable else 0.0):
+            raise Preempted(f"stage {stage} was told to stop")
+        if not is_resumable:
+            _unfinished.pop(stage, None)
             raise StageError(stage, status, tuple(lines))
         logger.warning("stage %s was told to stop; it goes on from where it stopped", stage)
         lines.clear()
+    _unfinished.pop(stage, None)
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:

@@ -26,10 +26,13 @@ from sfgrpo.runtime.process import adopt_orphans, die_with_parent, end_processes
 
 MARK = "STAGE_SUPERVISOR"
 """Environment variable `<pid> <start time> <folder>` of every process below a supervisor."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 POLL_S = 0.2
 STOPPED = 128 + signal.SIGTERM
 """Exit status of a command that was told to stop."""
 _stopping = threading.Event()
+_running: set[int] = set()
+"""Process ids of the supervisors that this process waits for."""
 CODE = Path(__file__).parents[1]
 PROGRAM = "tasks.supervisor"
 """Run from `CODE`, so that it finds this code; the working directory may hold another version of it."""
@@ -50,7 +53,8 @@ def run_supervised(
     After `stop_all` this starts nothing and returns `STOPPED`.
 
     The output goes to the file `log`, and from there to `on_line`: a child that held the output of the calling process
-    would hide that process's death from Prefect.
+    would hide that process's death from Prefect. The command is in a session of its own, so that Ctrl-C reaches this
+    process alone, and the command gets one notice and its grace, however often that is repeated.
     """
     if _stopping.is_set():
         return STOPPED
@@ -63,8 +67,10 @@ def run_supervised(
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
             env=environment,
         )
+        _running.add(supervisor.pid)
         if _stopping.is_set():
             # `stop_all` may have run just before the supervisor was there.
             supervisor.terminate()
@@ -72,16 +78,44 @@ def run_supervised(
             for line in _follow(source, supervisor, stop):
                 on_line(line)
         finally:
-            if supervisor.poll() is None:
-                supervisor.terminate()
-                supervisor.wait()
+            with _undisturbed():
+                if supervisor.poll() is None:
+                    supervisor.terminate()
+                    supervisor.wait()
+                _running.discard(supervisor.pid)
+                for line in source.read().splitlines():
+                    on_line(line.rstrip())
     return supervisor.returncode
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignore repeated signals within the block, which waits for a command that was told to stop already."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _ignore) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    # Not SIG_IGN, which would keep the number from whoever watches the process's wakeup descriptor.
+    pass
 
 
 def stop_all() -> None:
     """End the commands of all threads of this process, for good: an interrupt reaches the main thread only."""
     _stopping.set()
     signal_all([child for child in psutil.Process().children() if _supervises(child)], signal.SIGTERM)
+
+
+def is_busy() -> bool:
+    """Return whether a command runs, or is being ended."""
+    return bool(_running)
 
 
 def is_stopping(within_s: float = 0.0) -> bool:
@@ -104,8 +138,10 @@ def marked_folders() -> set[Path]:
 
 def main(parent_pid: int, grace_s: float, folder: Path, command: Sequence[str]) -> int:
     """Run a command in a folder until it ends or this process is told to stop; return its exit status."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _stop)
+    for number in STOP_SIGNALS:
+        # What is ignored stays ignored: nohup ignores SIGHUP, and a script SIGINT for its background jobs.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
     adopt_orphans()
     die_with_parent(signal.SIGTERM)
     if os.getppid() != parent_pid:
@@ -115,7 +151,7 @@ def main(parent_pid: int, grace_s: float, folder: Path, command: Sequence[str]) 
     try:
         status = subprocess.Popen(command, cwd=folder, env={**os.environ, MARK: mark}).wait()
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         end_processes(_living_descendants, grace_s)
     return status if status >= 0 else 128 - status

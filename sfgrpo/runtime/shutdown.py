@@ -15,11 +15,10 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from sfgrpo.errors import ExitStatus, Preempted
+from sfgrpo.runtime.startup import SIGNALS
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-"""Supervisors and schedulers send the first two, a closed terminal sends the third, Ctrl-C the last."""
 GRACE_S = 20.0
 """Time of a command that has no state to save, to close what it has opened."""
 KILL_MARGIN_S = 2
@@ -128,13 +127,22 @@ class GracefulShutdown:
         num_interrupts = 0
         while (number := self._received()) != END[0]:
             num_interrupts += number == signal.SIGINT
-            if num_interrupts == 2:
-                os._exit(ExitStatus.RESUMABLE)
+            if number == signal.SIGINT and num_interrupts == 2:
+                self._on_second_interrupt()
             if number in SIGNALS and not self._signalled:
                 self._signalled = True
                 self._start_grace()
-                name = signal.Signals(number).name
-                logger.warning("told to stop by %s; %g s are left to save the state", name, self._grace_s)
+                self._on_notice(signal.Signals(number).name)
+
+    def _on_notice(self, name: str) -> None:
+        logger.warning("told to stop by %s; %g s are left to save the state", name, self._grace_s)
+
+    def _on_second_interrupt(self) -> None:
+        os._exit(ExitStatus.RESUMABLE)
+
+    def _end(self) -> None:
+        logger.error("the process is ended: it ran for %g s after it was told to stop", self._grace_s)
+        os._exit(ExitStatus.RESUMABLE)
 
     def _received(self) -> int:
         """Wait for a number, repeating the notice meanwhile; end the process when its grace is over."""
@@ -145,10 +153,14 @@ class GracefulShutdown:
                 return self._receiver.recv(1)[0]
             except TimeoutError:
                 if not self.remaining_s:
-                    logger.error("the process is ended: it ran for %g s after it was told to stop", self._grace_s)
-                    os._exit(ExitStatus.RESUMABLE)
-                if signal.SIGTERM in self._previous:
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                    self._end()
+                self._repeat()
+
+    def _repeat(self) -> None:
+        """Send the main thread a signal that this object still handles; another Ctrl-C would mean something else."""
+        handled = [number for number in self._previous if signal.getsignal(number) == self._handle]
+        if numbers := [number for number in handled if number != signal.SIGINT]:
+            signal.pthread_kill(threading.main_thread().ident or 0, numbers[0])
 
     def _report_unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
         """Pass on what was raised where Python can only ignore it, except the notice: that is repeated."""

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from prefect.logging import disable_run_logger
 from prefect.states import Failed
 
+from sfgrpo.errors import Preempted
 from tasks import stages
 from tasks.stages import StageError, dvc_repro, run_command, worth_retrying
 from tasks.supervisor import MARK, end_orphans, run_supervised
@@ -89,6 +91,49 @@ def test_interrupted_caller_ends_the_command_and_its_children_in_other_sessions(
     assert is_gone(pids[0])
 
 
+def test_command_is_out_of_reach_of_the_terminal_of_its_caller(here):
+    seen: list[str] = []
+    code = "import os; print(os.getsid(0), os.getpgid(0))"
+    run_supervised([sys.executable, "-c", code], here / "log", seen.append, grace_s=10)
+    assert not {str(os.getsid(0)), str(os.getpgid(0))} & set(seen[0].split())
+
+
+SAVING = """
+import signal, sys, time
+def save(number, frame):
+    time.sleep(1)
+    sys.exit("stopped: its state after update 3 is saved, and starting it again goes on")
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_a_command_says_while_it_is_ended_is_heard_however_often_its_caller_is_told(here, number, monkeypatch):
+    monkeypatch.setattr(stages, "_unfinished", {})
+    seen: list[str] = []
+    timers = [threading.Timer(delay, os.kill, (os.getpid(), number)) for delay in (0.3, 0.6, 0.9)]
+
+    def interrupt(line: str) -> None:
+        seen.append(line)
+        if line == "ready":
+            for timer in timers:
+                timer.start()
+            raise KeyboardInterrupt
+
+    with disable_run_logger(), pytest.raises(KeyboardInterrupt):
+        run_command("train", [sys.executable, "-c", SAVING], on_line=interrupt)
+    for timer in timers:
+        timer.join()
+    assert seen[-1] == "stopped: its state after update 3 is saved, and starting it again goes on"
+    words = stages.unfinished_stages()
+    assert words == {"train": "its state after update 3 is saved, and starting it again goes on"}
+    with disable_run_logger():
+        run_command("train", [sys.executable, "-c", ""])
+    assert not stages.unfinished_stages()
+
+
 def test_killed_caller_leaves_nothing_behind(here):
     code = f"import pathlib; from tasks.supervisor import run_supervised as run; run({[sys.executable, '-c', FAMILY]}, "
     code += "pathlib.Path('log'), print, grace_s=10)"
@@ -155,10 +200,10 @@ def test_stage_does_not_go_on_when_the_flow_is_told_to_stop_as_well(here, monkey
     monkeypatch.setattr(stages, "is_stopping", lambda within_s=0.0: True)
     build_stub_pipeline(here)
     (here / "preempt_prompts").write_text("2")
-    with disable_run_logger(), pytest.raises(StageError, match="stage prompts failed with exit status 75") as caught:
+    with disable_run_logger(), pytest.raises(Preempted, match="stage prompts was told to stop"):
         run_command("prompts", dvc_repro("prompts"))
     assert calls(here) == ["prompts"]
-    assert not worth_retrying(stages.prompts, None, Failed(data=caught.value))
+    assert not worth_retrying(stages.prompts, None, Failed(data=StageError("prompts", 1, ())))
 
 
 def test_wrong_variable_is_a_wrong_configuration_of_the_stage(here, monkeypatch):
