@@ -27,6 +27,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from sfgrpo.errors import ConfigError
 from sfgrpo.runtime.environment import read_environment
+from sfgrpo.runtime.redaction import without_credentials, without_secrets
 
 DEPLOYMENT = "promote/on-request"
 CHALLENGER = "challenger"
@@ -228,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
             _register(chosen.register, secret)
             return 0
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(without_secrets(f"error: {error}"), file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     make_server(make_app(secret, start_promotion), chosen.host, chosen.port).run()
@@ -239,9 +240,12 @@ def _register(url: str, secret: str) -> None:
     from sfgrpo.registry.webhook import register_webhook
 
     uri = read_environment().tracking_uri
+    address = without_credentials(uri)
     if not uri.startswith(("http://", "https://")):
-        raise ConfigError(f"environment: MLFLOW_TRACKING_URI: {uri!r} is not a server; only a server calls webhooks")
-    print(f"webhook {register_webhook(uri, NAME, url, secret)} of {uri} calls {url}")
+        raise ConfigError(
+            f"environment: MLFLOW_TRACKING_URI: {address!r} is not a server; only a server calls webhooks"
+        )
+    print(f"webhook {register_webhook(uri, NAME, url, secret)} of {address} calls {without_secrets(url)}")
 
 
 if __name__ == "__main__":

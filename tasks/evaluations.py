@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
@@ -23,6 +22,7 @@ from sfgrpo.checkpoint.snapshots import Snapshot, list_snapshots, snapshot_path
 from sfgrpo.evaluation.store import EVALUATIONS, is_evaluated, read_metrics
 from sfgrpo.paths import TRAINING
 from sfgrpo.runtime.environment import read_environment
+from sfgrpo.runtime.redaction import without_credentials
 from tasks.stages import RETRY_DELAY_S, StageError, run_command, worth_retrying
 
 POLL_S = 1.0
@@ -153,12 +153,10 @@ def _mlflow_link(snapshot: Snapshot) -> str:
     """Return a link to the MLflow run, or its id if the store is no server; a database URI may hold a password."""
     if snapshot.mlflow_run_id is None:
         return "The MLflow run was not known yet."
-    address = urlsplit(read_environment().tracking_uri)
-    if address.scheme not in ("http", "https"):
+    server = without_credentials(read_environment().tracking_uri)
+    if not server.startswith(("http://", "https://")):
         return f"MLflow run `{snapshot.mlflow_run_id}`"
-    host = address.netloc.rpartition("@")[2]
-    page = f"{address.scheme}://{host}{address.path.rstrip('/')}/#/runs/{snapshot.mlflow_run_id}"
-    return f"[MLflow run with all curves and samples]({page})"
+    return f"[MLflow run with all curves and samples]({server.rstrip('/')}/#/runs/{snapshot.mlflow_run_id})"
 
 
 def _snapshot(run: Path, update: int) -> Snapshot:

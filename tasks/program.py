@@ -16,6 +16,7 @@ from sfgrpo.paths import PARAMS
 from sfgrpo.preflight.checkout import find_checkout
 from sfgrpo.runtime.environment import read_environment
 from sfgrpo.runtime.process import GRACE_MARGIN_S
+from sfgrpo.runtime.redaction import without_secrets
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from tasks import supervisor
 from tasks.overrides import check_parameters
@@ -51,7 +52,7 @@ def flow_as_program() -> Iterator[None]:
                 shutdown.leave()
                 raise Preempted("the flow was told to stop") from error
     except (StageError, ConfigError) as error:
-        sys.exit(str(error))
+        sys.exit(without_secrets(str(error)))
 
 
 class _FlowShutdown(GracefulShutdown):

@@ -10,6 +10,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from sfgrpo.paths import PROMOTION_DECISION, PROMOTION_TEXT
 from sfgrpo.runtime.environment import read_environment
+from sfgrpo.runtime.redaction import without_credentials
 from tasks.stages import run_command, stage_task
 
 PROMOTE = (sys.executable, "-m", "sfgrpo", "promote")
@@ -37,7 +38,7 @@ def apply(run_id: str) -> None:
 def show_decision(decision: dict[str, Any]) -> None:
     """Show the report of a decision in Prefect's UI, with a link to the version if MLflow has a server."""
     create_markdown_artifact(decision["report"], key="promotion", description="Candidate against champion")
-    server = read_environment().tracking_uri
+    server = without_credentials(read_environment().tracking_uri)
     if server.startswith(("http://", "https://")):
         create_link_artifact(
             f"{server.rstrip('/')}/#/models/{decision['model']}/versions/{decision['version']}",

@@ -21,6 +21,7 @@ from prefect.tasks import Task
 from sfgrpo.errors import ConfigError, ExitStatus, Preempted
 from sfgrpo.paths import EVALUATE_REPORT, REGISTRATION
 from sfgrpo.runtime.environment import read_environment
+from sfgrpo.runtime.redaction import without_secrets
 from tasks.progress import ProgressBar
 from tasks.supervisor import is_stopping, run_supervised
 
@@ -103,6 +104,8 @@ def run_command(
     lines: deque[str] = deque(maxlen=NUM_SHOWN_LINES)
 
     def show(line: str) -> None:
+        # Not only our own commands print here: DVC does, and what it loads.
+        line = without_secrets(line)
         if not line.strip().startswith(DVC_ADVICE):
             lines.append(line)
             if line.startswith(STOPPED_MARK):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import gzip
+import json
 import os
 import secrets
 import shutil
@@ -17,7 +18,7 @@ import time
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +139,15 @@ def services(tmp_path: Path, s3_server: S3Server) -> Iterator[dict[str, str]]:
     folder.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    password = secrets.token_hex(20)
     environment = {
         **os.environ,
         **s3_server.environment,
         **QUIET_MLFLOW,
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}",
+        # In the address as well, from where it must not reach the records.
+        "MLFLOW_TRACKING_URI": f"http://tests:{password}@127.0.0.1:{port}",
         "MLFLOW_TRACKING_USERNAME": "tests",
-        "MLFLOW_TRACKING_PASSWORD": secrets.token_hex(20),
+        "MLFLOW_TRACKING_PASSWORD": password,
         "PREFECT_API_AUTH_STRING": f"admin:{secrets.token_hex(20)}",
         "WEBHOOK_SECRET": secrets.token_hex(20),
         "AWS_SESSION_TOKEN": "",
@@ -177,46 +180,53 @@ def answers(url: str) -> bool:
         return False
 
 
+WRONG = "a-wrong-secret-0123456789"
+FAILURES: Mapping[str, Mapping[str, str]] = {
+    "signature": {"AWS_SECRET_ACCESS_KEY": WRONG},
+    "header": {"AWS_SESSION_TOKEN": f"{WRONG}\n"},
+    "endpoint": {"AWS_ENDPOINT_URL": f"http://user:{WRONG}@127.0.0.1:1", "MLFLOW_TRACKING_URI": "sqlite:///x.db"},
+    "mirror": {"SFGRPO_MIRROR": f"s3://user:{WRONG}@runs/x"},
+    "store": {"MLFLOW_TRACKING_URI": f"http://user:{WRONG}@127.0.0.1:1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"},
+}
+"""Variables with which a training cannot start, by what fails."""
+
+
 @pytest.mark.slow
 def test_run_leaves_no_secret_anywhere_though_it_fails_in_every_way(tmp_path, s3_server, services):
-    folder = tmp_path / "work"
-    shutil.copytree(ROOT / "models/shapes-base", folder / "models/shapes-base")
-    write_params(folder, SMALL)
+    looked_for = {name: services[name].rpartition(":")[2] for name in NAMES} | {"the wrong secret": WRONG}
     seen: list[str] = []
-    looked_for = {name: services[name].rpartition(":")[2] for name in NAMES}
 
-    def stage(*arguments: str, **changes: str) -> int:
-        name = f"{len(list(folder.glob('*.log')))}-{arguments[0]}.log"
-        with (folder / name).open("wb") as log:
-            command = [sys.executable, "-m", "sfgrpo", *arguments]
-            process = subprocess.Popen(command, cwd=folder, env=services | changes, stdout=log, stderr=log)
-            while process.poll() is None:
-                seen.extend(in_command_lines(looked_for))
-                time.sleep(0.5)
-        return process.returncode
+    def start(name: str, *arguments: str, **changes: str) -> subprocess.Popen[bytes]:
+        folder = tmp_path / name
+        if not folder.exists():
+            shutil.copytree(ROOT / "models/shapes-base", folder / "models/shapes-base")
+            write_params(folder, SMALL)
+            if name in FAILURES:
+                shutil.copytree(tmp_path / "work/data", folder / "data")
+        command = [sys.executable, "-m", "sfgrpo", *arguments]
+        with (folder / f"{arguments[0]}.log").open("wb") as log:
+            return subprocess.Popen(command, cwd=folder, env=services | changes, stdout=log, stderr=log)
 
-    wrong = "a-wrong-secret-0123456789"
-    looked_for["the wrong secret"] = wrong
-    assert stage("prompts") == 0
-    assert stage("train", AWS_SECRET_ACCESS_KEY=wrong) == 1
-    assert stage("train", AWS_SESSION_TOKEN=f"{wrong}\n") == 1
-    assert (
-        stage("train", AWS_ENDPOINT_URL=f"http://user:{wrong}@127.0.0.1:1", MLFLOW_TRACKING_URI="sqlite:///x.db") == 1
-    )
-    assert stage("train", SFGRPO_MIRROR=f"s3://user:{wrong}@runs/x") in (1, 2)
-    assert (
-        stage("train", MLFLOW_TRACKING_URI=f"http://user:{wrong}@127.0.0.1:1", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0") == 1
-    )
-    assert stage("train") == 0, (folder / "6-train.log").read_text()
-    assert stage("evaluate") == 0
-    assert stage("register") == 0, (folder / "8-register.log").read_text()
-    logs = {path.name: path.read_text() for path in folder.glob("*.log")}
-    assert "SignatureDoesNotMatch" in logs["1-train.log"]
+    def wait(processes: Iterable[subprocess.Popen[bytes]]) -> list[int]:
+        while any(process.poll() is None for process in processes):
+            seen.extend(in_command_lines(looked_for))
+            time.sleep(0.5)
+        return [process.returncode for process in processes]
+
+    assert wait([start("work", "prompts")]) == [0]
+    # They mostly wait for answers that do not come, so they go side by side with the training.
+    failing = [start(name, "train", **changes) for name, changes in FAILURES.items()]
+    for stage in ("train", "evaluate", "register"):
+        assert wait([start("work", stage)]) == [0], (tmp_path / f"work/{stage}.log").read_text()
+    assert set(wait(failing)) <= {1, 2}
+    assert "SignatureDoesNotMatch" in (tmp_path / "signature/train.log").read_text()
     assert not seen
-    assert in_folder(folder, looked_for) == []
-    assert in_folder(tmp_path / "mlflow", looked_for) == []
+    for name in ("work", "mlflow", *FAILURES):
+        assert in_folder(tmp_path / name, looked_for) == []
     assert in_bucket(s3_server.client(), "secrets", looked_for) == []
     assert {"train", "mlflow"} <= set(top_level(s3_server))
+    record = json.loads((tmp_path / "work/models/policy/training.json").read_text())
+    assert record["tracking_uri"] == services["MLFLOW_TRACKING_URI"].replace(f"tests:{looked_for[NAMES[1]]}@", "")
 
 
 def top_level(server: S3Server) -> list[str]:

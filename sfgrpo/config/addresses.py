@@ -27,7 +27,10 @@ def checked_tracking_uri(uri: str) -> str:
         host = parts.hostname
         _ = parts.port
     except ValueError as error:
-        raise ValueError(f"{error}; {ALLOWED}") from error
+        # Python's own message would show a part of the password.
+        raise ValueError(
+            f"the host or the port cannot be read; write a / or @ in a password as %2F or %40, and {ALLOWED}"
+        ) from error
     if parts.scheme in ("", "file"):
         raise ValueError(
             f"a folder is no store any more: this MLflow keeps runs in databases; {ALLOWED}, and "

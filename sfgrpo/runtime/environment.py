@@ -14,6 +14,7 @@ from sfgrpo.config.addresses import checked_tracking_uri
 from sfgrpo.config.loading import unknown_key
 from sfgrpo.config.ranges import ProcessCount, RunId
 from sfgrpo.errors import ConfigError
+from sfgrpo.runtime.redaction import without_secrets
 
 PREFIX = "SFGRPO_"
 
@@ -43,11 +44,11 @@ class Environment(BaseSettings):
     """Seconds that a process of a training waits for the others."""
     grace_s: float = Field(default=20, gt=0, le=10**6)
     """Seconds that a training has to save its state when it is told to stop; Prefect gives 30 in all."""
-    mirror: str | None = Field(default=None, pattern="^s3://[^/]+")
+    mirror: str | None = Field(default=None, pattern="^s3://[^/@?#]+(/.*)?$")
     """Bucket and prefix, s3://BUCKET/PREFIX, that keep a copy of the resumable state of trainings."""
     s3_encryption: str | None = Field(default=None, pattern="^(AES256|aws:kms(:[^:].*)?)$")
     """How S3 encrypts mirror and DVC remote: AES256, aws:kms or aws:kms:KEY; None uses the bucket's default."""
-    dvc_remote: str | None = Field(default=None, pattern="^(s3://[^/]+|/)")
+    dvc_remote: str | None = Field(default=None, pattern="^(s3://[^/@?#]+(/.*)?$|/)")
     """Bucket and prefix, s3://BUCKET/PREFIX, or folder to which scheduled runs push the outputs of DVC."""
     flow_run_id: str | None = None
     """Prefect id of the flow run that started this process."""
@@ -67,8 +68,8 @@ def read_environment() -> Environment:
         return Environment()
     except pydantic.ValidationError as error:
         lines = (
-            f"environment: {problem['loc'][0]}: {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}; "
-            "correct or unset the variable"
+            f"environment: {problem['loc'][0]}: {without_secrets(repr(problem['input']))}: "
+            f"{problem['msg'].removeprefix('Value error, ')}; correct or unset the variable"
             for problem in error.errors()
         )
         raise ConfigError("\n".join(lines)) from error

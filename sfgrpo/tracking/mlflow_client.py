@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sfgrpo.config.addresses import sqlite_path
 from sfgrpo.errors import ConfigError, TrackingError
 from sfgrpo.runtime.process import ProcessIdentity, this_process
+from sfgrpo.runtime.redaction import without_credentials, without_secrets
 from sfgrpo.tracking.delivery import first_line
 from sfgrpo.tracking.moved import artifact_root
 from sfgrpo.tracking.store import prepare_store
@@ -68,7 +69,8 @@ def reachable(uri: str, consequence: str) -> Iterator[MlflowClient]:
         if isinstance(error, ConfigError | TrackingError) or not is_outage(error):
             raise
         raise TrackingError(
-            f"MLFLOW_TRACKING_URI {uri} does not answer ({first_line(error)}); {consequence}"
+            f"MLFLOW_TRACKING_URI {without_credentials(uri)} does not answer ({without_secrets(first_line(error))}); "
+            f"{consequence}"
         ) from error
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from sfgrpo.errors import ConfigError, TrackingError
 from sfgrpo.runtime.lines import read_lines
 from sfgrpo.runtime.manifest import sha256_of_file
+from sfgrpo.runtime.redaction import without_credentials
 from sfgrpo.tracking.base import RunStatus, Tracker, param_texts
 from sfgrpo.tracking.delivery import DeliveryQueue, first_line
 from sfgrpo.tracking.mlflow_client import is_outage, load_mlflow
@@ -53,7 +54,7 @@ class MlflowTracker(Tracker):
             key: identifies the work, such as a digest of everything that shapes it; without `run_id`, an earlier run
                 with the same key is reopened.
         """
-        self._uri = uri
+        self._address = without_credentials(uri)
         self._run = MlflowRun(
             uri=uri,
             experiment=experiment,
@@ -62,7 +63,7 @@ class MlflowTracker(Tracker):
             key=uuid.uuid4().hex if key is None else key,
             parent_run_id=parent_run_id,
         )
-        self._queue = DeliveryQueue(f"MLflow at {uri}", is_outage)
+        self._queue = DeliveryQueue(f"MLflow at {self._address}", is_outage)
 
     @property
     def run_id(self) -> str | None:
@@ -78,7 +79,7 @@ class MlflowTracker(Tracker):
                 reason = first_line(self._queue.outage or TimeoutError(f"no answer in {OPEN_S:g} s"))
                 self._queue.clear()
                 raise TrackingError(
-                    f"MLFLOW_TRACKING_URI {self._uri} does not answer ({reason}); "
+                    f"MLFLOW_TRACKING_URI {self._address} does not answer ({reason}); "
                     "start the server there, or unset the variable to record to a file"
                 )
         self._raise_refusal()
@@ -120,7 +121,7 @@ class MlflowTracker(Tracker):
             return
         deadline = time.monotonic() + FLUSH_S[status]
         if self._queue.outage is not None:
-            logger.warning("waiting up to %g s for MLflow at %s to end the run", FLUSH_S[status], self._uri)
+            logger.warning("waiting up to %g s for MLflow at %s to end the run", FLUSH_S[status], self._address)
         self._queue.wait_until_empty(deadline)
         refusal = self._queue.take_refusal()
         # Queued even during an outage, which may be over before the process ends.
@@ -149,13 +150,13 @@ class MlflowTracker(Tracker):
 
     def _refused(self, refusal: Exception) -> str:
         reason = first_line(refusal)
-        return f"MLflow at {self._uri} refuses to record the run ({reason}); fix that and start the run again"
+        return f"MLflow at {self._address} refuses to record the run ({reason}); fix that and start the run again"
 
     def _undelivered(self, waited_s: float) -> str:
         reason = "" if self._queue.outage is None else f" ({first_line(self._queue.outage)})"
         return (
-            f"MLflow at {self._uri} did not take {len(self._queue)} records of the run within {waited_s:g} s{reason}; "
-            "start the run again when it is back, and it records what is missing"
+            f"MLflow at {self._address} did not take {len(self._queue)} records of the run within {waited_s:g} s"
+            f"{reason}; start the run again when it is back, and it records what is missing"
         )
 
 

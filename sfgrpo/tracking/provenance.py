@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.manifest import sha256_of_file
+from sfgrpo.runtime.redaction import without_credentials
 
 BRANCH_TAG = "run_branch"
 COMMIT_TAG = "run_commit"
@@ -37,7 +38,7 @@ def flow_tags(environment: Environment, root: Path) -> dict[str, str]:
     commit = None if environment.branch is None else _git(root, "rev-parse", "--verify", "--quiet", environment.branch)
     named = {
         "prefect.flow_run_id": environment.flow_run_id,
-        "prefect.flow_run_url": environment.flow_run_url,
+        "prefect.flow_run_url": without_credentials(environment.flow_run_url or "") or None,
         BRANCH_TAG: environment.branch,
         COMMIT_TAG: commit,
     }

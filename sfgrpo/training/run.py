@@ -22,6 +22,7 @@ from sfgrpo.prompts import prompts_digest, read_prompt_file
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, write_json
 from sfgrpo.runtime.locks import exclusive_lock
+from sfgrpo.runtime.redaction import without_credentials
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.provenance import flow_tags, provenance_tags
 from sfgrpo.training.fingerprint import FINGERPRINT, INPUTS, PROVENANCE, Run, evaluation_fingerprint
@@ -280,7 +281,7 @@ def _publish(trainer: Trainer, config: TrainStage, environment: Environment, run
         images=trainer.update_index * config.rollout.num_images,
         run_key=run.key,
         mlflow_run_id=tracker.run_id,
-        tracking_uri=environment.tracking_uri,
+        tracking_uri=without_credentials(environment.tracking_uri),
         adapter_sha256=adapter.sha256,
         base=factory.base_of(config.policy),
         training_prompts_sha256=prompts_digest(run.prompts),

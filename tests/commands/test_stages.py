@@ -28,6 +28,7 @@ from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.training import run as training_run
 from sfgrpo.types import TAGS, Prompt
 from tests.support.recording import RecordingTracker
+from tests.support.secrets_search import in_folder
 from tests.support.tiny_run import (
     RECORD,
     ROOT,
@@ -230,6 +231,19 @@ def test_evaluation_refuses_prompts_that_its_model_cannot_read(folder, tracker, 
     monkeypatch.setattr(SD3Policy, "from_pretrained", lambda *_, **__: pytest.fail("the model is loaded"))
     assert main(["evaluate"]) == 2
     assert_error(capsys, "evaluation.jsonl:1: no text encoder of the base model reads the whole of")
+
+
+def test_credentials_of_addresses_are_kept_nowhere(folder, tracker, monkeypatch):
+    secret, other = "S3cret%2Fof%40the-store", "another-S3cret"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://me:{secret}@db:5432/mlflow?sslpassword={other}")
+    monkeypatch.setenv("SFGRPO_FLOW_RUN_URL", f"http://me:{secret}@prefect/runs/flow-run/1")
+    assert main(["train"]) == 0
+    record = json.loads(Path("models/policy/training.json").read_text())
+    assert record["tracking_uri"] == "postgresql://db:5432/mlflow"
+    assert tracker.tags["prefect.flow_run_url"] == "http://prefect/runs/flow-run/1"
+    assert in_folder(folder, {"the secret": secret, "the other": other}) == []
+    records = repr([tracker.tags, tracker.params, tracker.texts])
+    assert secret not in records and other not in records
 
 
 def test_training_publishes_the_best_adapter_with_its_reports(folder, tracker):

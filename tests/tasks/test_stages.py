@@ -179,6 +179,16 @@ def test_failure_tells_the_last_lines_of_the_stage(here):
     assert "noise 20\n" not in str(caught.value)
 
 
+def test_secrets_that_a_program_prints_reach_neither_the_log_of_the_flow_nor_its_error(here, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "S3cret-of-the-store")
+    shown = []
+    code = "import sys; print('at http://me:pa/ss@host'); sys.exit('denied to S3cret-of-the-store')"
+    with disable_run_logger(), pytest.raises(StageError) as caught:
+        run_command("push", [sys.executable, "-c", code], on_line=shown.append)
+    assert shown == ["at http://***@host", "denied to ***"]
+    assert caught.value.lines == tuple(shown)
+
+
 def test_exit_status_of_the_stage_is_read_from_what_dvc_says(here):
     build_stub_pipeline(here)
     (here / "fail_prompts").write_text("2")
