@@ -35,12 +35,14 @@ from sfgrpo.promotion.aliases import CHAMPION, PREVIOUS
 from sfgrpo.promotion.decision import DECISION_TAG, RECORD_TAG
 from sfgrpo.promotion.evaluation import EvaluationSetup
 from sfgrpo.promotion.history import Promotion, append, experiment_of, read_history
+from sfgrpo.prompts import write_prompts
 from sfgrpo.registry import drawing
 from sfgrpo.registry.drawing import PNG_SIGNATURE
 from sfgrpo.registry.package import MANIFEST_TAG, Package
 from sfgrpo.registry.register import TrainedAdapter, register_version
 from sfgrpo.registry.versions import number_of_alias
 from sfgrpo.runtime.manifest import sha256_of_file
+from sfgrpo.shapes.prompt_sets import all_prompts
 from sfgrpo.tracking.mlflow_client import connect
 from sfgrpo.types import TAGS
 from tests.support.metrics_page import documented
@@ -651,6 +653,28 @@ def test_missing_prompts_are_reported(registry, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["promote", "--model", "promptless"]) == 2
     assert "data/prompts/evaluation.jsonl does not exist; write it by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("training", "evaluation", "complaint"),
+    [
+        ([], [0, 1, 0], "evaluation.jsonl:3: 1 of 3 evaluation prompts repeat an earlier one"),
+        ([5, 1], [0, 1], "train.jsonl:2: 1 of 2 training prompts are evaluated on"),
+    ],
+)
+def test_prompts_that_do_not_count_once_are_refused_before_a_model_draws(
+    registry, tmp_path, monkeypatch, capsys, training, evaluation, complaint
+):
+    registry.register("twice")
+    shutil.copy(registry.folder / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    space = all_prompts()["single_object"]
+    for name, chosen in (("train", training), ("evaluation", evaluation)):
+        if chosen:
+            write_prompts(Path(f"data/prompts/{name}.jsonl"), [space[index] for index in chosen])
+    monkeypatch.setattr(compare, "load_policy", lambda *_: pytest.fail("the model is loaded"))
+    assert main(["promote", "--model", "twice"]) == 2
+    assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
