@@ -57,11 +57,11 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
     check_pretrained(config.policy)
     published = read_published(POLICY)
     prompts = _read_prompts(published.record)
+    policy_config = policy_of(published.adapter, config.policy)
+    identity = _identity(config, policy_config, published.adapter, prompts)
     # After the files, since a reward may have a model of gigabytes.
     rewards = distinct_rewards(make_reward(config.reward), build_reward(HELD_OUT.name))
-    policy_config = policy_of(published.adapter, config.policy)
     _check_prompts(policy_config, (build_reward("geneval_correct"), *rewards))
-    identity = _identity(config, policy_config, published.adapter, prompts)
     use_threads(environment)
     policy = make_policy(policy_config, config.seed, environment)
     protocol, shown = protocol_of(config.evaluation), pick_rows(prompts)

@@ -9,12 +9,14 @@ from sfgrpo.errors import RegistryError
 from sfgrpo.paths import PROMOTION_REPORT
 from sfgrpo.preflight.devices import check_devices
 from sfgrpo.promotion.aliases import promote_version, rollback_champion, sync_aliases
-from sfgrpo.promotion.compare import compare_versions, keep_champion
+from sfgrpo.promotion.compare import CANDIDATE, compare_versions, keep_champion
 from sfgrpo.promotion.decision import read_decision
+from sfgrpo.promotion.evaluation import download_judged
 from sfgrpo.promotion.history import HistoryError, PromotionHistory
 from sfgrpo.registry.register import connect_globally
 from sfgrpo.registry.versions import Version, find_version, require_model
 from sfgrpo.runtime.environment import Environment
+from sfgrpo.runtime.files import temporary_directory
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -66,6 +68,7 @@ def apply(environment: Environment, run_id: str) -> None:
         HistoryError: The champion has changed.
         RegistryError: There is no such decision, it was not to promote or is not what was decided, or the version is
             not what was registered or cannot draw.
+        MismatchError: The decision is of another adapter or base model than the version has.
     """
     uri = environment.tracking_uri
     client = connect_globally(uri)
@@ -82,6 +85,9 @@ def apply(environment: Environment, run_id: str) -> None:
             f"`python -m sfgrpo promote --model {decision.model} --version {decision.version}`"
         )
     candidate = find_version(client, f"models:/{decision.model}/{decision.version}")
+    with temporary_directory(environment.scratch_dir, "promotion") as folder:
+        judged = download_judged(candidate, folder)
+    judged.require_subject_of(decision.evaluated.get(CANDIDATE, {}), f"the decision of MLflow run {run_id}")
     _promote(client, environment, history, candidate, run_id)
 
 

@@ -14,9 +14,15 @@ from sfgrpo.preflight.devices import check_devices
 from sfgrpo.promotion.aliases import sync_aliases
 from sfgrpo.promotion.decision import PROMPTS, EvaluationRecord, read_file, read_record
 from sfgrpo.promotion.drift import drift
-from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, make_rewards, tracked_run
+from sfgrpo.promotion.evaluation import (
+    EvaluationSetup,
+    download_judged,
+    evaluate,
+    load_policy,
+    make_rewards,
+    tracked_run,
+)
 from sfgrpo.prompts import prompts_digest, read_prompts
-from sfgrpo.registry.package import download_version
 from sfgrpo.registry.register import connect_globally
 from sfgrpo.registry.versions import Version, find_version, require_model
 from sfgrpo.runtime.environment import Environment
@@ -59,14 +65,17 @@ def _evaluate_again(environment: Environment, champion: Version) -> dict[str, An
     use_threads(environment)
     with tracked_run(environment, champion.model, f"recheck of version {champion.number}") as tracker:
         with temporary_directory(environment.scratch_dir, "recheck") as folder:
+            judged = download_judged(champion, folder / "version")
+            judged.require_subject_of(record.subject(), f"the record of MLflow run {record.run_id}")
+            training, held_out = (RewardConfig(**reward) for reward in record.rewards)
             setup = EvaluationSetup(
                 prompts=_recorded_prompts(record, folder),
                 protocol=SamplingProtocol(**record.protocol),
-                rewards=make_rewards(*(RewardConfig(**reward) for reward in record.rewards)),
+                rewards=make_rewards(training, held_out),
+                reward_configs=(training, held_out),
             )
-            package = download_version(champion, folder / "version")
-            policy = load_policy(package, environment)
-            policy.load_adapter(package.adapter)
+            policy = load_policy(judged, environment)
+            policy.load_adapter(judged.package.adapter)
             metrics = evaluate(policy, setup).to_dict()
         num_prompts = Counter(prompt.tag for prompt in setup.prompts)
         num_images = {tag: setup.protocol.images_per_prompt * count for tag, count in num_prompts.items()}
@@ -74,7 +83,8 @@ def _evaluate_again(environment: Environment, champion: Version) -> dict[str, An
         tracker.log_params({"model": champion.model, "version": champion.number, "recorded_run": record.run_id})
         tracker.log_metrics({**metrics, "recheck/drifted": float(bool(reasons))}, 0)
         tracker.log_text(table, "recheck.md")
-    return {"drifted": bool(reasons), "reasons": reasons, "table": table, "metrics": metrics}
+    evaluated = judged.identity(setup).to_dict()
+    return {"drifted": bool(reasons), "reasons": reasons, "table": table, "metrics": metrics, "evaluated": evaluated}
 
 
 def _recorded_prompts(record: EvaluationRecord, folder: Path) -> list[Prompt]:

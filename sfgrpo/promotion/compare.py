@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sfgrpo.config.stages import PromoteStage
+from sfgrpo.errors import MismatchError
 from sfgrpo.factory import make_text_encoders, use_threads
 from sfgrpo.paths import EVALUATION_PROMPTS, PROMOTION_DECISION, PROMOTION_REPORT, PROMOTION_TEXT, TRAINING_PROMPTS
 from sfgrpo.promotion.decision import DECISION_TAG, PROMPTS, Baseline, EvaluationRecord, PromotionDecision, tag_version
 from sfgrpo.promotion.diversity import diversity
-from sfgrpo.promotion.evaluation import EvaluationSetup, evaluate, load_policy, make_rewards, tracked_run
+from sfgrpo.promotion.evaluation import (
+    EvaluationSetup,
+    download_judged,
+    evaluate,
+    load_policy,
+    make_rewards,
+    tracked_run,
+)
 from sfgrpo.promotion.gates import Comparison, ModelScores, compare_scores
 from sfgrpo.promotion.history import PromotionHistory
 from sfgrpo.promotion.report import SAMPLES, decision_sentence, promotion_report
 from sfgrpo.prompt_checks import check_prompts
 from sfgrpo.prompts import prompts_digest, read_prompt_file, read_prompts, to_lines
-from sfgrpo.registry.package import Package, download_version
+from sfgrpo.registry.package import Package
 from sfgrpo.registry.versions import Version
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, temporary_directory
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from sfgrpo.evaluation.evaluate import Evaluation
+    from sfgrpo.evaluation.identity import EvaluationIdentity
     from sfgrpo.runtime.timing import PhaseClock
 
 
@@ -54,19 +64,20 @@ def compare_versions(
     from sfgrpo.tracking.sample_grid import sample_grid
 
     setup = _read_setup(config)
+    _require_prompts_of(candidate, setup)
     use_threads(environment)
     baseline = "base model" if champion is None else f"version {champion.number}"
     clock = PhaseClock()
     with tracked_run(environment, candidate.model, f"version {candidate.number} against {baseline}") as tracker:
         run_id = str(tracker.run_id)
-        evaluations = _evaluate_both(candidate, champion, environment, setup, clock)
+        evaluations, identities = _evaluate_both(candidate, champion, environment, setup, clock)
         with clock("promotion_decide"):
             baseline_scores, candidate_scores = (_scores(evaluation, setup) for evaluation in evaluations.values())
             comparison = compare_scores(setup.prompts, candidate_scores, baseline_scores, config.promotion)
-        decision = _decide(comparison, candidate, champion, history, run_id)
+        decision = _decide(comparison, candidate, champion, history, identities, run_id)
         seconds = {f"time/{phase}_s": value for phase, value in clock.seconds.items()}
         decision = dataclasses.replace(decision, metrics={**decision.metrics, **seconds})
-        record = _record(config, setup, run_id, evaluations[CANDIDATE])
+        record = _record(config, setup, run_id, evaluations[CANDIDATE], identities[CANDIDATE])
         tables = {name: evaluation.table for name, evaluation in evaluations.items()}
         report = promotion_report(config, decision, comparison, tables)
         images = {name: evaluation.images for name, evaluation in evaluations.items()}
@@ -114,35 +125,52 @@ def _read_setup(config: PromoteStage) -> EvaluationSetup:
         prompts=prompts,
         protocol=dataclasses.replace(protocol_of(config.evaluation), seed=config.promotion.seed),
         rewards=make_rewards(config.reward, config.promotion.held_out),
+        reward_configs=(config.reward, config.promotion.held_out),
         shown=pick_rows(prompts),
     )
 
 
+def _require_prompts_of(candidate: Version, setup: EvaluationSetup) -> None:
+    """Refuse other prompts than those by which a candidate was selected: it may have been trained on some of them.
+
+    Versions of earlier releases do not name theirs.
+    """
+    found = prompts_digest(setup.prompts)
+    if (named := candidate.tags.get("evaluation_prompts_sha256", found)) != found:
+        raise MismatchError(
+            f"{EVALUATION_PROMPTS} has the digest {found}, and {candidate.address} was selected by the prompts {named} "
+            "and may have been trained on others; write those by `python -m sfgrpo prompts` with its parameters"
+        )
+
+
 def _evaluate_both(
     candidate: Version, champion: Version | None, environment: Environment, setup: EvaluationSetup, clock: PhaseClock
-) -> dict[str, Evaluation]:
-    """Evaluate the baseline, then the candidate; no two pipelines are in memory at a time."""
+) -> tuple[dict[str, Evaluation], dict[str, EvaluationIdentity]]:
+    """Evaluate the baseline, then the candidate, and return of what; no two pipelines are in memory at a time."""
     evaluations: dict[str, Evaluation] = {}
+    name = "base model" if champion is None else "champion"
     with temporary_directory(environment.scratch_dir, "promotion") as folder:
         # Both are downloaded and verified before either draws, so that a refusal comes within seconds.
         with clock("promotion_download"):
-            ours = download_version(candidate, folder / "candidate")
-            theirs = None if champion is None else download_version(champion, folder / "champion")
-        _check_prompts(setup, *(package for package in (ours, theirs) if package is not None))
+            ours = download_judged(candidate, folder / "candidate")
+            theirs = None if champion is None else download_judged(champion, folder / "champion")
+        _check_prompts(setup, *(judged.package for judged in (ours, theirs) if judged is not None))
         with clock("promotion_load"):
             policy = load_policy(theirs or ours, environment)
             if theirs is not None:
-                policy.load_adapter(theirs.adapter)
+                policy.load_adapter(theirs.package.adapter)
         with clock("promotion_draw"):
-            evaluations["champion" if theirs else "base model"] = evaluate(policy, setup)
+            evaluations[name] = evaluate(policy, setup)
         if theirs is not None:
             del policy
             with clock("promotion_load"):
                 policy = load_policy(ours, environment)
-        policy.load_adapter(ours.adapter)
+        policy.load_adapter(ours.package.adapter)
         with clock("promotion_draw"):
             evaluations[CANDIDATE] = evaluate(policy, setup)
-    return evaluations
+        identity = ours.identity(setup)
+        without = dataclasses.replace(identity, adapter_sha256="none")
+        return evaluations, {name: theirs.identity(setup) if theirs else without, CANDIDATE: identity}
 
 
 def _check_prompts(setup: EvaluationSetup, *packages: Package) -> None:
@@ -170,7 +198,12 @@ def _scores(evaluation: Evaluation, setup: EvaluationSetup) -> ModelScores:
 
 
 def _decide(
-    comparison: Comparison, candidate: Version, champion: Version | None, history: PromotionHistory, run_id: str
+    comparison: Comparison,
+    candidate: Version,
+    champion: Version | None,
+    history: PromotionHistory,
+    identities: Mapping[str, EvaluationIdentity],
+    run_id: str,
 ) -> PromotionDecision:
     baseline: Baseline = "base model" if champion is None else "champion"
     return PromotionDecision(
@@ -184,13 +217,22 @@ def _decide(
         num_entries=len(history.entries),
         run_id=run_id,
         metrics=comparison.to_dict(),
+        evaluated={name: identity.to_dict() for name, identity in identities.items()},
     )
 
 
-def _record(config: PromoteStage, setup: EvaluationSetup, run_id: str, evaluation: Evaluation) -> EvaluationRecord:
+def _record(
+    config: PromoteStage,
+    setup: EvaluationSetup,
+    run_id: str,
+    evaluation: Evaluation,
+    identity: EvaluationIdentity,
+) -> EvaluationRecord:
     return EvaluationRecord(
         run_id=run_id,
-        prompts_sha256=prompts_digest(setup.prompts),
+        adapter_sha256=identity.adapter_sha256,
+        base_revision=identity.base_revision,
+        prompts_sha256=identity.prompts_sha256,
         protocol=dataclasses.asdict(setup.protocol),
         rewards=tuple(dataclasses.asdict(reward) for reward in (config.reward, config.promotion.held_out)),
         metrics=evaluation.to_dict(),
@@ -209,6 +251,8 @@ def _log(
             "promotion": dataclasses.asdict(config.promotion),
             "protocol": record.protocol,
             "prompts_sha256": record.prompts_sha256,
+            "adapter_sha256": record.adapter_sha256,
+            "base_revision": record.base_revision,
         }
     )
     tracker.log_metrics(decision.metrics, 0)

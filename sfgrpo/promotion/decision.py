@@ -40,6 +40,14 @@ class EvaluationRecord:
     """Fields of `RewardConfig`, of the training reward and of the held-out one."""
     metrics: Mapping[str, float]
     """Of `Evaluation.to_dict`."""
+    adapter_sha256: str | None = None
+    """Of the version; None in records of earlier releases, and so is the next."""
+    base_revision: str | None = None
+
+    def subject(self) -> dict[str, str]:
+        """Return the digests of what was evaluated, as far as they were recorded."""
+        named = {"adapter_sha256": self.adapter_sha256, "base_revision": self.base_revision}
+        return {name: digest for name, digest in named.items() if digest is not None}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +70,8 @@ class PromotionDecision:
     """MLflow run of the decision; None where there was nothing to compare."""
     metrics: Mapping[str, float]
     """Of `Comparison.to_dict`, and the seconds of the phases."""
+    evaluated: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """What candidate and baseline were, of `EvaluationIdentity.to_dict`; decisions of earlier releases do not say."""
     decided_at: str = dataclasses.field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     )

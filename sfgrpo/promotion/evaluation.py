@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sfgrpo.config.schema import PolicyConfig, RewardConfig
-from sfgrpo.factory import make_policy, make_reward
+from sfgrpo.errors import MismatchError
+from sfgrpo.evaluation.identity import EvaluationIdentity, drawing_protocol, reward_identity
+from sfgrpo.factory import base_of, make_policy, make_reward
 from sfgrpo.promotion.history import experiment_of
-from sfgrpo.registry.package import Package
+from sfgrpo.prompts import prompts_digest
+from sfgrpo.registry.package import Package, download_version
+from sfgrpo.registry.versions import Version
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.tracking.base import Tracker, ending
 from sfgrpo.types import Prompt
 
 if TYPE_CHECKING:
     from sfgrpo.evaluation.evaluate import Evaluation, SamplingProtocol
+    from sfgrpo.policies.adapter import Adapter, Base
     from sfgrpo.policies.sd3 import SD3Policy
     from sfgrpo.rewards import Reward
 
@@ -30,8 +35,43 @@ class EvaluationSetup:
     protocol: SamplingProtocol
     rewards: Sequence[Reward]
     """The training reward and the held-out one."""
+    reward_configs: Sequence[RewardConfig]
+    """Parameters of the same rewards."""
     shown: Sequence[int] = ()
     """Positions of the prompts whose images are kept."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedVersion:
+    """A version whose downloaded files are those that it names."""
+
+    package: Package
+    adapter: Adapter
+    base: Base
+    policy: PolicyConfig
+
+    def identity(self, setup: EvaluationSetup) -> EvaluationIdentity:
+        """Return what an evaluation of the version by a setup is of."""
+        return EvaluationIdentity(
+            adapter_sha256=self.adapter.sha256,
+            base_revision=self.base.revision,
+            prompts_sha256=prompts_digest(setup.prompts),
+            protocol=drawing_protocol(setup.protocol, self.policy),
+            rewards=[reward_identity(reward) for reward in setup.reward_configs],
+        )
+
+    def require_subject_of(self, evaluated: Mapping[str, Any], source: str) -> None:
+        """Raise `MismatchError` if an evaluation, by the digests that it names, was of other files.
+
+        Those of earlier releases name none.
+        """
+        for name, found in (("adapter_sha256", self.adapter.sha256), ("base_revision", self.base.revision)):
+            if evaluated.get(name, found) != found:
+                version = self.package.version
+                raise MismatchError(
+                    f"{source} is of {name} {evaluated[name]}, and {version.address} has {found}; compare again by "
+                    f"`python -m sfgrpo promote --model {version.model} --version {version.number}`"
+                )
 
 
 @contextlib.contextmanager
@@ -50,24 +90,44 @@ def make_rewards(training: RewardConfig, held_out: RewardConfig) -> tuple[Reward
     return make_reward(training), make_reward(held_out, "promotion.held_out")
 
 
-def load_policy(package: Package, environment: Environment) -> SD3Policy:
-    """Load the base pipeline of a version, with an adapter of the version's shape that has no effect yet."""
-    from safetensors import safe_open
+def download_judged(version: Version, folder: Path) -> JudgedVersion:
+    """Download a version, and check that its files are those that its tags and its adapter name.
 
+    Raises:
+        RegistryError: The files are not what was registered.
+        AdapterError: The adapter is damaged, changes nothing, or is of another base model.
+        MismatchError: A tag names another adapter or base model.
+    """
+    from sfgrpo.policies.adapter import read_effective_adapter, require_base
+
+    package = download_version(version, folder)
+    adapter = read_effective_adapter(package.adapter, f"register an intact adapter instead of {version.address}")
     settings = package.settings
-    with safe_open(package.adapter / settings["adapter_file"], framework="pt") as file:
-        lora = json.loads(file.metadata()["lora_adapter_metadata"])
-    config = PolicyConfig(
+    policy = PolicyConfig(
         pretrained=package.pretrained,
         revision=settings["revision"],
         dtype=settings["dtype"],
         resolution=settings["resolution"],
         max_sequence_length=settings["max_sequence_length"],
-        lora_rank=lora["transformer.r"],
-        lora_alpha=lora["transformer.lora_alpha"],
-        lora_targets=tuple(sorted(lora["transformer.target_modules"])),
+        lora_rank=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_targets=adapter.targets,
     )
-    return make_policy(config, 0, environment)
+    base = base_of(policy)
+    require_base(adapter, base)
+    judged = JudgedVersion(package=package, adapter=adapter, base=base, policy=policy)
+    # Versions of earlier releases have no tag for the base model.
+    for tag, found in (("adapter_sha256", adapter.sha256), ("base_revision", base.revision)):
+        if (named := version.tags.get(tag, found)) != found:
+            raise MismatchError(
+                f"{version.address} has the tag {tag} {named}, and its files are of {found}; register its adapter again"
+            )
+    return judged
+
+
+def load_policy(judged: JudgedVersion, environment: Environment) -> SD3Policy:
+    """Load the base pipeline of a version, with an adapter of the version's shape that has no effect yet."""
+    return make_policy(judged.policy, 0, environment)
 
 
 def evaluate(policy: SD3Policy, setup: EvaluationSetup) -> Evaluation:

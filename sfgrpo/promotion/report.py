@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from sfgrpo.config.schema import PromotionConfig
 from sfgrpo.config.stages import PromoteStage
+from sfgrpo.evaluation.identity import EvaluationIdentity
 from sfgrpo.geneval.table import COLUMNS, GenEvalTable, markdown_table
 from sfgrpo.promotion.bootstrap import Interval
 from sfgrpo.promotion.decision import Baseline, PromotionDecision
@@ -57,8 +58,15 @@ def promotion_report(
         f"{markdown_table(tables)}\n"
         f"The candidate was selected on the same prompts with other noise (seed {config.evaluation.seed}; here it is "
         f"{config.promotion.seed}), so the choice of prompts may favour it.\n\n"
+        f"{_subjects(decision)}"
         f"Samples of both models are in {SAMPLES}. MLflow run: {decision.run_id}. Decided at {decision.decided_at}.\n"
     )
+
+
+def _subjects(decision: PromotionDecision) -> str:
+    """Return a paragraph with the digests of what was evaluated."""
+    named = (f"{name}: {EvaluationIdentity.from_dict(each).sentence()}" for name, each in decision.evaluated.items())
+    return f"Evaluated: {' '.join(named)}\n\n"
 
 
 def gates_table(comparison: Comparison, baseline: Baseline) -> str:

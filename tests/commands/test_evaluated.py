@@ -274,7 +274,7 @@ def test_report_of_something_else_is_not_registered(folder, unloaded, capsys, pr
         ("evaluation.guidance_scale", 4.5),
         ("evaluation.images_per_prompt", 1),
         ("evaluation.seed", 1),
-        ("policy.resolution", 64),
+        ("policy.resolution", 24),
         ("policy.dtype", "bfloat16"),
         ("policy.max_sequence_length", 77),
     ],
