@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
 import re
 import shutil
 
@@ -240,6 +241,9 @@ def test_paths_without_a_file_are_refused(tmp_path):
         read_prompts(tmp_path / "absent.jsonl")
     with pytest.raises(ConfigError, match=r": cannot be read \(Is a directory\); make it a readable file"):
         read_prompts(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"pipe: is no regular file; write it by"):
+        read_prompts(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ConfigError, match=r"cannot be read \(Too many levels of symbolic links\)"):
         read_prompts(tmp_path / "loop")

@@ -64,9 +64,9 @@ def require_own(folder: Path, wanted: Mapping[str, str]) -> None:
 
 
 def _digest(path: Path) -> str | None:
-    """Return the SHA-256 of a file; None if it cannot be read."""
+    """Return the SHA-256 of a file; None if it cannot be read, or is a pipe that might never end."""
     try:
-        return sha256_of_file(path)
+        return sha256_of_file(path) if path.is_file() else None
     except OSError:
         return None
 

@@ -19,6 +19,9 @@ def read_lines(path: Path, cure: str = "give another file") -> list[tuple[int, s
     Raises:
         ConfigError: the file cannot be read, where `cure` says what to do, or is not UTF-8.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        # A pipe or a device might never end.
+        raise ConfigError(f"{path}: is no regular file; {cure}")
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:

@@ -19,7 +19,7 @@ def content() -> dict[str, bytes]:
     return {
         str(path.relative_to(PROMPTS)): os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
         for path in sorted(PROMPTS.rglob("*"))
-        if not path.is_dir() or path.is_symlink()
+        if path.is_file() or path.is_symlink()
     }
 
 
@@ -27,10 +27,14 @@ def content() -> dict[str, bytes]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with prompts of edition 0, and parameters that ask for edition 1."""
     monkeypatch.chdir(tmp_path)
-    write_params(tmp_path, {})
+    ask_for(tmp_path, edition=0)
     assert main(["prompts"]) == 0
-    write_params(tmp_path, {"prompts.edition": 1})
+    ask_for(tmp_path, edition=1)
     return tmp_path
+
+
+def ask_for(folder: Path, edition: int) -> None:
+    write_params(folder, {"prompts.num_train": 30, "prompts.edition": edition})
 
 
 def append(path: Path, text: str) -> None:
@@ -56,6 +60,7 @@ EDITS: dict[str, tuple[str, Callable[[], object]]] = {
         lambda: [(PROMPTS / "old").mkdir(), (PROMPTS / "old/train.jsonl").write_text("mine")],
     ),
     "a dead link": ("link", lambda: (PROMPTS / "link").symlink_to("nowhere")),
+    "a pipe": ("train.jsonl", lambda: [TRAINING_PROMPTS.unlink(), os.mkfifo(TRAINING_PROMPTS)]),
     "one deleted, one edited": (
         "train.jsonl",
         lambda: [EVALUATION_PROMPTS.unlink(), append(TRAINING_PROMPTS, "{}\n")],
@@ -74,7 +79,7 @@ EDITS: dict[str, tuple[str, Callable[[], object]]] = {
 def test_what_a_person_wrote_is_kept_and_named(folder, capsys, edit, edition):
     name, make_edit = EDITS[edit]
     make_edit()
-    write_params(folder, {"prompts.edition": edition})
+    ask_for(folder, edition)
     before = content()
     assert main(["prompts"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -104,7 +109,7 @@ def test_own_files_are_replaced_and_missing_ones_written_again(folder, loss):
 
 
 def test_files_without_a_manifest_may_be_written_again_as_they_are(folder):
-    write_params(folder, {})
+    ask_for(folder, edition=0)
     before = content()
     (PROMPTS / "manifest.json").unlink()
     assert main(["prompts"]) == 0
