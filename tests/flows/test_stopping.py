@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from sfgrpo.errors import ExitStatus
+from tasks.git import git
 from tests.support.rank_stubs import hear_signals
 from tests.support.stub_pipeline import build_stub_pipeline, stub_environment
 
@@ -62,7 +63,7 @@ class Flow:
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.output()
@@ -95,6 +96,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         folder.mkdir(exist_ok=True)
         build_stub_pipeline(folder)
         (folder / "extra_train.py").write_text(TRAINING)
+        git(folder, "add", "--all")
+        git(folder, "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "First")
         environment = {name: value for name, value in stub_environment().items() if not name.startswith("PREFECT_")}
         with (folder / "output").open("wb") as output:
             process = subprocess.Popen(
@@ -179,7 +182,7 @@ def test_training_of_a_killed_flow_saves_its_state_and_nothing_is_left(start):
 def test_ctrl_c_while_a_flow_starts_leaves_at_once_and_leaves_nothing(start, tmp_path):
     moments = {name: start(tmp_path / name) for name in ("0.3", "1.2", "2.5", "4.0")}
     waiting = dict(moments)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while waiting and time.monotonic() < deadline:
         for after_s, flow in list(waiting.items()):
             times = psutil.Process(flow.process.pid).cpu_times()
@@ -188,7 +191,7 @@ def test_ctrl_c_while_a_flow_starts_leaves_at_once_and_leaves_nothing(start, tmp
                 del waiting[after_s]
         time.sleep(0.01)
     for flow in moments.values():
-        flow.process.wait(30)
+        flow.process.wait(60)
         assert flow.process.returncode == ExitStatus.RESUMABLE, flow.output()
         assert flow.output().splitlines()[-1].startswith("stopped"), flow.output()
         assert "Traceback" not in flow.output(), flow.output()

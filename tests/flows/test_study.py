@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tasks.git import git
 from tests.support.stub_pipeline import ROOT, calls, stub_environment
 
 PLAN = {
@@ -64,10 +65,12 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "experiments/study.yaml").write_text(json.dumps(PLAN))
     (tmp_path / "experiments/dvc.yaml").write_text(json.dumps(STAGES))
     (tmp_path / "stub.py").write_text(STUB)
-    for name in ("prefect.toml", ".dvcignore", ".gitignore", ".dvc/config"):
+    for name in ("params.yaml", "prefect.toml", ".dvcignore", ".gitignore", ".dvc/config"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    git(tmp_path, "add", "--all")
+    git(tmp_path, "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "First")
     return tmp_path
 
 
