@@ -205,6 +205,9 @@ def _open_door_problems(services: Document) -> Iterator[str]:
         yield "prefect-server: takes forged requests"
     if "--app-name basic-auth" not in mlflow or 'MLFLOW_AUTH_ADMIN_PASSWORD="$$(cat /run/secrets/' not in mlflow:
         yield "mlflow: asks for no login"
+    mounts = " ".join(services["mlflow"]["volumes"])
+    if "/etc/mlflow/login.ini:ro" not in mounts or "/etc/mlflow/sfgrpo_login.py:ro" not in mounts:
+        yield "mlflow: takes others' pages for its own"
     for option in ("--allowed-hosts", "--cors-allowed-origins"):
         if not re.search(rf"{option} [^*\s]+(\s|$)", mlflow):
             yield f"mlflow: is open to others: {option}"
@@ -401,6 +404,7 @@ PLANTED: list[tuple[Check, Path, str, str, str]] = [
     ),
     (compose_rules, COMPOSE, 'PROTECTION_ENABLED: "true"', 'PROTECTION_ENABLED: "false"', "takes forged requests"),
     (compose_rules, COMPOSE, "--app-name basic-auth", "", "mlflow: asks for no login"),
+    (compose_rules, COMPOSE, "/etc/mlflow/sfgrpo_login.py:ro", "/etc/login.py:ro", "mlflow: takes others' pages"),
     (
         compose_rules,
         COMPOSE,

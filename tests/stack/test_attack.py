@@ -234,10 +234,19 @@ def test_mlflow_does_nothing_for_strangers(stack: Stack, method: str, path: str,
         {"auth": (user, password), "headers": {"Host": f"{EVIL}:{port}"}},
         {"auth": (user, password), "headers": {"Host": f"10.{EVIL}"}},
     ]
-    if method != "GET" and path.startswith(("api/", "ajax-api/")):
-        strangers.append({"auth": (user, password), "headers": {"Origin": f"http://{EVIL}"}})
+    origins = (f"http://{EVIL}", "null", "http://localhost:1", f"http://{LOOPBACK}:1", f"https://{LOOPBACK}:{port}")
+    strangers += [{"auth": (user, password), "headers": {"Origin": origin}} for origin in origins]
     answers = [ask(method, url, json=content, **options).status_code for options in strangers]
     assert REFUSED.issuperset(answers), answers
+
+
+def test_mlflow_answers_its_own_page(stack: Stack) -> None:
+    environment = stack.environment
+    uri, user = environment["MLFLOW_TRACKING_URI"], environment["MLFLOW_TRACKING_USERNAME"]
+    url = f"{uri}/ajax-api/2.0/mlflow/experiments/search"
+    login = (user, environment["MLFLOW_TRACKING_PASSWORD"])
+    for origin in (uri, uri.replace(LOOPBACK, "localhost")):
+        assert ask("POST", url, json={"max_results": 1}, auth=login, headers={"Origin": origin}).is_success
 
 
 # --- S3, PostgreSQL, the webhook, supervisord ---

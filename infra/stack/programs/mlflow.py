@@ -5,7 +5,7 @@ from __future__ import annotations
 from infra.stack.addresses import own_hosts, own_origins
 from infra.stack.credentials import write_private
 from infra.stack.health import post_json
-from infra.stack.program import BIN, Launch, Program, Stack
+from infra.stack.program import BIN, ROOT, Launch, Program, Stack
 from infra.stack.programs.postgres import database_url
 from infra.stack.programs.s3 import client_environment as s3_environment
 
@@ -17,7 +17,7 @@ LOGIN = """\
 default_permission = READ
 database_uri = sqlite:///{database}
 admin_username = {user}
-authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+authorization_function = sfgrpo_login:authenticate
 """
 
 
@@ -62,6 +62,8 @@ def _launch(stack: Stack) -> Launch:
         command += ["--app-name", "basic-auth"]
         environment |= {
             "MLFLOW_AUTH_CONFIG_PATH": str(login),
+            # Where `sfgrpo_login` is.
+            "PYTHONPATH": str(ROOT / "infra" / "mlflow"),
             "MLFLOW_AUTH_ADMIN_PASSWORD": secrets.mlflow_password,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.mlflow_session_key,
         }
