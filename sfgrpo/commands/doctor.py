@@ -13,7 +13,7 @@ from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.schema import PolicyConfig, RewardConfig
 from sfgrpo.config.stages import STAGES, LaunchStage, PromoteStage, RegisterStage, StageType, TrainStage, load_config
 from sfgrpo.errors import ConfigError, SfgrpoError
-from sfgrpo.paths import EVALUATION_PROMPTS, TRAINING_PROMPTS
+from sfgrpo.paths import EVALUATION_PROMPTS, POLICY, TRAINING_PROMPTS
 from sfgrpo.preflight.checkout import check_checkout, check_packages
 from sfgrpo.preflight.machine import check_folder, check_locks, check_memory, describe_device
 from sfgrpo.preflight.models import check_base_model, check_reward_model
@@ -59,6 +59,7 @@ def _checks(params: Path, environment: Environment) -> Mapping[str, Check]:
         "reward models": functools.partial(_check_reward_models, params),
         "hub": functools.partial(_describe_hub, params),
         "prompts": functools.partial(_check_prompts, params),
+        "adapter": _check_adapter,
         "memory": functools.partial(_check_memory, params),
         "Prefect": check_prefect,
         "mirror": functools.partial(_check_bucket, environment.mirror, "SFGRPO_MIRROR"),
@@ -141,6 +142,16 @@ def _check_prompts(params: Path) -> str:
     encoders = make_text_encoders(policy.pretrained, policy.revision, policy.max_sequence_length) if is_here else ()
     check_prompts(evaluation, (), training=training, encoders=encoders)
     return f"{len(training.prompts)} for training, {len(evaluation.prompts)} for evaluation"
+
+
+def _check_adapter() -> str:
+    """Read what the last training has published, if anything."""
+    if not POLICY.exists():
+        return f"{POLICY} not written yet; `python -m sfgrpo train` does"
+    from sfgrpo.training.published import read_published
+
+    published = read_published(POLICY)
+    return f"{POLICY}, of update {published.record.update}, rank {published.adapter.rank}"
 
 
 def _check_bucket(address: str | None, variable: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -61,11 +62,13 @@ class ModelFiles:
         return content
 
     def _download(self, name: str) -> Path | None:
-        """Get one file of the hub, or of its cache."""
+        """Get one file of the cache of the hub, or of the hub: a model does not change its kind."""
         from huggingface_hub import errors as hub
         from huggingface_hub import hf_hub_download
 
         try:
+            with contextlib.suppress(hub.LocalEntryNotFoundError):
+                return Path(hf_hub_download(self.pretrained, name, revision=self.revision, local_files_only=True))
             return Path(hf_hub_download(self.pretrained, name, revision=self.revision))
         except hub.GatedRepoError as error:
             raise self.error(

@@ -57,6 +57,7 @@ def test_every_problem_is_found_in_one_go_with_exit_status_2(project, capsys, mo
     (project / "data/prompts").mkdir(parents=True)
     for name in ("train", "evaluation"):
         (project / f"data/prompts/{name}.jsonl").write_text("{")
+    (project / "models/policy").mkdir(parents=True)
     for name, value in {
         "SFGRPO_DEVICE": "cuda:7",
         "SFGRPO_SCRATCH": "/proc/scratch",
@@ -71,7 +72,7 @@ def test_every_problem_is_found_in_one_go_with_exit_status_2(project, capsys, mo
     found = findings(shown.out)
     problems = {name for name, status in found.items() if status == "PROBLEM"}
     assert problems == {
-        *("parameters", "proxy", "state disk", "locks", "base model", "prompts", "Prefect", "DVC remote"),
+        *("parameters", "proxy", "state disk", "locks", "base model", "prompts", "adapter", "Prefect", "DVC remote"),
         *("MLflow", "device"),
     }
     assert f"error: {len(problems)} of {len(found)} checks found a problem; their lines say what to do" in shown.err

@@ -203,7 +203,9 @@ def hub(tmp_path, monkeypatch) -> Path:
     """Return a folder whose files the hub is said to have; a file `error` names the class of its refusal."""
     from huggingface_hub import errors
 
-    def download(repository: str, name: str, revision: str | None) -> str:
+    def download(repository: str, name: str, revision: str | None, *, local_files_only: bool = False) -> str:
+        if local_files_only:
+            raise errors.LocalEntryNotFoundError("not cached")
         if (tmp_path / "error").exists():
             kind = getattr(errors, (tmp_path / "error").read_text())
             raise kind.__new__(kind)
