@@ -38,6 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         RegistryConfig(model_name="tiny", alias="challenger"),
         TrainedAdapter(folder=folder / "adapter", metrics={}, provenance={"git_commit": "c0ffee"}, run_id=None),
         tiny_serving(folder / "pipeline"),
+        folder / ".scratch",
     )
     return folder
 
