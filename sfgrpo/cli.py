@@ -23,7 +23,7 @@ from sfgrpo.paths import PARAMS
 from sfgrpo.runtime.entry_point import run_guarded, set_up_logging
 from sfgrpo.runtime.environment import Environment, read_environment
 from sfgrpo.runtime.rank import die_with_launcher, is_rank
-from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S, GracefulShutdown
+from sfgrpo.runtime.shutdown import LAUNCHER_MARGIN_S, RANKS_STOPPED, GracefulShutdown
 
 SILENT_H = 1.0
 """An update of the largest model takes minutes; a run that records nothing for this long looks dead."""
@@ -68,7 +68,7 @@ def _train(args: argparse.Namespace, environment: Environment) -> None:
         train_policy(config, environment, launch, inputs, accept_code_change=args.accept_code_change)
         return
     BatchArithmetic(config=config, num_processes=launch.world_size)
-    with GracefulShutdown(environment.grace_s + LAUNCHER_MARGIN_S) as shutdown:
+    with GracefulShutdown(environment.grace_s + LAUNCHER_MARGIN_S, RANKS_STOPPED) as shutdown:
         from sfgrpo.runtime.launcher import launch_ranks
 
         launch_ranks(launch, environment, ["-m", "sfgrpo", *args.arguments], shutdown)

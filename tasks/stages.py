@@ -108,7 +108,8 @@ def run_command(
         line = without_secrets(line)
         if not line.strip().startswith(DVC_ADVICE):
             lines.append(line)
-            if line.startswith(STOPPED_MARK):
+            # The first rank knows what is saved; its launcher, which speaks after it, does not.
+            if line.startswith(STOPPED_MARK) and not _unfinished.get(stage):
                 _unfinished[stage] = line.removeprefix(STOPPED_MARK)
             logger.info("%s", line)
             on_line(line)
@@ -130,6 +131,7 @@ def run_command(
             raise StageError(stage, status, tuple(lines))
         logger.warning("stage %s was told to stop; it goes on from where it stopped", stage)
         lines.clear()
+        _unfinished[stage] = ""
     _unfinished.pop(stage, None)
 
 

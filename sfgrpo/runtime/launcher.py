@@ -29,7 +29,7 @@ from sfgrpo.errors import ConfigError, ExitStatus, Preempted, SfgrpoError
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import temporary_directory
 from sfgrpo.runtime.rank import LAUNCHER
-from sfgrpo.runtime.shutdown import KILL_MARGIN_S, GracefulShutdown
+from sfgrpo.runtime.shutdown import KILL_MARGIN_S, RANKS_STOPPED, GracefulShutdown
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class _Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if self._graceful_shutdown.stop_requested:
             # Code that catches every error may have swallowed the exception of the signal handler.
-            raise Preempted("the run was told to stop; starting it again resumes it from its last checkpoint")
+            raise Preempted(RANKS_STOPPED)
         result: RunResult = super()._monitor_workers(worker_group)
         if not result.is_failed():
             return result

@@ -28,6 +28,7 @@ LAUNCHER_MARGIN_S = 4
 REPEAT_S = 1.0
 """Time after which a notice is repeated to code that has swallowed its exception."""
 COMMAND_STOPPED = "the command was told to stop before it was done; start it again"
+RANKS_STOPPED = "the run was told to stop; starting it again resumes it from its last checkpoint"
 RUN_STOPPED = "the run was told to stop outside its updates; nothing is lost, and starting it again goes on"
 
 END = b"\0"

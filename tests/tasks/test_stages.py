@@ -102,7 +102,8 @@ SAVING = """
 import signal, sys, time
 def save(number, frame):
     time.sleep(1)
-    sys.exit("stopped: its state after update 3 is saved, and starting it again goes on")
+    print("stopped: its state after update 3 is saved, and starting it again goes on", flush=True)
+    sys.exit("stopped: the ranks have left")
 signal.signal(signal.SIGTERM, save)
 print("ready", flush=True)
 time.sleep(120)
@@ -126,7 +127,7 @@ def test_what_a_command_says_while_it_is_ended_is_heard_however_often_its_caller
         run_command("train", [sys.executable, "-c", SAVING], on_line=interrupt)
     for timer in timers:
         timer.join()
-    assert seen[-1] == "stopped: its state after update 3 is saved, and starting it again goes on"
+    assert seen[-1] == "stopped: the ranks have left"
     words = stages.unfinished_stages()
     assert words == {"train": "its state after update 3 is saved, and starting it again goes on"}
     with disable_run_logger():
