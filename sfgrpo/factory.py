@@ -18,6 +18,7 @@ from sfgrpo.errors import ConfigError
 from sfgrpo.preflight.devices import device_of
 from sfgrpo.preflight.models import check_base_model, check_reward_model
 from sfgrpo.runtime.environment import Environment
+from sfgrpo.runtime.imports import without_collection
 from sfgrpo.runtime.manifest import MANIFEST, model_digest, verify_manifest
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ def make_accelerator(
     config: TrainStage, environment: Environment, sharding: Literal["none", "full"] = "none"
 ) -> Accelerator:
     """Join the processes of the run, before anything expensive; refuse work that does not divide among them."""
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    with without_collection():
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
 
     accelerator = Accelerator(
         cpu=device_of(environment) == "cpu",
@@ -76,9 +78,10 @@ def make_policy(
     config: PolicyConfig, seed: int, environment: Environment, sharding: Literal["none", "full"] = "none"
 ) -> SD3Policy:
     """Load the pipeline onto the device, with a fresh adapter of the seed; `full` sharding needs other processes."""
-    from diffusers.utils.logging import disable_progress_bar
+    with without_collection():
+        from diffusers.utils.logging import disable_progress_bar
 
-    from sfgrpo.policies.sd3 import SD3Policy
+        from sfgrpo.policies.sd3 import SD3Policy
 
     disable_progress_bar()
     device = device_of(environment)

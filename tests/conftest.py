@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections import Counter
@@ -17,6 +18,9 @@ from jaxtyping import install_import_hook
 
 from tests.support.s3 import BUCKET, S3Server
 
+# What is imported stays: looking through it again and again takes a seventh of the time of all imports.
+gc.disable()
+
 MATHS = ("sde", "estimates", "gains", "advantages", "losses")
 
 # Must come before the first import of the modules it names.
@@ -28,6 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the modules with the most slow tests first, so that processes that share the modules end together."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, but not among the million objects that are there by now."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -176,3 +176,13 @@ def test_import_is_fast_and_light():
     seconds, loaded = output.splitlines()
     assert float(seconds) < 1
     assert not set(loaded.split()) & (HEAVY | {"mlflow", "prefect"})
+
+
+def test_commands_load_no_heavy_library_before_they_run():
+    """So that help, wrong parameters and absent files cost no seconds."""
+    names = [name_of(path) for path in modules("sfgrpo/commands")]
+    code = (
+        f"import {', '.join(['sfgrpo.cli', 'sfgrpo.training.run', 'sfgrpo.factory', *names])}, sys; print(*sys.modules)"
+    )
+    loaded = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
+    assert not set(loaded) & (HEAVY | {"accelerate", "cv2", "matplotlib", "mlflow", "pandas"})

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from sfgrpo.checkpoint.state import FORMAT, require_format
+from sfgrpo.checkpoint.format import FORMAT, require_format
 from sfgrpo.runtime.files import atomic_directory, atomic_write, remove_directory
 from sfgrpo.runtime.manifest import MANIFEST, verify_manifest, write_manifest
 

@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sfgrpo.errors import ConfigError, IntegrityError
+from sfgrpo.checkpoint.format import FORMAT, require_format
+from sfgrpo.errors import IntegrityError
 from sfgrpo.runtime.files import atomic_directory, remove_directory
 from sfgrpo.runtime.manifest import verify_manifest, write_manifest
 
@@ -49,8 +50,6 @@ class TrainingState:
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints, below that of the run."""
-FORMAT = 1
-"""Version of the files of checkpoints and snapshots; raise it when an older reader would misread them."""
 FILES = ("adapter.safetensors", "state.safetensors", "state.json", "history.jsonl")
 
 
@@ -139,15 +138,6 @@ def latest_checkpoint(root: Path) -> Path | None:
     if errors:
         raise errors[0]
     return None
-
-
-def require_format(found: object, path: Path) -> None:
-    """Raise `ConfigError` unless a file says that it has the format that this version reads."""
-    if found != FORMAT:
-        raise ConfigError(
-            f"{path} has format {found or 'none'}, and this version of sfgrpo reads format {FORMAT} only; go on with "
-            "the version that wrote it, or move the run's folder away to start anew"
-        )
 
 
 def _to_files(state: TrainingState) -> dict[str, bytes]:

@@ -28,6 +28,7 @@ from sfgrpo.prompt_checks import check_prompts
 from sfgrpo.prompts import prompts_digest, read_prompt_file, read_prompts
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory
+from sfgrpo.runtime.imports import without_collection
 from sfgrpo.types import Prompt
 
 if TYPE_CHECKING:
@@ -47,11 +48,12 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
         ConfigError: The training, its prompts or its base model are absent or others than it names.
         AdapterError: The adapter is damaged, or changes nothing.
     """
-    from sfgrpo.evaluation.evaluate import evaluate_policy, protocol_of
-    from sfgrpo.rewards import build_reward, distinct_rewards
-    from sfgrpo.tracking.image_archive import add_images
-    from sfgrpo.tracking.sample_grid import pick_rows
-    from sfgrpo.training.published import read_published
+    with without_collection():
+        from sfgrpo.evaluation.evaluate import evaluate_policy, protocol_of
+        from sfgrpo.rewards import build_reward, distinct_rewards
+        from sfgrpo.tracking.image_archive import add_images
+        from sfgrpo.tracking.sample_grid import pick_rows
+        from sfgrpo.training.published import read_published
 
     check_devices(environment)
     check_pretrained(config.policy)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sfgrpo.config.addresses import sqlite_path
 from sfgrpo.errors import ConfigError, TrackingError
+from sfgrpo.runtime.imports import without_collection
 from sfgrpo.runtime.process import ProcessIdentity, this_process
 from sfgrpo.runtime.redaction import without_credentials, without_secrets
 from sfgrpo.tracking.delivery import first_line
@@ -36,7 +37,8 @@ def load_mlflow() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    import mlflow  # noqa: F401
+    with without_collection():
+        import mlflow  # noqa: F401
 
     for name in ("alembic", "mlflow.pyfunc", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -21,6 +21,7 @@ from sfgrpo.prompt_checks import check_prompts
 from sfgrpo.prompts import prompts_digest, read_prompt_file
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, write_json
+from sfgrpo.runtime.imports import without_collection
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.redaction import without_credentials
 from sfgrpo.runtime.shutdown import GracefulShutdown
@@ -79,9 +80,10 @@ def train_policy(
         ConfigError: `inputs` are of a run with other code or models, or the processes are not of one run.
         Preempted: the process was told to stop; calling this again goes on.
     """
-    from sfgrpo.evaluation.evaluator import Evaluator
-    from sfgrpo.evaluation.periodic import EvaluationPaths
-    from sfgrpo.training.trainer import Trainer, TrainerInputs
+    with without_collection():
+        from sfgrpo.evaluation.evaluator import Evaluator
+        from sfgrpo.evaluation.periodic import EvaluationPaths
+        from sfgrpo.training.trainer import Trainer, TrainerInputs
 
     with GracefulShutdown(environment.grace_s) as shutdown:
         check_devices(environment)

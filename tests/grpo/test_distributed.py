@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +24,9 @@ from sfgrpo.grpo.distributed import (
 from tests.support.comparing import distance
 from tests.support.paths import ROOT
 from tests.support.rank_program import CASES
+
+RUNS = ("1-none", "2-none", "4-none", "2-full")
+"""Number of processes and sharding."""
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
@@ -59,27 +61,20 @@ def test_parameters_without_a_gradient_count_as_zero():
     assert first.grad.tolist() == [1.0, 2.0] and second.grad is not None and not second.grad.any()
 
 
-def trained(folder: Path, num_processes: int, sharding: str = "none", cases: tuple[str, ...] = tuple(CASES)) -> Any:
-    """Runs all cases on so many processes; gives the record of each."""
-    folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Train all cases on 1, 2 and 4 processes, and on 2 with sharded weights; give the records of each."""
+    folder = tmp_path_factory.mktemp("ranks")
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "support" / "rank_program.py"), str(folder), sharding, *cases],
-        env=environment,
+        [sys.executable, str(ROOT / "tests" / "support" / "rank_program.py"), str(folder), *RUNS],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return {case: torch.load(folder / f"{case}.pt", weights_only=True) for case in cases}
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    return {number: trained(folder / str(number), number) for number in (1, 2, 4)}
+    return {run: {case: torch.load(folder / run / f"{case}.pt", weights_only=True) for case in CASES} for run in RUNS}
 
 
 def untimed(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +90,7 @@ def relative_difference(one: dict[str, Any], many: dict[str, Any]) -> float:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("number", [2, 4])
 def test_advantages_of_the_first_update_are_equal_bit_for_bit(records, case, number):
-    one, many = records[1][case], records[number][case]
+    one, many = records["1-none"][case], records[f"{number}-none"][case]
     assert torch.equal(one["advantages"][0], many["advantages"][0])
     assert torch.equal(one["constant"][0], many["constant"][0])
     assert one["advantages"][0].any()
@@ -105,7 +100,7 @@ def test_advantages_of_the_first_update_are_equal_bit_for_bit(records, case, num
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("number", [2, 4])
 def test_weights_metrics_and_evaluations_are_equal_but_for_rounding(records, case, number):
-    one, many = records[1][case], records[number][case]
+    one, many = records["1-none"][case], records[f"{number}-none"][case]
     same = [torch.equal(ours, theirs) for ours, theirs in zip(one["advantages"], many["advantages"], strict=True)]
     apart = relative_difference(one, many)
     print(f"| {case} | 1 and {number} | {', '.join(map(str, same))} | {apart:.1e} |")
@@ -120,20 +115,20 @@ def test_weights_metrics_and_evaluations_are_equal_but_for_rounding(records, cas
 @pytest.mark.parametrize("number", [2, 4])
 def test_first_evaluation_and_its_grid_do_not_depend_on_the_number_of_processes(records, number):
     for case in CASES:
-        one, many = records[1][case]["evaluations"][0], records[number][case]["evaluations"][0]
-        assert untimed(one["metrics"]) == untimed(many["metrics"])
+        one, many = records["1-none"][case], records[f"{number}-none"][case]
+        assert untimed(one["evaluations"][0]["metrics"]) == untimed(many["evaluations"][0]["metrics"])
         for name in ("thumbnails", "scores"):
-            assert torch.equal(records[1][case][name], records[number][case][name])
+            assert torch.equal(one[name], many[name])
 
 
 @pytest.mark.distributed
 def test_some_groups_were_constant_so_that_processes_had_different_work(records):
-    assert any(0 < float(constant.float().mean()) < 1 for constant in records[1]["stepwise"]["constant"])
+    assert any(0 < float(constant.float().mean()) < 1 for constant in records["1-none"]["stepwise"]["constant"])
 
 
 @pytest.mark.distributed
-def test_sharded_weights_train_the_same_adapter(records, tmp_path):
-    sharded = trained(tmp_path / "sharded", 2, sharding="full")
+def test_sharded_weights_train_the_same_adapter(records):
+    whole, sharded = records["2-none"], records["2-full"]
     for case in CASES:
-        assert torch.equal(sharded[case]["advantages"][0], records[2][case]["advantages"][0])
-        assert relative_difference(records[2][case], sharded[case]) < 1e-3
+        assert torch.equal(sharded[case]["advantages"][0], whole[case]["advantages"][0])
+        assert relative_difference(whole[case], sharded[case]) < 1e-3

@@ -1,10 +1,12 @@
-"""One rank of a distributed test: train the tiny policy and save what it saw.
+"""Distributed trainings of the tiny policy, which save what they saw: `rank_program.py FOLDER NUMBER-SHARDING...`.
 
-Started by torch's launcher as `rank_program.py FOLDER SHARDING CASE...`; every case is a training of its own.
+Each of the arguments is a run of so many ranks, into a folder of this name, and trains every case. The ranks are forks
+of this process, since each would take seconds to import torch and diffusers.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.multiprocessing import start_processes
 
 import sfgrpo.training.collector
 from sfgrpo.evaluation.evaluate import evaluate_policy, protocol_of
@@ -22,6 +25,7 @@ from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.base import SilentTracker
 from sfgrpo.training.trainer import Trainer, TrainerInputs
 from tests.support.recording import RecordingTracker
+from tests.support.stores import free_port
 from tests.support.tiny import Light, make_tiny_policy
 from tests.support.trainings import EVALUATION, GROUP_SIZE, TRAINING, Half, make_evaluator, small_config
 
@@ -101,11 +105,24 @@ def train(folder: Path, case: str, sharding: str, accelerator: Accelerator) -> N
         torch.save(record, folder / f"{case}.pt")
 
 
-if __name__ == "__main__":
+def run_rank(rank: int, folder: Path, number: int, sharding: str, port: int) -> None:
+    """Train every case as one of the ranks."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == number
     assert agree("the same", accelerator)
-    assert agree(str(accelerator.process_index), accelerator) == (accelerator.num_processes == 1)
-    for case in sys.argv[3:]:
-        train(Path(sys.argv[1]), case, sys.argv[2], accelerator)
+    assert agree(str(accelerator.process_index), accelerator) == (number == 1)
+    for case in CASES:
+        train(folder, case, sharding, accelerator)
     accelerator.end_training()
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        number, sharding = name.split("-")
+        folder = Path(sys.argv[1]) / name
+        folder.mkdir()
+        arguments = (folder, int(number), sharding, free_port())
+        start_processes(run_rank, arguments, nprocs=int(number), start_method="fork")
