@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfgrpo.errors import ConfigError, RegistryError
-from sfgrpo.registry.package import Package, verified_copy
+from sfgrpo.registry.package import Package, require_its_adapter, verified_copy
 from sfgrpo.registry.versions import Version
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def smoke_test(version: Version, scratch: Path) -> None:
     READY versions of MLflow may lack their files.
     """
     with verified_copy(version, scratch) as package:
+        require_its_adapter(package)
         try:
             (image,) = draw(package, [SMOKE_PROMPT], num_inference_steps=2)
         except Exception as error:

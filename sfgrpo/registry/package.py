@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from sfgrpo.errors import IntegrityError, RegistryError
-from sfgrpo.registry.contents import ForeignContentError, read_model_file
+from sfgrpo.registry.contents import ADAPTER_FILE, ForeignContentError, read_model_file
 from sfgrpo.registry.versions import Version
 from sfgrpo.runtime.files import temporary_directory
 from sfgrpo.runtime.manifest import MANIFEST, sha256_of_file, verify_manifest
 
 MANIFEST_TAG = "manifest_sha256"
 """Tag of a version: SHA-256 of its manifest, which holds those of all its files."""
+ADAPTER_TAG = "adapter_sha256"
+"""Tag of a version, and setting in its MLmodel: SHA-256 of its adapter's file."""
 RESOLVED_BY_MLFLOW = "registered_model_meta"
 """File that MLflow adds to a version at download."""
 BYTECODE = "__pycache__"
@@ -111,3 +113,18 @@ def verified_package(version: Version, folder: Path, expected: str) -> Package:
         pretrained=str(files.get("pipeline", flavor["config"]["pretrained"])),
         settings=flavor["config"],
     )
+
+
+def require_its_adapter(package: Package) -> None:
+    """Raise `RegistryError` unless a version holds the adapter by whose digest it is found and judged."""
+    version, file = package.version, package.adapter / ADAPTER_FILE
+    found = sha256_of_file(file) if file.is_file() else "none"
+    for place, named in (
+        (f"its tag {ADAPTER_TAG}", version.tags.get(ADAPTER_TAG, found)),
+        ("its MLmodel", package.settings.get(ADAPTER_TAG)),
+    ):
+        if named != found:
+            raise RegistryError(
+                f"{version.address} holds another adapter than {place} says: expected sha256 {named}, found {found}; "
+                f"{CURE}"
+            )

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from sfgrpo.config.schema import RegistryConfig
 from sfgrpo.errors import RegistryError
 from sfgrpo.registry.contents import SERVING, SHIPPED_SERVING, ForeignContentError, read_model_file
-from sfgrpo.registry.package import Package, verified_package
+from sfgrpo.registry.package import Package, require_its_adapter, verified_package
 from sfgrpo.registry.register import SERVING_FILE, TrainedAdapter, register_version
 from sfgrpo.registry.versions import Version
 from sfgrpo.runtime.manifest import sha256_of_file, write_manifest
@@ -189,6 +189,18 @@ def test_foreign_code_is_refused_though_manifest_and_tag_are_of_it(version):
         verify(version)
 
 
+@pytest.mark.parametrize("place", ["tag", "MLmodel", "neither, for it is gone"])
+def test_version_that_holds_another_adapter_than_it_says_is_refused(version, place):
+    tags = {"adapter_sha256": "0" * 64} if place == "tag" else {}
+    if place == "MLmodel":
+        in_model_file(config__adapter_sha256="1" * 64)(version)
+    elif place != "tag":
+        (version / "artifacts/adapter/pytorch_lora_weights.safetensors").unlink()
+    found, manifest = Version(model="m", number=1, tags=tags), write_manifest(version)
+    with pytest.raises(RegistryError, match=r"models:/m/1 holds another adapter than its (tag adapter_sha256|MLmodel)"):
+        require_its_adapter(verified_package(found, version, sha256_of_file(manifest)))
+
+
 def test_version_as_it_is_registered_is_accepted(version):
     package = verify(version)
     assert package.adapter == version / "artifacts/adapter"
@@ -226,7 +238,7 @@ def test_base_model_that_no_version_may_hold_is_refused_before_anything_is_regis
     assert not connect(f"sqlite:///{tmp_path / 'mlflow.db'}").search_registered_models()
 
 
-MODULES = sorted(path for folder in ("sfgrpo", "tasks", "flows", "infra") for path in (ROOT / folder).rglob("*.py"))
+MODULES = sorted(path for folder in ("sfgrpo", "tasks", "flows") for path in (ROOT / folder).rglob("*.py"))
 ONLY_IN = {
     "load_model": "sfgrpo/registry/drawing.py",
     "download_artifacts": "sfgrpo/registry/package.py",
