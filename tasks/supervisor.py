@@ -215,6 +215,9 @@ def _living_descendants() -> list[psutil.Process]:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    # At once, so that a signal that follows closely does not interrupt the ending of the processes.
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
