@@ -9,6 +9,7 @@ from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
+from sfgrpo.config.stages import PromoteStage, PromptsStage
 from tasks.program import flow_as_program
 from tasks.promotion import apply, decide, show_decision
 from tasks.stages import prompts, refuse_inside_stage
@@ -60,5 +61,5 @@ def approved(decision: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    with flow_as_program():
+    with flow_as_program((PromptsStage, PromoteStage)):
         print(f"\n{promote()['report']}")

@@ -9,6 +9,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.variables import Variable
 from pydantic import Field
 
+from sfgrpo.config.stages import EvaluateStage, PromptsStage, RegisterStage, TrainStage
 from sfgrpo.errors import ConfigError
 from sfgrpo.paths import EVALUATE_REPORT
 from tasks.evaluations import background_evaluations
@@ -101,7 +102,7 @@ def report(version: dict[str, Any], branch: str | None = None) -> str:
 
 def main() -> None:
     """Run the flow and print the outcome."""
-    with flow_as_program():
+    with flow_as_program((PromptsStage, TrainStage, EvaluateStage, RegisterStage)):
         version = train_policy(promote=False)
     print(f"\n{report(version)}\n")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from ruamel.yaml import YAML
 
 from sfgrpo.config.batching import BatchArithmetic
-from sfgrpo.config.stages import STAGES, LaunchStage, TrainStage, load_config, to_flat_dict
+from sfgrpo.config.stages import STAGES, LaunchStage, Stage, TrainStage, load_config, to_flat_dict
 from sfgrpo.errors import ConfigError
 from sfgrpo.paths import PARAMS
 
@@ -79,11 +79,12 @@ def _set(parameters: Any, name: str, value: Any) -> None:
     place[last] = value
 
 
-def check_parameters(path: Path) -> dict[str, Any]:
-    """Load the parameters of every stage and check the batch arithmetic; return the values by dotted name."""
-    flat = {name: value for stage in STAGES for name, value in to_flat_dict(load_config(stage, path)).items()}
-    launch = load_config(LaunchStage, path).launch
-    BatchArithmetic(config=load_config(TrainStage, path), num_processes=launch.world_size)
+def check_parameters(path: Path, stages: Sequence[type[Stage]] = STAGES) -> dict[str, Any]:
+    """Load the parameters of the stages, and check the batch arithmetic of a training; return the values by name."""
+    flat = {name: value for stage in stages for name, value in to_flat_dict(load_config(stage, path)).items()}
+    if TrainStage in stages:
+        launch = load_config(LaunchStage, path).launch
+        BatchArithmetic(config=load_config(TrainStage, path), num_processes=launch.world_size)
     return flat
 
 

@@ -8,9 +8,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sfgrpo.config.stages import Stage
 from sfgrpo.errors import ConfigError, ExitStatus, Preempted
 from sfgrpo.paths import PARAMS
 from sfgrpo.preflight.checkout import find_checkout
@@ -30,8 +31,8 @@ LEAVING_S = 4.0
 
 
 @contextlib.contextmanager
-def flow_as_program() -> Iterator[None]:
-    """Let the block run a flow as a program.
+def flow_as_program(stages: Sequence[type[Stage]] = ()) -> Iterator[None]:
+    """Let the block run a flow, which runs these stages, as a program.
 
     A failed stage or a wrong configuration is a message and exit status 1. SIGTERM, SIGHUP and SIGINT stop the stages,
     which have their grace to save their state. Then the program ends with `ExitStatus.RESUMABLE`, and its last line
@@ -39,7 +40,7 @@ def flow_as_program() -> Iterator[None]:
     """
     try:
         find_checkout(Path.cwd())
-        check_parameters(Path(PARAMS))
+        check_parameters(Path(PARAMS), stages)
         with _FlowShutdown(read_environment().grace_s + GRACE_MARGIN_S + LEAVING_S) as shutdown:
             # What is registered last runs first, so this follows what Prefect has to report and to say at the end.
             atexit.register(shutdown.end_if_leaving)

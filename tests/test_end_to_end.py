@@ -183,9 +183,9 @@ class Started:
 
 @pytest.mark.distributed
 def test_cancelled_flow_leaves_no_rank_and_a_preempted_rank_costs_no_retry(line, tmp_path, prefect_server):
-    shutil.copytree(
-        line.clone.folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".prefect", ".scratch")
-    )
+    # A copied store would still name the artifacts of the original, and is refused.
+    ignored = shutil.ignore_patterns(".prefect", ".scratch", "mlflow.db*", "mlartifacts")
+    shutil.copytree(line.clone.folder, tmp_path, dirs_exist_ok=True, ignore=ignored)
     clone = Clone(folder=tmp_path)
     write_params(tmp_path, {**SMALL, "update.num_updates": 12, "evaluation.every_num_updates": 12})
     params = json.loads((tmp_path / "params.yaml").read_text()) | {"launch": {"num_processes": 2, "max_restarts": 0}}

@@ -450,11 +450,18 @@ def test_unknown_reward_is_a_wrong_parameter(folder, tracker, capsys):
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
-@pytest.mark.parametrize("name", ["models/absent", "models", "absent"])
-def test_absent_base_model_is_a_wrong_parameter(folder, tracker, capsys, stage, name):
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("models/absent", "is no folder with a model_index.json; `git checkout` restores"),
+        ("absent", "is no folder with a model_index.json; `git checkout` restores"),
+        ("models", "is a folder without model_index.json or config.json"),
+    ],
+)
+def test_absent_base_model_is_a_wrong_parameter(folder, tracker, capsys, stage, name, problem):
     write_params(folder, {**TINY, "policy.pretrained": name})
     assert main([stage]) == 2
-    assert_error(capsys, f"policy.pretrained: {name} is no folder with a model_index.json; `git checkout` restores")
+    assert_error(capsys, f"policy.pretrained: {name} {problem}")
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
