@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ import torch
 from jaxtyping import install_import_hook
 
 from tests.support.s3 import BUCKET, S3Server
+
+# A background job of a script ignores these, and so would every process that a test starts and stops.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # What is imported stays: looking through it again and again takes a seventh of the time of all imports.
 gc.disable()
