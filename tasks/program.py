@@ -21,7 +21,7 @@ from sfgrpo.runtime.redaction import without_secrets
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from tasks import supervisor
 from tasks.overrides import check_parameters
-from tasks.server import start_temporary_server
+from tasks.server import temporary_server
 from tasks.stages import StageError, unfinished_stages
 
 STARTED_BY = "STARTED_BY"
@@ -45,8 +45,8 @@ def flow_as_program(stages: Sequence[type[Stage]] = ()) -> Iterator[None]:
             # What is registered last runs first, so this follows what Prefect has to report and to say at the end.
             atexit.register(shutdown.end_if_leaving)
             try:
-                start_temporary_server(lambda: not shutdown.stop_requested)
-                yield
+                with temporary_server(lambda: not shutdown.stop_requested):
+                    yield
             except BaseException as error:
                 if not shutdown.stop_requested:
                     raise

@@ -1,16 +1,18 @@
 """The temporary Prefect server of a flow that runs as a program, where no server is configured.
 
 Prefect would start one itself, in the process group of the flow: Ctrl-C would end it first, and the flow would wait for
-minutes for a server that is gone.
+minutes for a server that is gone. It would also answer everybody on this machine, and every page in its browsers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sfgrpo.runtime.process import die_with_parent
@@ -18,14 +20,16 @@ from sfgrpo.runtime.process import die_with_parent
 CODE = Path(__file__).parents[1]
 
 
-def start_temporary_server(waits_for_end: Callable[[], bool]) -> None:
-    """Start the server that Prefect will use, unless it is to use another one.
+@contextlib.contextmanager
+def temporary_server(waits_for_end: Callable[[], bool]) -> Iterator[None]:
+    """Start the server that Prefect will use in the block, unless it is to use another one.
 
-    At the end of the process it is told to stop, and awaited if `waits_for_end` says so.
+    The server knows one login, which this process alone has, and takes no request of a web page. At the end of the
+    process it is told to stop, and awaited if `waits_for_end` says so.
     """
+    from prefect import settings
     from prefect.client.base import ServerType, determine_server_type
     from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import get_current_settings
 
     class ShelteredServer(SubprocessASGIServer):
         """A server that no signal to the flow's terminal or process group reaches, and that dies with the flow.
@@ -35,12 +39,12 @@ def start_temporary_server(waits_for_end: Callable[[], bool]) -> None:
         """
 
         def _run_uvicorn_command(self) -> subprocess.Popen[bytes]:
-            settings = get_current_settings().to_environment_variables(exclude_unset=True)
+            variables = settings.get_current_settings().to_environment_variables(exclude_unset=True)
             server = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
             path = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
             return subprocess.Popen(
                 [sys.executable, "-m", "tasks.server", str(os.getpid()), str(self.port)],
-                env={**os.environ, **server, **settings, "PYTHONPATH": path},
+                env={**os.environ, **server, **variables, "PYTHONPATH": path},
                 start_new_session=True,
             )
 
@@ -50,8 +54,19 @@ def start_temporary_server(waits_for_end: Callable[[], bool]) -> None:
             else:
                 self.server_process.terminate()
 
-    if determine_server_type() == ServerType.EPHEMERAL:
+    if determine_server_type() != ServerType.EPHEMERAL:
+        yield
+        return
+    login = f"flow:{secrets.token_urlsafe(32)}"
+    closed = {
+        settings.PREFECT_API_AUTH_STRING: login,
+        settings.PREFECT_SERVER_API_AUTH_STRING: login,
+        settings.PREFECT_SERVER_CSRF_PROTECTION_ENABLED: True,
+        settings.PREFECT_SERVER_CORS_ALLOWED_ORIGINS: "http://127.0.0.1",
+    }
+    with settings.temporary_settings(closed):
         ShelteredServer().start()
+        yield
 
 
 def main(parent_pid: int, port: int) -> None:
