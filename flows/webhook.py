@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -232,6 +233,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(without_secrets(f"error: {error}"), file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # To be stopped is how a server ends: uvicorn closes what is open, then raises the signal again.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     make_server(make_app(secret, start_promotion), chosen.host, chosen.port).run()
     return 0
 

@@ -665,7 +665,7 @@ def test_missing_prompts_are_reported(registry, tmp_path, monkeypatch, capsys):
 def test_prompts_that_do_not_count_once_are_refused_before_a_model_draws(
     registry, tmp_path, monkeypatch, capsys, training, evaluation, complaint
 ):
-    registry.register("twice")
+    registry.register("repeated")
     shutil.copy(registry.folder / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     space = all_prompts()["single_object"]
@@ -673,7 +673,7 @@ def test_prompts_that_do_not_count_once_are_refused_before_a_model_draws(
         if chosen:
             write_prompts(Path(f"data/prompts/{name}.jsonl"), [space[index] for index in chosen])
     monkeypatch.setattr(compare, "load_policy", lambda *_: pytest.fail("the model is loaded"))
-    assert main(["promote", "--model", "twice"]) == 2
+    assert main(["promote", "--model", "repeated"]) == 2
     assert complaint in capsys.readouterr().err
 
 

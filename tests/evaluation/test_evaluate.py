@@ -105,10 +105,10 @@ def test_only_the_images_of_the_prompts_that_are_shown_are_kept_in_their_order(p
     assert np.array_equal(some, np.concatenate([whole[4:], whole[:2]]))
 
 
-def test_somebody_may_look_in_between_batches(policy):
+def test_somebody_may_look_in_after_every_pass_and_every_batch(policy):
     visits = []
     evaluated(policy, Scripted([1] * 6), on_pass=lambda: visits.append(1))
-    assert len(visits) == 2
+    assert len(visits) == 2 * (PROTOCOL.num_steps + 1)
 
 
 def test_images_are_those_of_the_plain_pipeline(policy):

@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,8 +61,15 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    made = open_folder(tmp_path / "s")
+def short_path() -> Iterator[Path]:
+    """A folder for stacks: that of a test may be too deep for a socket."""
+    with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def folder(short_path: Path) -> Folder:
+    made = open_folder(short_path / "s")
     make_folder(made)
     return made
 
@@ -172,13 +180,13 @@ def test_what_was_switched_off_is_told_at_every_start_and_status(
 
 
 def test_root_is_refused_unless_it_is_allowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    short_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("STACK_DIR", str(tmp_path / "s"))
+    monkeypatch.setenv("STACK_DIR", str(short_path / "s"))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert main(["up"]) == 2
     assert "error: root would run the stack, and a flow run could do everything" in capsys.readouterr().err
-    assert not (tmp_path / "s").exists()
+    assert not (short_path / "s").exists()
     require_ordinary_user(Settings.model_validate({"STACK_ALLOW_ROOT": "true"}))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     require_ordinary_user(Settings())
@@ -208,17 +216,17 @@ def test_a_taken_port_is_named_with_its_variable(host: str) -> None:
 
 
 def test_a_taken_port_keeps_everything_from_being_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    short_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True):
         monkeypatch.setenv(name, str(port))
-    monkeypatch.setenv("STACK_DIR", str(tmp_path / "s"))
+    monkeypatch.setenv("STACK_DIR", str(short_path / "s"))
     monkeypatch.setenv("STACK_ALLOW_ROOT", "true")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setenv("STACK_PREFECT_PORT", str(taken.getsockname()[1]))
         assert main(["up"]) == 2
     assert "choose another by STACK_PREFECT_PORT" in capsys.readouterr().err
-    assert not (tmp_path / "s").exists()
+    assert not (short_path / "s").exists()
 
 
 def test_every_port_has_a_setting() -> None:
@@ -239,8 +247,8 @@ def test_others_see_nothing_in_the_folder(folder: Folder) -> None:
     assert [mode(path) for path in (folder.private, folder.logs, folder.temporary)] == [0o700] * 3
 
 
-def test_a_folder_that_was_open_is_closed(tmp_path: Path) -> None:
-    folder = open_folder(tmp_path)
+def test_a_folder_that_was_open_is_closed(short_path: Path) -> None:
+    folder = open_folder(short_path)
     folder.logs.mkdir(mode=0o777)
     folder.logs.chmod(0o777)
     make_folder(folder)
@@ -390,9 +398,9 @@ def test_prefect_and_mlflow_ask_for_a_login_unless_told_otherwise(
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> ServerOptions:
+def options(short_path: Path) -> ServerOptions:
     """What supervisord itself makes of the configuration, in a folder with an awkward name."""
-    folder = open_folder(tmp_path / "a folder")
+    folder = open_folder(short_path / "a folder")
     make_folder(folder)
     folder.configuration.write_text(configuration(folder, PROGRAMS.values()), encoding="utf-8")
     options = ServerOptions()
@@ -560,8 +568,8 @@ def marked(folder: Folder, program: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_orphans_are_those_of_the_folder_and_the_program(folder: Folder, tmp_path: Path) -> None:
-    other = open_folder(tmp_path / "other")
+def test_orphans_are_those_of_the_folder_and_the_program(folder: Folder, short_path: Path) -> None:
+    other = open_folder(short_path / "other")
     with marked(folder, "s3") as s3, marked(folder, "mlflow") as mlflow, marked(other, "s3") as foreign:
         try:
             assert {process.pid for process in processes(folder)} == {s3.pid, mlflow.pid}
@@ -587,15 +595,15 @@ def test_a_program_that_still_waits_is_not_the_program(folder: Folder) -> None:
 
 
 def test_a_stack_that_was_never_started_has_no_status(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    short_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("STACK_DIR", str(tmp_path))
+    monkeypatch.setenv("STACK_DIR", str(short_path))
     assert main(["status"]) == 1
     assert re.search(
         r"error: there is no stack in .*; start one by `make stack`, or set STACK_DIR", capsys.readouterr().err
     )
     assert main(["down"]) == 0
-    assert capsys.readouterr().out == f"no stack in {tmp_path}\n"
+    assert capsys.readouterr().out == f"no stack in {short_path}\n"
 
 
 def test_a_stack_that_does_not_run_says_so(

@@ -184,7 +184,6 @@ def test_bare_machine_takes_the_run_up_from_s3_by_its_name(undisturbed, tmp_path
     bare = tmp_path / "second"
     (bare / "data").mkdir(parents=True)
     shutil.copytree(folder / "pipeline", bare / "pipeline")
-    shutil.copy(folder / "mlflow.db", bare / "mlflow.db")
     # Another seed, which a run that is taken up by its name has to leave alone.
     params = json.loads((folder / "params.yaml").read_text()) | {"seed": 99}
     (bare / "params.yaml").write_text(json.dumps(params))
