@@ -23,6 +23,7 @@ from typing import NamedTuple, TextIO
 import psutil
 
 from sfgrpo.runtime.process import adopt_orphans, die_with_parent, end_processes, is_running, signal_all
+from sfgrpo.runtime.startup import SIGNALS
 
 MARK = "STAGE_SUPERVISOR"
 """Environment variable `<pid> <start time> <folder>` of every process below a supervisor."""
@@ -94,7 +95,8 @@ def _undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _ignore) for number in STOP_SIGNALS}
+    # All of them: a notice is repeated by any that is handled, where Prefect handles SIGTERM itself.
+    before = {number: signal.signal(number, _ignore) for number in SIGNALS}
     try:
         yield
     finally:
