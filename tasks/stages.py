@@ -114,11 +114,7 @@ def run_command(
             logger.info("%s", line)
             on_line(line)
 
-    try:
-        grace_s = read_environment().grace_s
-    except ConfigError as error:
-        raise StageError(stage, ExitStatus.WRONG_CONFIGURATION, str(error).splitlines()) from error
-    environment = _environment(variables or {})
+    grace_s, environment = _grace_of(stage), _environment(variables or {})
     _unfinished[stage] = ""
     while status := run_supervised(command, LOGS / f"{stage}.log", show, environment, grace_s=grace_s, stop=stop):
         status = _status_of_stage(status, lines)
@@ -133,6 +129,14 @@ def run_command(
         lines.clear()
         _unfinished[stage] = ""
     _unfinished.pop(stage, None)
+
+
+def _grace_of(stage: str) -> float:
+    """Return the seconds that a stage has to save its state."""
+    try:
+        return read_environment().grace_s
+    except ConfigError as error:
+        raise StageError(stage, ExitStatus.WRONG_CONFIGURATION, str(error).splitlines()) from error
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:

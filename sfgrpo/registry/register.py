@@ -99,30 +99,13 @@ def register_version(
 
     digest = read_effective_adapter(adapter.folder).sha256
     client = connect_globally(uri)
-    import mlflow
-
     name = registry.model_name
     version = _find_version(client, name, digest, adapter.provenance)
     created = version is None
     if version is None:
         experiment_id = find_or_create_experiment(client, uri, experiment)
-        run_id = _parent_run(client, experiment_id, adapter.run_id, digest)
         settings = dataclasses.asdict(serving) | {"adapter_file": WEIGHTS_NAME, "adapter_sha256": digest}
-        with temporary_directory(scratch, "package") as folder:
-            package = _save_package(folder / "model", adapter.folder, settings)
-            model_id = _log_model(client, experiment_id, run_id, name, package)
-            manifest_digest = sha256_of_file(package / MANIFEST)
-        final = {f"final/{key}": value for key, value in adapter.metrics.items()}
-        mlflow.log_metrics(final, run_id=run_id, model_id=model_id)
-        tags = {
-            **adapter.provenance,
-            **{key: f"{value:.4f}" for key, value in adapter.metrics.items()},
-            "adapter_sha256": digest,
-            MANIFEST_TAG: manifest_digest,
-            "parent_run_id": adapter.run_id or run_id,
-        }
-        registered = mlflow.register_model(f"models:/{model_id}", name, await_registration_for=None, tags=tags)
-        version = int(registered.version), run_id
+        version = _create_version(client, experiment_id, name, adapter, settings, scratch)
     number, parent_run_id = version
     for key in {BRANCH_TAG, COMMIT_TAG} & adapter.provenance.keys():
         client.set_tag(parent_run_id, key, adapter.provenance[key])
@@ -150,6 +133,36 @@ def _find_version(
     conditions = [f"name = '{name}'", *(f"tags.{key} = '{value}'" for key, value in tags.items())]
     found = client.search_model_versions(" and ".join(conditions))
     return max(((int(version.version), str(version.run_id)) for version in found), default=None)
+
+
+def _create_version(
+    client: MlflowClient,
+    experiment_id: str,
+    name: str,
+    adapter: TrainedAdapter,
+    settings: dict[str, Any],
+    scratch: Path,
+) -> tuple[int, str]:
+    """Upload the package of an adapter and make a version of it; return its number and the run that it belongs to."""
+    import mlflow
+
+    digest = settings["adapter_sha256"]
+    run_id = _parent_run(client, experiment_id, adapter.run_id, digest)
+    with temporary_directory(scratch, "package") as folder:
+        package = _save_package(folder / "model", adapter.folder, settings)
+        model_id = _log_model(client, experiment_id, run_id, name, package)
+        manifest_digest = sha256_of_file(package / MANIFEST)
+    final = {f"final/{key}": value for key, value in adapter.metrics.items()}
+    mlflow.log_metrics(final, run_id=run_id, model_id=model_id)
+    tags = {
+        **adapter.provenance,
+        **{key: f"{value:.4f}" for key, value in adapter.metrics.items()},
+        "adapter_sha256": digest,
+        MANIFEST_TAG: manifest_digest,
+        "parent_run_id": adapter.run_id or run_id,
+    }
+    registered = mlflow.register_model(f"models:/{model_id}", name, await_registration_for=None, tags=tags)
+    return int(registered.version), run_id
 
 
 def _parent_run(client: MlflowClient, experiment_id: str, run_id: str | None, digest: str) -> str:

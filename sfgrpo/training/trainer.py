@@ -45,7 +45,7 @@ class TrainerInputs:
     """The run's folder, with all that a resumed run needs, and the store of evaluations."""
     tracker: Tracker
     shutdown: GracefulShutdown
-    """Says when the run has to stop."""
+    """Its `stop_requested` ends the run at the next pass of the model."""
     on_checkpoint: Callable[[], None] = lambda: None
     """Called by the main process after every checkpoint."""
 
