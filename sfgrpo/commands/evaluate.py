@@ -66,7 +66,8 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
     _check_prompts(policy_config, (build_reward("geneval_correct"), *rewards))
     use_threads(environment)
     policy = make_policy(policy_config, config.seed, environment)
-    protocol, shown = protocol_of(config.evaluation), pick_rows(prompts)
+    protocol = protocol_of(config.evaluation)
+    shown = pick_rows(prompts, seed=protocol.seed)
     with atomic_directory(EVALUATE_REPORT) as partial:
         with tarfile.open(partial / "images.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
 
@@ -136,7 +137,6 @@ def _write_report(
     report = {"base": before, "policy": after, "gain": {"geneval/overall": gain}, EVALUATED: identity.to_dict()}
     (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    images = {name: evaluation.images for name, evaluation in models.items()}
-    correct = {name: evaluation.correct for name, evaluation in models.items()}
-    sample_grid(prompts, images, correct, shown).save(folder / "samples.png")
+    samples = {name: evaluation.samples for name, evaluation in models.items()}
+    sample_grid(prompts, samples, shown).save(folder / "samples.png")
     return f"{table}\n\nGenEval overall {gain:+.3f}"

@@ -19,6 +19,7 @@ from sfgrpo.grpo.noise import gaussian_noise
 from sfgrpo.grpo.rollout import roll_out
 from sfgrpo.policies.base import Policy
 from sfgrpo.rewards import Reward, build_reward, checked_rewards
+from sfgrpo.tracking.sample_grid import Samples
 from sfgrpo.types import Conditioning, Prompt, SamplerName
 
 if TYPE_CHECKING:
@@ -63,12 +64,19 @@ class Evaluation:
 
     images: NDArray[np.uint8]
     """Images of the prompts that are shown, [shown * G, H, W, 3], those of a prompt next to each other."""
+    seen: Sequence[int | None]
+    """Of `Reward.seen`, for each of `images`."""
     thumbnails_PGHWC: NDArray[np.uint8]
     """All images, shrunk to thumbnails."""
     correct: NDArray[np.bool_]  # [P, G]
     table: GenEvalTable
     rewards_PG: Mapping[str, NDArray[np.floating[Any]]]
     """Score of every image, by the name of the reward."""
+
+    @property
+    def samples(self) -> Samples:
+        """What a grid shows of the model."""
+        return Samples(images=self.images, correct=self.correct, seen=self.seen)
 
     @property
     def rewards(self) -> Mapping[str, float]:
@@ -136,14 +144,16 @@ def evaluate_policy(
         prompts: Positions 0..P.
         rewards: Scores to report beside GenEval's.
         protocol: How to sample.
-        is_correct: Returns 1 for a correct image and 0 for any other; by default GenEval's own verdict.
+        is_correct: Returns 1 for a correct image and 0 for any other, and counts what is shown; by default GenEval's
+            own verdict.
         shown: Positions of the prompts whose images are kept.
         accelerator: The processes of the run; by default this one alone.
         on_pass: Called by each process after each pass of the policy and each batch, by all of them equally often.
         on_images: Gets the images of every batch, [n, H, W, 3], with the number of the first: image g of prompt p has
             number p * G + g, and those of a process come in ascending order.
     """
-    judges = (is_correct or build_reward("geneval_correct"), *rewards)
+    verdict = is_correct or build_reward("geneval_correct")
+    judges = (verdict, *rewards)
     scores_NJ, images, small_NHWC = _score_images(
         policy, prompts, judges, protocol, shown, accelerator, on_pass, on_images
     )
@@ -151,6 +161,7 @@ def evaluate_policy(
     correct, *rewards_JPG = (scores_N.reshape(shape) for scores_N in scores_NJ.numpy().T)
     return Evaluation(
         images=images.numpy(),
+        seen=verdict.seen(images.numpy(), [prompts[row] for row in shown for _ in range(protocol.images_per_prompt)]),
         thumbnails_PGHWC=small_NHWC.numpy().reshape(*shape, *small_NHWC.shape[1:]),
         correct=correct == 1.0,
         table=summarise([prompt.tag for prompt in prompts], correct == 1.0),

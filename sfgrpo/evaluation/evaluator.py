@@ -54,7 +54,7 @@ class Evaluator:
         on_pass: Callable[[], None] = lambda: None,
     ) -> None:
         """Evaluate the policy as it is; the main process puts the result into the store."""
-        shown = pick_rows(self.prompts)
+        shown = pick_rows(self.prompts, seed=self.protocol.seed)
         clock = PhaseClock(
             policy.device, {"evaluation": ("evaluation.micro_batch_size", self.protocol.micro_batch_size)}
         )
@@ -74,5 +74,5 @@ class Evaluator:
                 noisy = mean_rewards(policy, self.prompts, self.rewards, self.training_protocol, accelerator, on_pass)
         if accelerator is None or accelerator.is_main_process:
             metrics = evaluation.to_dict() | {f"evaluation_noisy/{name}": value for name, value in noisy.items()}
-            grid = sample_grid(self.prompts, {"policy": evaluation.images}, {"policy": evaluation.correct}, shown)
+            grid = sample_grid(self.prompts, {"policy": evaluation.samples}, shown)
             keep_evaluation(store, key, evaluation, metrics | clock.metrics(), grid)

@@ -33,6 +33,11 @@ def filter_detections(detections: Iterable[Detection], tag: Tag) -> dict[str, li
     }
 
 
+def count_seen(prompt: Prompt, detections: Iterable[Detection]) -> int:
+    """Return how many objects of the first clause's class count, `MAX_OBJECTS` at most; extra ones included."""
+    return len(filter_detections(detections, prompt.tag).get(prompt.include[0].class_name, ()))
+
+
 def is_correct(prompt: Prompt, detections: Iterable[Detection]) -> bool:
     """Judge as GenEval's evaluate_images.py: at least the objects asked for, and none of the excluded counts.
 

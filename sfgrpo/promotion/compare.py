@@ -80,9 +80,8 @@ def compare_versions(
         record = _record(config, setup, run_id, evaluations[CANDIDATE], identities[CANDIDATE])
         tables = {name: evaluation.table for name, evaluation in evaluations.items()}
         report = promotion_report(config, decision, comparison, tables)
-        images = {name: evaluation.images for name, evaluation in evaluations.items()}
-        correct = {name: evaluation.correct for name, evaluation in evaluations.items()}
-        write_decision(decision, report, sample_grid(setup.prompts, images, correct, setup.shown))
+        samples = {name: evaluation.samples for name, evaluation in evaluations.items()}
+        write_decision(decision, report, sample_grid(setup.prompts, samples, setup.shown))
         _log(tracker, config, decision, record, report)
         tracker.log_text(to_lines(setup.prompts), PROMPTS)
     tag_version(client, decision, record)
@@ -126,7 +125,7 @@ def _read_setup(config: PromoteStage) -> EvaluationSetup:
         protocol=dataclasses.replace(protocol_of(config.evaluation), seed=config.promotion.seed),
         rewards=make_rewards(config.reward, config.promotion.held_out),
         reward_configs=(config.reward, config.promotion.held_out),
-        shown=pick_rows(prompts),
+        shown=pick_rows(prompts, seed=config.promotion.seed),
     )
 
 

@@ -33,6 +33,13 @@ class Reward(abc.ABC):
         """
         return
 
+    def seen(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[int | None]:
+        """Return for RGB images [N, H, W, 3] how many objects of the class that a counting prompt asks for they show.
+
+        None for prompts of other tasks and, by default, for all of them: only what detects objects can count them.
+        """
+        return [None] * len(images)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfgrpo.geneval.relations import relations_between
+from sfgrpo.geneval.scorer import count_seen
 from sfgrpo.rewards.base import Reward, Vocabulary
 from sfgrpo.types import Clause, Detection, Prompt
 
@@ -67,6 +68,13 @@ class GenEvalReward(Reward):
     def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> Tensor:
         scores = [self._score(*pair) for pair in zip(prompts, self._detector(images), strict=True)]
         return torch.tensor(scores, dtype=torch.float32)
+
+    def seen(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[int | None]:
+        counted = [index for index, prompt in enumerate(prompts) if prompt.tag == "counting"]
+        numbers: list[int | None] = [None] * len(prompts)
+        for index, found in zip(counted, self._detector(images[counted]) if counted else (), strict=True):
+            numbers[index] = count_seen(prompts[index], found)
+        return numbers
 
 
 def _of(clause: Clause, detections: Sequence[Detection]) -> list[Detection]:

@@ -65,7 +65,7 @@ def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None
         tracker.log_params(to_flat_dict(config))
         tracker.set_tags({"study.preset": plan.preset, "study.row": row, "study.seed": str(seed)})
         policy = make_policy(config.policy, config.seed, environment)
-        samples: dict[str, Any] = {"texts": [asked[index].text for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK)]}
+        samples: dict[str, Any] = {"texts": [prompt.text for prompt in _shown(asked, config)]}
         samples |= _samples(policy, asked, config, "before")
         inputs = TrainerInputs(
             prompts=prompts,
@@ -106,9 +106,13 @@ def parent_run(plan: Plan, environment: Environment) -> MlflowTracker:
     return tracker
 
 
+def _shown(asked: Sequence[Prompt], config: TrainStage) -> list[Prompt]:
+    return [asked[row] for row in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK, seed=config.evaluation.seed)]
+
+
 def _samples(policy: Policy, asked: Sequence[Prompt], config: TrainStage, name: str) -> dict[str, Any]:
     """Draw G images of a few prompts, [P * G, H, W, 3], and return with them which are correct by GenEval, [P, G]."""
-    prompts = [asked[index] for index in pick_rows(asked, SAMPLE_PROMPTS_PER_TASK) for _ in range(SAMPLES_PER_PROMPT)]
+    prompts = [prompt for prompt in _shown(asked, config) for _ in range(SAMPLES_PER_PROMPT)]
     protocol = dataclasses.replace(protocol_of(config.evaluation), images_per_prompt=SAMPLES_PER_PROMPT)
     images = draw_images(policy, policy.encode([prompt.text for prompt in prompts]), protocol)
     verdicts = checked_rewards(build_reward("geneval_correct"), images, prompts).numpy()

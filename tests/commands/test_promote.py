@@ -149,6 +149,7 @@ def evaluation(
         thumbnails += np.arange(num_images, dtype=np.uint8).reshape(-1, 1, 1, 1) * 100
     return Evaluation(
         images=np.zeros((len(setup.shown) * num_images, 4, 4, 3), dtype=np.uint8),
+        seen=[None] * (len(setup.shown) * num_images),
         thumbnails_PGHWC=thumbnails,
         correct=verdicts,
         table=summarise(tags, verdicts),

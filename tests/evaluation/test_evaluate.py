@@ -105,6 +105,17 @@ def test_only_the_images_of_the_prompts_that_are_shown_are_kept_in_their_order(p
     assert np.array_equal(some, np.concatenate([whole[4:], whole[:2]]))
 
 
+def test_objects_are_counted_in_the_images_that_are_shown(policy):
+    class Counting(Scripted):
+        def seen(self, images, prompts):
+            return [int(image[0, 0, 0]) + prompts.index(prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+    evaluation = evaluated(policy, Counting([1] * 6), shown=[2, 0])
+    asked = [PROMPTS[row] for row in (2, 2, 0, 0)]
+    assert evaluation.seen == Counting([]).seen(evaluation.images, asked)
+    assert evaluation.samples.seen is evaluation.seen and evaluation.samples.images is evaluation.images
+
+
 def test_somebody_may_look_in_after_every_pass_and_every_batch(policy):
     visits = []
     evaluated(policy, Scripted([1] * 6), on_pass=lambda: visits.append(1))

@@ -249,3 +249,23 @@ def test_a_reward_without_a_model_takes_none(option):
 def test_former_name_of_a_reward_is_refused_with_the_new_one():
     with pytest.raises(ValueError, match="reward 'geneval_strict' is now called 'geneval_correct'; write that instead"):
         build_reward("geneval_strict")
+
+
+def test_detector_counts_the_objects_of_counting_prompts_alone():
+    found = [[seen("dog", 0.95), seen("dog", 0.91), seen("dog", 0.85), seen("cat", 0.99)], [], []]
+    called = []
+
+    def detector(images):
+        called.append(len(images))
+        return found[: len(images)]
+
+    verdict = GenEvalReward("geneval_correct", is_correct, detector, PETS)
+    prompts = [single_object("dog"), counting("dog", 2), counting("cat", 3)]
+    assert verdict.seen(np.zeros((3, 32, 32, 3), np.uint8), prompts) == [None, 2, 0]
+    assert called == [2]
+    assert verdict.seen(np.zeros((1, 32, 32, 3), np.uint8), prompts[:1]) == [None]
+    assert called == [2], "nothing to count, nothing to detect"
+
+
+def test_reward_without_a_detector_counts_nothing():
+    assert LikenessReward().seen(BLANK, [counting("circle", 2)] * len(BLANK)) == [None] * len(BLANK)
