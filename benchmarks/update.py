@@ -201,13 +201,13 @@ def build_bench(environment: Environment) -> Bench:
     device = torch.device(device_of(environment))
     if device.type == "cpu":
         config = load_config(TrainStage, CPU_PARAMS)
-        pool, _ = make_prompts(load_config(PromptsStage, CPU_PARAMS))
+        pool = make_prompts(load_config(PromptsStage, CPU_PARAMS)).training
         policy = make_policy(config.policy, 0, environment)
         reward: Reward = make_reward(config.reward)
         rollout = config.rollout
     else:
         config = load_config(TrainStage, GPU_PARAMS)
-        pool, _ = make_prompts(load_config(PromptsStage, GPU_PARAMS))
+        pool = make_prompts(load_config(PromptsStage, GPU_PARAMS)).training
         dtype = DTYPES[config.policy.dtype]
         policy = SD3Policy(
             build_sd35_medium(device, dtype),

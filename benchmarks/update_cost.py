@@ -224,7 +224,7 @@ def main() -> None:
     path, environment = Path("experiments/shapes") / f"{parser.parse_args().row}.yaml", read_environment()
     config = load_config(TrainStage, path)
     use_threads(environment)
-    pool, _ = make_prompts(load_config(PromptsStage, path))
+    pool = make_prompts(load_config(PromptsStage, path)).training
     prompts = [pool[index] for index in range(config.rollout.prompts_per_update)]
     bench = Bench(
         config=config,

@@ -22,7 +22,7 @@ NUM_EXAMPLES = 10
 def refresh_prompts(
     edition: Edition | None = None, num_examples: Annotated[int, Field(ge=0, le=100)] = NUM_EXAMPLES
 ) -> int:
-    """Make an edition of the training prompts the current one; return its number. Evaluation prompts stay.
+    """Make an edition of the training prompts the current one; return its number. The others stay.
 
     Args:
         edition: The edition to draw; empty takes the one after the current one.
@@ -46,8 +46,11 @@ def refresh_prompts(
 
 def report(edition: int, branch: str, sets: PromptSets, num_examples: int) -> str:
     """Return the edition as Markdown: counts by task, and examples."""
-    lines = [f"Edition {edition}, on branch {branch}.", "", "| Task | Training | Different | Evaluation |"]
-    lines.append("|---|---:|---:|---:|")
-    lines += [f"| {count.tag} | {count.training} | {count.unique} | {count.evaluation} |" for count in sets.counts]
+    lines = [f"Edition {edition}, on branch {branch}.", "", "| Task | Training | Different | Validation | Evaluation |"]
+    lines.append("|---|---:|---:|---:|---:|")
+    lines += [
+        f"| {count.tag} | {count.training} | {count.unique} | {count.validation} | {count.evaluation} |"
+        for count in sets.counts
+    ]
     lines += ["", "Examples:", "", *(f"- {text}" for text in sets.training_texts[:num_examples])]
     return "\n".join(lines)

@@ -273,7 +273,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "train": Command("train the adapter, or resume an interrupted training", _train, _add_train_arguments),
     "evaluate": Command(
-        "compare base model and trained policy on GenEval", _stage(stages.EvaluateStage, "evaluate:evaluate")
+        "compare base model, last and best adapter on GenEval", _stage(stages.EvaluateStage, "evaluate:evaluate")
     ),
     "evaluate-snapshot": Command(
         "evaluate a snapshot of a training, finished or not", _evaluate_snapshot, _add_snapshot_arguments

@@ -7,6 +7,7 @@ from pathlib import Path
 PARAMS = "params.yaml"
 PROMPTS = Path("data/prompts")
 TRAINING_PROMPTS = PROMPTS / "train.jsonl"
+VALIDATION_PROMPTS = PROMPTS / "validation.jsonl"
 EVALUATION_PROMPTS = PROMPTS / "evaluation.jsonl"
 POLICY = Path("models/policy")
 TRAIN_REPORT = Path("reports/train")

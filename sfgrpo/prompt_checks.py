@@ -23,6 +23,7 @@ def check_prompts(
     evaluation: PromptFile,
     judges: Sequence[Reward],
     *,
+    validation: PromptFile | None = None,
     training: PromptFile | None = None,
     rewards: Sequence[Reward] = (),
     encoders: Sequence[TextEncoder] = (),
@@ -30,11 +31,13 @@ def check_prompts(
     """Refuse prompts that cannot be drawn, judged or counted as they stand.
 
     Every prompt is read to its end by at least one text encoder, and known to the rewards that score it. What the
-    encoders read alike asks for the same. No evaluation prompt is there twice, and none is trained on.
+    encoders read alike asks for the same. No evaluation or validation prompt is there twice, none is trained on, and no
+    prompt is both.
 
     Args:
         evaluation: Prompts that are evaluated on.
-        judges: What scores them.
+        judges: What scores them, and the validation prompts.
+        validation: Prompts that select the best adapter of a training, if any.
         training: Prompts that are trained on, if any.
         rewards: What scores those.
         encoders: Text encoders of the base model; without any, texts are compared as they are written.
@@ -43,14 +46,20 @@ def check_prompts(
         ConfigError: one sentence with file and line.
     """
     asked = _Readings.of(evaluation, encoders)
+    selecting = None if validation is None else _Readings.of(validation, encoders)
     trained = None if training is None else _Readings.of(training, encoders)
-    for readings, scorers in ((trained, rewards), (asked, judges)):
+    for readings, scorers in ((trained, rewards), (selecting, judges), (asked, judges)):
         if readings is not None:
             _check_consistent(readings)
             _check_scored(readings.file, scorers)
-    _check_distinct(asked)
+    _check_distinct(asked, "evaluation")
+    if selecting is not None:
+        _check_distinct(selecting, "validation")
+        _check_disjoint(selecting, asked, "validation prompts are evaluated on")
     if trained is not None:
-        _check_disjoint(trained, asked)
+        _check_disjoint(trained, asked, "training prompts are evaluated on")
+    if trained is not None and selecting is not None:
+        _check_disjoint(trained, selecting, "training prompts are validation prompts")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +134,8 @@ def _check_scored(file: PromptFile, scorers: Sequence[Reward]) -> None:
                 scorer.check_prompt(prompt)
 
 
-def _check_distinct(asked: _Readings) -> None:
-    """Refuse evaluation prompts that are there twice: they would count as independent, and are not.
+def _check_distinct(asked: _Readings, kind: str) -> None:
+    """Refuse prompts that are there twice and judged: they would count as independent, and are not.
 
     Several wordings of a request may stand in one task, where the gates of a promotion count them as one.
     """
@@ -143,14 +152,14 @@ def _check_distinct(asked: _Readings) -> None:
     if repeats:
         index, earlier = repeats[0]
         raise ConfigError(
-            f"{asked.file.place(index)}: {len(repeats)} of {len(asked.texts)} evaluation prompts repeat an earlier "
+            f"{asked.file.place(index)}: {len(repeats)} of {len(asked.texts)} {kind} prompts repeat an earlier "
             f"one, the first {asked.quote(index)}, which is line {asked.file.lines[earlier]} once more, "
             f"{asked.quote(earlier)}; take them out, and raise evaluation.images_per_prompt for more images of each"
         )
 
 
-def _check_disjoint(trained: _Readings, asked: _Readings) -> None:
-    """Refuse training prompts that are evaluated on: by text, by tokens, or by what they ask for."""
+def _check_disjoint(trained: _Readings, asked: _Readings, what_they_are: str) -> None:
+    """Refuse prompts that are held out in another file: by text, by tokens, or by what they ask for."""
     held_out: dict[Hashable, int] = {}
     for index, keys in enumerate(zip(asked.texts, asked.tokens, asked.requests, strict=True)):
         for key in keys:
@@ -163,7 +172,7 @@ def _check_disjoint(trained: _Readings, asked: _Readings) -> None:
     if overlap:
         index, twin = overlap[0]
         raise ConfigError(
-            f"{trained.file.place(index)}: {len(overlap)} of {len(trained.texts)} training prompts are evaluated on, "
+            f"{trained.file.place(index)}: {len(overlap)} of {len(trained.texts)} {what_they_are}, "
             f"the first {trained.quote(index)}, which asks for the same as {asked.file.place(twin)}, "
             f"{asked.quote(twin)}; take them out of one of the two files"
         )

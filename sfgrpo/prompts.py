@@ -98,8 +98,19 @@ def prompts_of_update(prompts: Sized, update_index: int, prompts_per_update: int
     return [int(position) for position in np.concatenate(orders)[start : start + prompts_per_update]]
 
 
-def make_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
-    """Draw training prompts, and evaluation prompts that are never trained on."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSplit:
+    """Three sets of prompts, no two of which ask for the same."""
+
+    training: list[Prompt]
+    validation: list[Prompt]
+    """By which the best adapter of a training is chosen."""
+    evaluation: list[Prompt]
+    """On which the chosen adapter is reported and compared."""
+
+
+def make_prompts(config: PromptsStage) -> PromptSplit:
+    """Draw training, validation and evaluation prompts; the latter two depend on no edition."""
     return _shapes_prompts(config) if config.prompts.source == "shapes" else _geneval_prompts(config)
 
 
@@ -109,20 +120,26 @@ def _drawing_seed(config: PromptsStage) -> int | tuple[int, int]:
     return (config.seed, edition) if edition else config.seed
 
 
-def _shapes_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
-    from sfgrpo.shapes.prompt_sets import sample_training_prompts, split_prompts
+def _shapes_prompts(config: PromptsStage) -> PromptSplit:
+    from sfgrpo.shapes.prompt_sets import sample_training_prompts, split_prompts, split_validation
 
     with as_config_error("prompts.num_evaluation"):
-        training, evaluation = split_prompts(config.prompts.num_evaluation, config.seed)
+        others, evaluation = split_prompts(config.prompts.num_evaluation, config.seed)
+    with as_config_error("prompts.num_validation"):
+        training, validation = split_validation(others, config.prompts.num_validation, config.seed)
     with as_config_error("prompts.task_weights"):
         drawn = sample_training_prompts(
             training, config.prompts.task_weights, config.prompts.num_train, _drawing_seed(config)
         )
-    return drawn, [prompt for prompts in evaluation.values() for prompt in prompts]
+    return PromptSplit(
+        training=drawn,
+        validation=[prompt for prompts in validation.values() for prompt in prompts],
+        evaluation=[prompt for prompts in evaluation.values() for prompt in prompts],
+    )
 
 
-def _geneval_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
-    from sfgrpo.geneval.prompt_sets import training_prompts
+def _geneval_prompts(config: PromptsStage) -> PromptSplit:
+    from sfgrpo.geneval.prompt_sets import training_prompts, validation_prompts
 
     evaluation = read_prompts(GENEVAL / "evaluation_metadata.jsonl", RESTORE_GENEVAL)
     counts = dict(Counter(prompt.tag for prompt in evaluation))
@@ -134,12 +151,14 @@ def _geneval_prompts(config: PromptsStage) -> tuple[list[Prompt], list[Prompt]]:
     names = [line.strip() for _, line in read_lines(GENEVAL / "object_names.txt", RESTORE_GENEVAL)]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ConfigError(f"{GENEVAL / 'object_names.txt'}: its class names are not distinct; {RESTORE_GENEVAL}")
+    with as_config_error("prompts.num_validation"):
+        validation = validation_prompts(names, evaluation, num_prompts=config.prompts.num_validation, seed=config.seed)
     with as_config_error("prompts.task_weights"):
         training = training_prompts(
             names,
-            evaluation,
+            [*evaluation, *validation],
             num_prompts=config.prompts.num_train,
             weights=config.prompts.task_weights,
             seed=_drawing_seed(config),
         )
-    return training, evaluation
+    return PromptSplit(training=training, validation=validation, evaluation=evaluation)

@@ -91,7 +91,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
 
 def test_flow_ends_with_a_registered_version(line):
     assert f"\nmodel version 1 registered: {MODEL}@challenger\n" in line.output
-    assert "| trained policy |" in line.output
+    assert "| last adapter (update " in line.output and "| best adapter (update " in line.output
     assert "reports/evaluate/samples.png" in line.output
     assert (line.clone.folder / ".prefect/prefect.db").exists(), "without a server a flow starts its own"
 

@@ -49,13 +49,14 @@ def refused(match: str, *args, **kwargs) -> str:
 @pytest.mark.parametrize("params", ["params.yaml", "params/sd35_medium.yaml"])
 def test_shipped_sets_pass(params, clips, monkeypatch):
     monkeypatch.chdir(ROOT)
-    training, evaluation = make_prompts(load_config(PromptsStage, Path(params)))
+    split = make_prompts(load_config(PromptsStage, Path(params)))
     shapes = params == "params.yaml"
     judges = [build_reward(name) for name in ("geneval", "geneval_correct", "likeness")] if shapes else []
     check_prompts(
-        file_of(*evaluation),
+        file_of(*split.evaluation),
         judges,
-        training=file_of(*training),
+        validation=file_of(*split.validation),
+        training=file_of(*split.training),
         rewards=judges,
         encoders=clips if shapes else (),
     )
@@ -65,8 +66,14 @@ def test_shipped_sets_pass(params, clips, monkeypatch):
 def test_every_edition_and_seed_of_the_shapes_passes(edition, clips):
     config = load_config(PromptsStage, ROOT / "params.yaml")
     config = dataclasses.replace(config, seed=edition, prompts=dataclasses.replace(config.prompts, edition=edition))
-    training, evaluation = make_prompts(config)
-    check_prompts(file_of(*evaluation), (), training=file_of(*training), encoders=clips)
+    split = make_prompts(config)
+    check_prompts(
+        file_of(*split.evaluation),
+        (),
+        validation=file_of(*split.validation),
+        training=file_of(*split.training),
+        encoders=clips,
+    )
 
 
 LONG = "a photo of a purple ring and a yellow heart in snow"
@@ -233,6 +240,36 @@ def test_training_prompts_that_are_evaluated_on_are_refused(asked, trained):
     )
 
 
+@pytest.mark.parametrize("held_out_in", ["evaluation", "validation"])
+@pytest.mark.parametrize("twin", [two_object("ring", "heart"), two_object("heart", "ring")])
+def test_validation_prompts_share_nothing_with_the_other_files(held_out_in, twin):
+    asked, other = two_object("ring", "heart"), file_of(RING, name="evaluation.jsonl")
+    if held_out_in == "evaluation":
+        sets = {"evaluation": file_of(asked), "validation": file_of(HEART, twin, name="validation.jsonl")}
+        told = (
+            r"^validation.jsonl:3: 1 of 2 validation prompts are evaluated on, .* evaluation.jsonl:1, .*; take them out"
+        )
+    else:
+        sets = {
+            "evaluation": other,
+            "validation": file_of(asked, name="validation.jsonl"),
+            "training": file_of(HEART, twin, name="train.jsonl"),
+        }
+        told = (
+            r"^train.jsonl:3: 1 of 2 training prompts are validation prompts, .* validation.jsonl:1, .*; take them out"
+        )
+    refused(told, judges=(), **sets)
+
+
+def test_repeated_validation_prompts_are_refused():
+    refused(
+        r"^validation.jsonl:5: 1 of 3 validation prompts repeat an earlier one",
+        file_of(colors("ring", "red")),
+        (),
+        validation=file_of(RING, HEART, RING, name="validation.jsonl"),
+    )
+
+
 @pytest.mark.parametrize(
     ("asked", "trained"),
     [
@@ -269,11 +306,13 @@ def test_one_text_with_two_sets_of_rules_is_refused(clips, other):
     assert re.search(r"make their tag, include and exclude the same, or reword one of them$", told)
 
 
-@pytest.mark.parametrize("role", ["training", "evaluation"])
+@pytest.mark.parametrize("role", ["training", "validation", "evaluation"])
 def test_prompts_that_a_reward_cannot_score_are_refused_with_their_line(role):
     dog, judge = single_object("dog"), [build_reward("likeness")]
     if role == "training":
         sets = {"evaluation": file_of(RING), "judges": (), "training": file_of(HEART, dog), "rewards": judge}
+    elif role == "validation":
+        sets = {"evaluation": file_of(RING), "judges": judge, "validation": file_of(HEART, dog)}
     else:
         sets = {"evaluation": file_of(RING, dog), "judges": judge, "training": file_of(HEART, dog), "rewards": ()}
     told = refused('evaluation.jsonl:3: reward likeness knows no class "dog"; it knows circle, square', **sets)

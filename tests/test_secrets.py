@@ -36,6 +36,7 @@ NAMES = ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_
 START_TIMEOUT_S = 180.0
 SMALL: Mapping[str, Any] = {
     "prompts.num_train": 16,
+    "prompts.num_validation": dict.fromkeys(TAGS, 1),
     "prompts.num_evaluation": dict.fromkeys(TAGS, 1),
     "sampling.num_steps": 2,
     "rollout.prompts_per_update": 2,

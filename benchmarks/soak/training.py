@@ -50,7 +50,7 @@ def lay_out(folder: Path, num_updates: int) -> None:
     (folder / "models/shapes-base").symlink_to(ROOT / "models/shapes-base")
     params = {
         "extends": "../code/params.yaml",
-        "prompts": {"num_evaluation": dict.fromkeys(TAGS, 4)},
+        "prompts": {"num_validation": dict.fromkeys(TAGS, 2), "num_evaluation": dict.fromkeys(TAGS, 4)},
         "rollout": {"prompts_per_update": 4, "group_size": 8, "micro_batch_size": 8},
         "estimates": {"num_substeps": 1},
         "update": {"num_updates": num_updates, "micro_batch_size": 8},

@@ -13,7 +13,7 @@ from sfgrpo.config.loading import as_config_error
 from sfgrpo.config.schema import PolicyConfig, RewardConfig
 from sfgrpo.config.stages import STAGES, LaunchStage, PromoteStage, RegisterStage, StageType, TrainStage, load_config
 from sfgrpo.errors import ConfigError, SfgrpoError
-from sfgrpo.paths import EVALUATION_PROMPTS, POLICY, TRAINING_PROMPTS
+from sfgrpo.paths import EVALUATION_PROMPTS, POLICY, TRAINING_PROMPTS, VALIDATION_PROMPTS
 from sfgrpo.preflight.checkout import check_checkout, check_packages
 from sfgrpo.preflight.machine import check_folder, check_locks, check_memory, describe_device
 from sfgrpo.preflight.models import check_base_model, check_reward_model
@@ -128,20 +128,23 @@ def _check_memory(params: Path) -> str:
 
 
 def _check_prompts(params: Path) -> str:
-    """Check both prompt files, if they are there, by the tokenizers of a base model that is on this disk."""
+    """Check the prompt files, if they are there, by the tokenizers of a base model that is on this disk."""
     from sfgrpo.factory import make_text_encoders
     from sfgrpo.prompt_checks import check_prompts
     from sfgrpo.prompts import read_prompt_file
 
-    paths = (TRAINING_PROMPTS, EVALUATION_PROMPTS)
+    paths = (TRAINING_PROMPTS, VALIDATION_PROMPTS, EVALUATION_PROMPTS)
     if absent := [str(path) for path in paths if not path.exists()]:
         return f"{' and '.join(absent)} not written yet; `python -m sfgrpo prompts` does"
-    training, evaluation = map(read_prompt_file, paths)
+    training, validation, evaluation = map(read_prompt_file, paths)
     policy = _policy(params)
     is_here = Path(policy.pretrained).is_dir()
     encoders = make_text_encoders(policy.pretrained, policy.revision, policy.max_sequence_length) if is_here else ()
-    check_prompts(evaluation, (), training=training, encoders=encoders)
-    return f"{len(training.prompts)} for training, {len(evaluation.prompts)} for evaluation"
+    check_prompts(evaluation, (), validation=validation, training=training, encoders=encoders)
+    return (
+        f"{len(training.prompts)} for training, {len(validation.prompts)} for validation, "
+        f"{len(evaluation.prompts)} for evaluation"
+    )
 
 
 def _check_adapter() -> str:

@@ -1,7 +1,8 @@
-"""Compare the trained policy with the base model on GenEval."""
+"""Compare the best and the last adapter of a training with the base model on GenEval."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import tarfile
@@ -35,18 +36,27 @@ if TYPE_CHECKING:
     from sfgrpo.evaluation.evaluate import Evaluation
     from sfgrpo.policies.adapter import Adapter
     from sfgrpo.rewards import Reward
-    from sfgrpo.training.published import TrainingRecord
+    from sfgrpo.training.published import PublishedPolicy, TrainingRecord
 
 HELD_OUT = RewardConfig(name="likeness")
 """Reward that is reported beside the one that was trained on."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The evaluations of the three models."""
+
+    base: Evaluation
+    last: Evaluation
+    best: Evaluation
+
+
 def evaluate(config: EvaluateStage, environment: Environment) -> None:
-    """Evaluate base model and trained policy on the same prompts and noise; write table, metrics and images.
+    """Evaluate base model, last and best adapter on the same prompts and noise; write table, metrics and images.
 
     Raises:
         ConfigError: The training, its prompts or its base model are absent or others than it names.
-        AdapterError: The adapter is damaged, or changes nothing.
+        AdapterError: An adapter is damaged, or the best one changes nothing.
     """
     with without_collection():
         from sfgrpo.evaluation.evaluate import evaluate_policy, protocol_of
@@ -75,20 +85,25 @@ def evaluate(config: EvaluateStage, environment: Environment) -> None:
                 pack = functools.partial(add_images, tar, model, prompts, protocol.images_per_prompt)
                 return evaluate_policy(policy, prompts, rewards, protocol, shown=shown, on_images=pack)
 
+            def trained(model: str, adapter: Adapter) -> Evaluation:
+                policy.load_adapter(adapter.path.parent)
+                return evaluated(model)
+
             base = evaluated("base")
-            policy.load_adapter(POLICY / "adapter")
-            trained = evaluated("policy")
-        summary = _write_report(partial, prompts, shown, base, trained, identity)
+            last = None if published.last_is_best else trained("last", published.last)
+            best = trained("policy", published.adapter)
+        models = Models(base=base, last=last or best, best=best)
+        summary = _write_report(partial, prompts, shown, models, identity, published)
     print(f"{summary}; samples in {EVALUATE_REPORT / 'samples.png'}")
 
 
 def _read_prompts(record: TrainingRecord) -> list[Prompt]:
-    """Read the evaluation prompts; refuse others than the training's, on some of which it may have trained."""
+    """Read the evaluation prompts; refuse others than the training kept out, some of which it may have used."""
     prompts = read_prompts(EVALUATION_PROMPTS)
     if (found := prompts_digest(prompts)) != record.evaluation_prompts_sha256:
         raise MismatchError(
-            f"{EVALUATION_PROMPTS} has the digest {found}, and {POLICY} was selected by the prompts "
-            f"{record.evaluation_prompts_sha256} and may have been trained on others; train on these prompts by "
+            f"{EVALUATION_PROMPTS} has the digest {found}, and the training of {POLICY} kept out the prompts "
+            f"{record.evaluation_prompts_sha256} and may have used others; train again with these kept out by "
             "`python -m sfgrpo train`, or write those again by `python -m sfgrpo prompts`"
         )
     return prompts
@@ -121,22 +136,33 @@ def _write_report(
     folder: Path,
     prompts: Sequence[Prompt],
     shown: Sequence[int],
-    base: Evaluation,
-    trained: Evaluation,
+    models: Models,
     identity: EvaluationIdentity,
+    published: PublishedPolicy,
 ) -> str:
-    """Write metrics, table and sample grid of both models, and what they are of; return the table and the gain."""
+    """Write metrics and table of the three models, what they are of, and samples; return the table and the gain."""
     from sfgrpo.geneval.table import markdown_table
     from sfgrpo.tracking.sample_grid import sample_grid
 
-    models = {"base model": base, "trained policy": trained}
-    table = markdown_table({name: evaluation.table for name, evaluation in models.items()})
+    record = published.record
+    rows = {
+        "base model": models.base,
+        f"last adapter (update {record.num_updates})": models.last,
+        f"best adapter (update {record.update})": models.best,
+    }
+    table = markdown_table({name: evaluation.table for name, evaluation in rows.items()})
+    if published.last_is_best:
+        table += "\nThe last adapter is the best one, and was drawn once.\n"
     table += f"\n{identity.sentence()}"
-    before, after = base.to_dict(), trained.to_dict()
-    gain = after["geneval/overall"] - before["geneval/overall"]
-    report = {"base": before, "policy": after, "gain": {"geneval/overall": gain}, EVALUATED: identity.to_dict()}
+    metrics = {"base": models.base.to_dict(), "last": models.last.to_dict(), "policy": models.best.to_dict()}
+    gain = metrics["policy"]["geneval/overall"] - metrics["base"]["geneval/overall"]
+    adapters = {
+        "last": {"update": record.num_updates, "sha256": record.last_adapter_sha256},
+        "policy": {"update": record.update, "sha256": record.adapter_sha256},
+    }
+    report = metrics | {"gain": {"geneval/overall": gain}, "adapters": adapters, EVALUATED: identity.to_dict()}
     (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    samples = {name: evaluation.samples for name, evaluation in models.items()}
+    samples = {"base model": models.base.samples, "best adapter": models.best.samples}
     sample_grid(prompts, samples, shown).save(folder / "samples.png")
-    return f"{table}\n\nGenEval overall {gain:+.3f}"
+    return f"{table}\n\nGenEval overall {gain:+.3f} by the best adapter"

@@ -9,7 +9,7 @@ from sfgrpo.config.stages import TrainStage, load_config
 from sfgrpo.errors import ConfigError, SfgrpoError
 from sfgrpo.evaluation.store import EVALUATIONS, claimed_evaluation, read_metrics
 from sfgrpo.factory import check_pretrained, make_policy, make_reward, use_threads
-from sfgrpo.paths import EVALUATION_PROMPTS, PARAMS
+from sfgrpo.paths import PARAMS, VALIDATION_PROMPTS
 from sfgrpo.preflight.devices import device_of
 from sfgrpo.prompts import read_prompts
 from sfgrpo.runtime.environment import Environment
@@ -44,7 +44,7 @@ def _snapshot_of(folder: Path, update: int) -> Snapshot:
 
 def _evaluate(folder: Path, snapshot: Snapshot, store: Path, environment: Environment) -> None:
     config = load_config(TrainStage, folder / INPUTS / PARAMS)
-    prompts = read_prompts(folder / INPUTS / EVALUATION_PROMPTS.name)
+    prompts = read_prompts(folder / INPUTS / VALIDATION_PROMPTS.name)
     adapter = read_snapshot(folder, snapshot.update)
     kind = device_of(environment).partition(":")[0]
     if evaluation_key(evaluation_fingerprint(config, prompts, kind), adapter) != snapshot.key:

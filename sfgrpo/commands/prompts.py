@@ -1,4 +1,4 @@
-"""Write the training and evaluation prompts."""
+"""Write the training, validation and evaluation prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sfgrpo.config.stages import PromptsStage
 from sfgrpo.errors import ConfigError
-from sfgrpo.paths import EVALUATION_PROMPTS, PROMPTS, TRAINING_PROMPTS
+from sfgrpo.paths import EVALUATION_PROMPTS, PROMPTS, TRAINING_PROMPTS, VALIDATION_PROMPTS
 from sfgrpo.prompt_checks import check_prompts
 from sfgrpo.prompts import PromptFile, make_prompts, to_lines
 from sfgrpo.runtime.environment import Environment
@@ -18,21 +18,33 @@ from sfgrpo.types import Prompt
 
 
 def prompts(config: PromptsStage, _: Environment) -> None:
-    """Write the training and the evaluation prompts, with a manifest by which the next call knows what is its own.
+    """Write training, validation and evaluation prompts, with a manifest by which the next call knows what is its own.
 
     Raises:
         ConfigError: the folder holds what a person has written or edited.
     """
-    training, evaluation = make_prompts(config)
-    check_prompts(_file(EVALUATION_PROMPTS, evaluation), (), training=_file(TRAINING_PROMPTS, training))
-    wanted = {TRAINING_PROMPTS.name: to_lines(training), EVALUATION_PROMPTS.name: to_lines(evaluation)}
+    split = make_prompts(config)
+    check_prompts(
+        _file(EVALUATION_PROMPTS, split.evaluation),
+        (),
+        validation=_file(VALIDATION_PROMPTS, split.validation),
+        training=_file(TRAINING_PROMPTS, split.training),
+    )
+    wanted = {
+        TRAINING_PROMPTS.name: to_lines(split.training),
+        VALIDATION_PROMPTS.name: to_lines(split.validation),
+        EVALUATION_PROMPTS.name: to_lines(split.evaluation),
+    }
     require_own(PROMPTS, wanted)
     with atomic_directory(PROMPTS) as partial:
         for name, text in wanted.items():
             (partial / name).write_text(text, encoding="utf-8")
         write_manifest(partial)
-    unique = len({prompt.text for prompt in training})
-    print(f"{len(training)} training prompts ({unique} unique) and {len(evaluation)} evaluation prompts in {PROMPTS}")
+    unique = len({prompt.text for prompt in split.training})
+    print(
+        f"{len(split.training)} training prompts ({unique} unique), {len(split.validation)} validation prompts and "
+        f"{len(split.evaluation)} evaluation prompts in {PROMPTS}"
+    )
 
 
 def _file(path: Path, prompts: Sequence[Prompt]) -> PromptFile:

@@ -48,7 +48,11 @@ def register(config: RegisterStage, environment: Environment) -> None:
     base = base_of(policy)
     _require_report_of(identity, published, base, config)
     code = code_tags(Path.cwd()) | flow_tags(environment, Path.cwd())
-    trained = {"prompts_sha256": record.training_prompts_sha256, "run_key": record.run_key}
+    trained = {
+        "prompts_sha256": record.training_prompts_sha256,
+        "validation_prompts_sha256": record.validation_prompts_sha256,
+        "run_key": record.run_key,
+    }
     version = register_version(
         uri=environment.tracking_uri,
         scratch=environment.scratch_dir,

@@ -58,7 +58,7 @@ def section(cls: type[Section]) -> type[Section]:
 
 @section
 class PromptsConfig:
-    """Which prompts are trained on and which are kept for evaluation."""
+    """Which prompts are trained on, which select the best adapter, and which are kept for the table."""
 
     source: Literal["shapes", "geneval"]
     """World that the prompts describe."""
@@ -66,10 +66,12 @@ class PromptsConfig:
     """Training prompts."""
     task_weights: TaskWeights
     """Relative frequency of each GenEval task among the training prompts."""
+    num_validation: TaskCounts
+    """Validation prompts of each task, which select the best adapter; none of them is trained or evaluated on."""
     num_evaluation: TaskCounts
-    """Evaluation prompts of each task; none of them is trained on."""
+    """Evaluation prompts of each task, for table and promotion; none of them is trained on or selects an adapter."""
     edition: Edition = 0
-    """Number of the random draw of training prompts; evaluation prompts are the same in every edition."""
+    """Number of the random draw of training prompts; the other prompts are the same in every edition."""
 
 
 @section
@@ -223,7 +225,7 @@ class EvaluationConfig:
     guidance_scale: GuidanceScale = 1.0
     """Classifier-free guidance weight; 1 disables it."""
     images_per_prompt: ImageCount
-    """Images of each evaluation prompt."""
+    """Images of each prompt."""
     seed: Seed
     """Seed of the start noise; the same for every policy that is compared."""
     micro_batch_size: ImageCount

@@ -80,7 +80,7 @@ class TrainStage:
 
 @section
 class EvaluateStage:
-    """Parameters of `evaluate`, which compares the trained policy with the base model."""
+    """Parameters of `evaluate`, which compares best and last adapter with the base model."""
 
     seed: Seed
     policy: schema.PolicyConfig

@@ -20,6 +20,9 @@ COUNTS = (2, 3, 4)
 COLORLESS_CLASS = "person"
 """The one class that no prompt gives a colour."""
 
+VALIDATION_STREAM = 2**31
+"""Second number of the seed of validation prompts; that of training prompts is an edition, which is always smaller."""
+
 PromptSpace = tuple[Callable[[Any], Prompt], Sequence[Any]]
 """A function that makes a prompt, and all arguments that it can take."""
 
@@ -57,6 +60,39 @@ def training_prompts(
     """
     spaces = prompt_spaces(class_names, COLORS)
     return sample_prompts(spaces, set(map(twin_key, held_out)), num_prompts=num_prompts, weights=weights, seed=seed)
+
+
+def validation_prompts(
+    class_names: Sequence[str], held_out: Iterable[Prompt], *, num_prompts: Mapping[Tag, int], seed: int
+) -> list[Prompt]:
+    """Draw validation prompts by the grammar of the training prompts, task by task, without replacement.
+
+    Each asks for something of its own, which no prompt of `held_out` asks for.
+
+    Raises:
+        ValueError: more prompts of a task are requested than are left of it.
+    """
+    generator = np.random.default_rng((seed, VALIDATION_STREAM))
+    taken = set(map(twin_key, held_out))
+    drawn: list[Prompt] = []
+    for tag, (make, candidates) in prompt_spaces(class_names, COLORS).items():
+        shuffled = (make(candidates[index]) for index in generator.permutation(len(candidates)))
+        of_task = list(islice(_new_requests(shuffled, taken), num_prompts[tag]))
+        if len(of_task) < num_prompts[tag]:
+            raise ValueError(
+                f"task {tag} has {len(of_task)} prompts that are not evaluated on, fewer than the {num_prompts[tag]} "
+                "for validation; lower it"
+            )
+        drawn += of_task
+    return drawn
+
+
+def _new_requests(prompts: Iterable[Prompt], taken: set[Hashable]) -> Iterator[Prompt]:
+    """Yield the prompts that ask for nothing that is taken, and take what they ask for."""
+    for prompt in prompts:
+        if (key := twin_key(prompt)) not in taken:
+            taken.add(key)
+            yield prompt
 
 
 def sample_prompts(
@@ -102,8 +138,8 @@ def _endless_draws(
                 yield prompt
         if not left:
             raise ValueError(
-                f"all prompts of task {tag} are held out for evaluation; set its training weight to 0 or evaluate on "
-                "fewer"
+                f"all prompts of task {tag} are held out for evaluation or validation; set its training weight to 0, "
+                "or hold out fewer"
             )
 
 

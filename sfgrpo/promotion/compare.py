@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 from sfgrpo.config.stages import PromoteStage
 from sfgrpo.errors import MismatchError
 from sfgrpo.factory import make_text_encoders, use_threads
-from sfgrpo.paths import EVALUATION_PROMPTS, PROMOTION_DECISION, PROMOTION_REPORT, PROMOTION_TEXT, TRAINING_PROMPTS
+from sfgrpo.paths import (
+    EVALUATION_PROMPTS,
+    PROMOTION_DECISION,
+    PROMOTION_REPORT,
+    PROMOTION_TEXT,
+    TRAINING_PROMPTS,
+    VALIDATION_PROMPTS,
+)
 from sfgrpo.promotion.decision import DECISION_TAG, PROMPTS, Baseline, EvaluationRecord, PromotionDecision, tag_version
 from sfgrpo.promotion.diversity import diversity
 from sfgrpo.promotion.evaluation import (
@@ -130,15 +137,15 @@ def _read_setup(config: PromoteStage) -> EvaluationSetup:
 
 
 def _require_prompts_of(candidate: Version, setup: EvaluationSetup) -> None:
-    """Refuse other prompts than those by which a candidate was selected: it may have been trained on some of them.
+    """Refuse other prompts than those kept out of a candidate's training: it may have been trained on some of them.
 
     Versions of earlier releases do not name theirs.
     """
     found = prompts_digest(setup.prompts)
     if (named := candidate.tags.get("evaluation_prompts_sha256", found)) != found:
         raise MismatchError(
-            f"{EVALUATION_PROMPTS} has the digest {found}, and {candidate.address} was selected by the prompts {named} "
-            "and may have been trained on others; write those by `python -m sfgrpo prompts` with its parameters"
+            f"{EVALUATION_PROMPTS} has the digest {found}, and the training of {candidate.address} kept out the "
+            f"prompts {named} and may have used others; write those by `python -m sfgrpo prompts` with its parameters"
         )
 
 
@@ -173,17 +180,19 @@ def _evaluate_both(
 
 
 def _check_prompts(setup: EvaluationSetup, *packages: Package) -> None:
-    """Refuse prompts that a version cannot read, that cannot be judged or counted, or that are trained on here."""
+    """Refuse prompts that a version cannot read, that cannot be judged or counted, or that a training uses here."""
     from sfgrpo.rewards import build_reward
 
     judges = (build_reward("geneval_correct"), *setup.rewards)
     evaluation = read_prompt_file(EVALUATION_PROMPTS)
-    training = read_prompt_file(TRAINING_PROMPTS) if TRAINING_PROMPTS.exists() else None
+    training, validation = (
+        read_prompt_file(path) if path.exists() else None for path in (TRAINING_PROMPTS, VALIDATION_PROMPTS)
+    )
     for package in packages:
         encoders = make_text_encoders(
             package.pretrained, package.settings["revision"], package.settings["max_sequence_length"]
         )
-        check_prompts(evaluation, judges, training=training, encoders=encoders)
+        check_prompts(evaluation, judges, validation=validation, training=training, encoders=encoders)
 
 
 def _scores(evaluation: Evaluation, setup: EvaluationSetup) -> ModelScores:

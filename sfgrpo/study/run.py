@@ -48,8 +48,10 @@ def train_run(plan: Plan, row: str, seed: int, environment: Environment) -> None
     accelerator, reward = make_accelerator(config, environment), make_reward(config.reward)
     check_pretrained(config.policy)
     use_threads(environment)
-    prompts, asked = make_prompts(prompts_stage)
-    key = run_key(run_fingerprint(config, prompts, asked))
+    split = make_prompts(prompts_stage)
+    # Nothing is selected in a study, so its curves may be drawn on the evaluation prompts.
+    prompts, asked = split.training, split.evaluation
+    key = run_key(run_fingerprint(config, [prompts, asked]))
     folder = environment.scratch_dir / f"study-{key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     tracker = MlflowTracker(

@@ -7,11 +7,13 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from sfgrpo.config.stages import flatten
 
 RunStatus: TypeAlias = Literal["FINISHED", "FAILED", "KILLED"]
+PromptUse: TypeAlias = Literal["training", "validation", "evaluation"]
+PROMPT_USES: tuple[PromptUse, ...] = get_args(PromptUse)
 
 
 class Tracker(abc.ABC):
@@ -53,7 +55,7 @@ class Tracker(abc.ABC):
         """Log a text, such as a Markdown table, as the file `name`, replacing an earlier one."""
 
     @abc.abstractmethod
-    def log_prompts(self, path: Path, name: str, context: Literal["training", "evaluation"]) -> None:
+    def log_prompts(self, path: Path, name: str, context: PromptUse) -> None:
         """Log a prompt file as an input data set, identified by its digest."""
 
     @abc.abstractmethod
@@ -79,7 +81,7 @@ class SilentTracker(Tracker):
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
     def log_image(self, path: Path, key: str, step: int) -> None: ...
     def log_text(self, text: str, name: str) -> None: ...
-    def log_prompts(self, path: Path, name: str, context: Literal["training", "evaluation"]) -> None: ...
+    def log_prompts(self, path: Path, name: str, context: PromptUse) -> None: ...
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
     def finish(self, status: RunStatus) -> None: ...
 

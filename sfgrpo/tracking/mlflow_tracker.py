@@ -10,13 +10,13 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sfgrpo.errors import ConfigError, TrackingError
 from sfgrpo.runtime.lines import read_lines
 from sfgrpo.runtime.manifest import sha256_of_file
 from sfgrpo.runtime.redaction import without_credentials
-from sfgrpo.tracking.base import RunStatus, Tracker, param_texts
+from sfgrpo.tracking.base import PromptUse, RunStatus, Tracker, param_texts
 from sfgrpo.tracking.delivery import DeliveryQueue, first_line
 from sfgrpo.tracking.mlflow_client import is_outage, load_mlflow
 from sfgrpo.tracking.mlflow_run import MlflowRun
@@ -103,7 +103,7 @@ class MlflowTracker(Tracker):
     def log_text(self, text: str, name: str) -> None:
         self._put(functools.partial(self._run.log_text, text, name))
 
-    def log_prompts(self, path: Path, name: str, context: Literal["training", "evaluation"]) -> None:
+    def log_prompts(self, path: Path, name: str, context: PromptUse) -> None:
         fields = {
             "name": name,
             "digest": sha256_of_file(path)[:16],

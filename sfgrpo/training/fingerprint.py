@@ -12,7 +12,7 @@ from typing import Self
 from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.errors import ConfigError
 from sfgrpo.factory import base_of
-from sfgrpo.paths import EVALUATION_PROMPTS, PROMPTS, RUN_PREFIX, TRAINING_PROMPTS
+from sfgrpo.paths import EVALUATION_PROMPTS, PROMPTS, RUN_PREFIX, TRAINING_PROMPTS, VALIDATION_PROMPTS
 from sfgrpo.prompts import prompts_digest, read_prompts
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.manifest import sha256_of_file
@@ -53,8 +53,12 @@ class Run:
     """Digests of parameters, prompts, models and code; a run that goes on from another one has that one's name too."""
     folder: Path
     prompt_files: Sequence[Path]
+    """Of the prompts below, in their order."""
     prompts: Sequence[Prompt]
+    validation_prompts: Sequence[Prompt]
+    """By which the best adapter is selected."""
     evaluation_prompts: Sequence[Prompt]
+    """Kept out of the training."""
     predecessor: Path | None = None
     """Folder of the run of other code from whose newest checkpoint this one starts."""
 
@@ -72,9 +76,12 @@ class Run:
     @classmethod
     def of(cls, config: TrainStage, environment: Environment, inputs: Path | None, *, accept_code_change: bool) -> Self:
         """Identify the run of a configuration, or the one with these inputs; raise `ConfigError` if it is another."""
-        files = [(inputs or PROMPTS) / path.name for path in (TRAINING_PROMPTS, EVALUATION_PROMPTS)]
-        prompts, evaluation_prompts = map(read_prompts, files)
-        fingerprint, folder, predecessor = run_fingerprint(config, prompts, evaluation_prompts), None, None
+        files = [(inputs or PROMPTS) / path.name for path in (TRAINING_PROMPTS, VALIDATION_PROMPTS, EVALUATION_PROMPTS)]
+        if inputs is not None and not files[1].exists():
+            # A run of an older version, which selected by the evaluation prompts.
+            raise _other_run_error(inputs, ["code", "prompts"])
+        prompts, validation_prompts, evaluation_prompts = prompt_sets = [read_prompts(file) for file in files]
+        fingerprint, folder, predecessor = run_fingerprint(config, prompt_sets), None, None
         if inputs is not None:
             # A run of an older version has recorded none.
             path = inputs / FINGERPRINT
@@ -93,15 +100,16 @@ class Run:
             folder=folder or environment.scratch_dir / f"{RUN_PREFIX}{run_key(fingerprint)[:16]}",
             prompt_files=files,
             prompts=prompts,
+            validation_prompts=validation_prompts,
             evaluation_prompts=evaluation_prompts,
             predecessor=predecessor,
         )
 
 
-def run_fingerprint(
-    config: TrainStage, prompts: Sequence[Prompt], evaluation_prompts: Sequence[Prompt]
-) -> dict[str, str]:
+def run_fingerprint(config: TrainStage, prompt_sets: Sequence[Sequence[Prompt]]) -> dict[str, str]:
     """Return the digests of all that shapes a training: parameters, prompts, models and code.
+
+    The evaluation prompts, which shape nothing, belong to them: what is published names them as kept out.
 
     Micro-batch sizes are left out. Like the number of processes they change nothing but rounding, and a run that ran
     out of memory must be able to go on with smaller ones.
@@ -109,7 +117,7 @@ def run_fingerprint(
     shaping = {name: value for name, value in to_flat_dict(config).items() if not name.endswith(".micro_batch_size")}
     return {
         "parameters": _digest([json.dumps(shaping, sort_keys=True)]),
-        "prompts": _digest([prompts_digest(prompts), prompts_digest(evaluation_prompts)]),
+        "prompts": _digest([prompts_digest(prompts) for prompts in prompt_sets]),
         "models": _models_digest(config),
         "code": _code_digest(),
     }
@@ -120,8 +128,8 @@ def run_key(fingerprint: Mapping[str, str]) -> str:
     return _digest([json.dumps(fingerprint, sort_keys=True)])
 
 
-def evaluation_fingerprint(config: TrainStage, evaluation_prompts: Sequence[Prompt], device: str) -> str:
-    """Digest all that shapes the evaluations of a training except the adapter, for one kind of device.
+def evaluation_fingerprint(config: TrainStage, prompts: Sequence[Prompt], device: str) -> str:
+    """Digest all that shapes the evaluations of a training on `prompts` except the adapter, for one kind of device.
 
     Trainings that differ in other things share their evaluations, such as that of the untrained adapter.
     """
@@ -132,7 +140,7 @@ def evaluation_fingerprint(config: TrainStage, evaluation_prompts: Sequence[Prom
         "sampling": dataclasses.asdict(config.sampling) if config.evaluation.training_sampler else None,
         "device": device,
     }
-    digests = prompts_digest(evaluation_prompts), _models_digest(config), _code_digest()
+    digests = prompts_digest(prompts), _models_digest(config), _code_digest()
     return _digest([json.dumps(shaping, sort_keys=True), *digests])
 
 

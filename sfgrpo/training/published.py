@@ -1,4 +1,4 @@
-"""What a training publishes: its adapter, and the record of what it was trained on."""
+"""What a training publishes: its best and its last adapter, and the record of what they were trained on."""
 
 from __future__ import annotations
 
@@ -11,36 +11,49 @@ from typing import Any
 from sfgrpo.errors import AdapterError, ConfigError, MismatchError
 from sfgrpo.policies.adapter import TRAIN_AGAIN, Adapter, Base, read_adapter, require_base
 
-ADAPTER, RECORD = "adapter", "training.json"
+ADAPTER, LAST_ADAPTER, RECORD = "adapter", "last_adapter", "training.json"
 """Names below the folder of a published policy."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRecord:
-    """A training and the adapter that it published."""
+    """A training and the adapters that it published."""
 
     update: int
-    """Updates that the adapter has seen: the best of all that were evaluated."""
+    """Updates that the best adapter has seen: the best of all that were evaluated on the validation prompts."""
     num_updates: int
+    """Updates of the training, which are those of the last adapter."""
     images: int
     run_key: str
     mlflow_run_id: str | None
     tracking_uri: str
     adapter_sha256: str
+    """Of the best adapter."""
+    last_adapter_sha256: str
     base: Base
     training_prompts_sha256: str
+    validation_prompts_sha256: str
+    """Prompts by which the best adapter was selected."""
     evaluation_prompts_sha256: str
-    """Prompts by which the adapter was selected."""
+    """Prompts that were kept out of the training and of the selection."""
     nothing_changed: str | None
     """Why, where the training has left the policy as it was."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedPolicy:
-    """A record, with the adapter that it is of."""
+    """A record, with the adapters that it is of."""
 
     record: TrainingRecord
     adapter: Adapter
+    """The best one, which is registered."""
+    last: Adapter
+    """The one after the last update, which may be the same."""
+
+    @property
+    def last_is_best(self) -> bool:
+        """Whether the two adapters are the same bytes."""
+        return self.last.sha256 == self.adapter.sha256
 
 
 def read_published(folder: Path) -> PublishedPolicy:
@@ -48,21 +61,30 @@ def read_published(folder: Path) -> PublishedPolicy:
 
     Raises:
         ConfigError: A file is absent or unusable.
-        MismatchError: Record and adapter are of two trainings.
-        AdapterError: The adapter changes nothing.
+        MismatchError: Record and adapters are of two trainings.
+        AdapterError: An adapter is unusable, or the best one changes nothing.
     """
     record = _read_record(folder / RECORD)
-    adapter = read_adapter(folder / ADAPTER)
-    if adapter.sha256 != record.adapter_sha256:
-        raise MismatchError(
-            f"{adapter.path} has the SHA-256 {adapter.sha256}, and {folder / RECORD} is of the adapter "
-            f"{record.adapter_sha256}; {TRAIN_AGAIN}"
-        )
-    require_base(adapter, record.base)
+    adapter, last = (
+        _read_adapter_of(folder / name, sha256, record)
+        for name, sha256 in ((ADAPTER, record.adapter_sha256), (LAST_ADAPTER, record.last_adapter_sha256))
+    )
     if adapter.changes_nothing or record.nothing_changed is not None:
         reason = record.nothing_changed or f"the adapter of update {record.update} leaves every layer as it is"
         raise AdapterError(f"{adapter.path} changes nothing, so there is nothing to evaluate or register: {reason}")
-    return PublishedPolicy(record=record, adapter=adapter)
+    return PublishedPolicy(record=record, adapter=adapter, last=last)
+
+
+def _read_adapter_of(folder: Path, sha256: str, record: TrainingRecord) -> Adapter:
+    """Read an adapter; raise unless it is the one that the record names."""
+    adapter = read_adapter(folder)
+    if adapter.sha256 != sha256:
+        raise MismatchError(
+            f"{adapter.path} has the SHA-256 {adapter.sha256}, and {folder.with_name(RECORD)} is of the adapter "
+            f"{sha256}; {TRAIN_AGAIN}"
+        )
+    require_base(adapter, record.base)
+    return adapter
 
 
 def reason_of_no_change(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any], adapter: Adapter) -> str | None:

@@ -15,15 +15,14 @@ from sfgrpo.config.schema import LaunchConfig
 from sfgrpo.config.stages import TrainStage, to_flat_dict
 from sfgrpo.errors import ConfigError, MirrorError, SfgrpoError
 from sfgrpo.evaluation.store import EVALUATIONS
-from sfgrpo.paths import PARAMS, POLICY, TRAIN_REPORT, TRAINING, run_lock
+from sfgrpo.paths import PARAMS, TRAINING, run_lock
 from sfgrpo.preflight.devices import check_devices
 from sfgrpo.prompt_checks import check_prompts
-from sfgrpo.prompts import prompts_digest, read_prompt_file
+from sfgrpo.prompts import read_prompt_file
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.runtime.files import atomic_directory, write_json
 from sfgrpo.runtime.imports import without_collection
 from sfgrpo.runtime.locks import exclusive_lock
-from sfgrpo.runtime.redaction import without_credentials
 from sfgrpo.runtime.shutdown import GracefulShutdown
 from sfgrpo.tracking.provenance import flow_tags, provenance_tags
 from sfgrpo.training.fingerprint import FINGERPRINT, INPUTS, PROVENANCE, Run, evaluation_fingerprint
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
     from sfgrpo.rewards import Reward
     from sfgrpo.tracking.base import Tracker
-    from sfgrpo.training.published import TrainingRecord
-    from sfgrpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +80,7 @@ def train_policy(
     with without_collection():
         from sfgrpo.evaluation.evaluator import Evaluator
         from sfgrpo.evaluation.periodic import EvaluationPaths
+        from sfgrpo.training.publication import publish
         from sfgrpo.training.trainer import Trainer, TrainerInputs
 
     with GracefulShutdown(environment.grace_s) as shutdown:
@@ -103,11 +101,11 @@ def train_policy(
             trainer_inputs = TrainerInputs(
                 prompts=run.prompts,
                 reward=reward,
-                evaluator=Evaluator.of(config, run.evaluation_prompts, reward),
+                evaluator=Evaluator.of(config, run.validation_prompts, reward),
                 paths=EvaluationPaths(
                     folder=run.folder,
                     store=run.folder.parent / EVALUATIONS,
-                    fingerprint=evaluation_fingerprint(config, run.evaluation_prompts, policy.device.type),
+                    fingerprint=evaluation_fingerprint(config, run.validation_prompts, policy.device.type),
                     in_background=environment.evaluation_device is not None,
                 ),
                 tracker=tracker,
@@ -118,7 +116,7 @@ def train_policy(
             with shutdown.deferred():
                 trainer.run()
             if accelerator.is_main_process:
-                _publish(trainer, config, environment, run, tracker)
+                publish(trainer, config, environment, run, tracker)
         accelerator.end_training()
 
 
@@ -163,7 +161,7 @@ def _copy_state(predecessor: Path, folder: Path, environment: Environment) -> No
 @contextlib.contextmanager
 def _recorded(run: Run, config: TrainStage, environment: Environment, accelerator: Accelerator) -> Iterator[Tracker]:
     """Keep what the run starts with, open its record and end it with the block; the first process alone does so."""
-    from sfgrpo.tracking.base import SilentTracker, ending
+    from sfgrpo.tracking.base import PROMPT_USES, SilentTracker, ending
     from sfgrpo.tracking.mlflow_tracker import MlflowTracker
 
     if not accelerator.is_main_process:
@@ -196,8 +194,8 @@ def _recorded(run: Run, config: TrainStage, environment: Environment, accelerato
             tracker.open()
         tracker.log_params(to_flat_dict(config))
         tracker.set_tags(tags | flow_tags(environment, Path.cwd()))
-        tracker.log_prompts(run.prompt_files[0], "training-prompts", "training")
-        tracker.log_prompts(run.prompt_files[1], "evaluation-prompts", "evaluation")
+        for use, file in zip(PROMPT_USES, run.prompt_files, strict=True):
+            tracker.log_prompts(file, f"{use}-prompts", use)
         yield tracker
 
 
@@ -245,12 +243,13 @@ def _check_prompts(run: Run, config: TrainStage, reward: Reward) -> None:
     """Refuse prompts that cannot be drawn, judged or counted as they stand."""
     from sfgrpo.evaluation.evaluator import Evaluator
 
-    evaluator = Evaluator.of(config, run.evaluation_prompts, reward)
+    evaluator = Evaluator.of(config, run.validation_prompts, reward)
     policy = config.policy
-    training, evaluation = map(read_prompt_file, run.prompt_files)
+    training, validation, evaluation = map(read_prompt_file, run.prompt_files)
     check_prompts(
         evaluation,
         (evaluator.is_correct, *evaluator.rewards),
+        validation=validation,
         training=training,
         rewards=(reward,),
         encoders=factory.make_text_encoders(policy.pretrained, policy.revision, policy.max_sequence_length),
@@ -266,55 +265,3 @@ def _require_same_run(key: str, accelerator: Accelerator) -> None:
             "the nodes differ in parameters, prompts, models or code, so that their run keys do; bring all of them to "
             "the same commit and data"
         )
-
-
-def _publish(trainer: Trainer, config: TrainStage, environment: Environment, run: Run, tracker: Tracker) -> None:
-    """Copy the best adapter and the reports to where the pipeline expects them, and say what they are of."""
-    from sfgrpo.policies.adapter import read_adapter
-    from sfgrpo.training.published import ADAPTER, RECORD, TrainingRecord, reason_of_no_change
-
-    adapter = read_adapter(run.folder / "best")
-    # The record names the MLflow run, so the run has to be there.
-    tracker.open()
-    best = trainer.best
-    record = TrainingRecord(
-        update=best["update"],
-        num_updates=trainer.update_index,
-        images=trainer.update_index * config.rollout.num_images,
-        run_key=run.key,
-        mlflow_run_id=tracker.run_id,
-        tracking_uri=without_credentials(environment.tracking_uri),
-        adapter_sha256=adapter.sha256,
-        base=factory.base_of(config.policy),
-        training_prompts_sha256=prompts_digest(run.prompts),
-        evaluation_prompts_sha256=prompts_digest(run.evaluation_prompts),
-        nothing_changed=reason_of_no_change(trainer.history, best, adapter),
-    )
-    with atomic_directory(POLICY) as partial:
-        shutil.copytree(run.folder / "best", partial / ADAPTER)
-        write_json(partial / RECORD, dataclasses.asdict(record))
-    _write_report(trainer, record, run.folder)
-    # One number to sort runs by: each further one would get a chart, ahead of the others.
-    tracker.log_metrics({"best/geneval/overall": best["metrics"]["geneval/overall"]}, trainer.update_index)
-    tracker.set_tags(
-        {
-            "best_update": str(best["update"]),
-            "adapter_sha256": adapter.sha256,
-            "base_revision": record.base.revision,
-            "nothing_changed": record.nothing_changed or "no",
-        }
-    )
-    print(f"best of {len(trainer.evaluations)} evaluations: update {best['update']}, adapter in {POLICY}")
-    if record.nothing_changed is not None:
-        print(f"the training has changed nothing, and `register` will refuse it: {record.nothing_changed}")
-
-
-def _write_report(trainer: Trainer, record: TrainingRecord, folder: Path) -> None:
-    evaluations = [{"update": evaluation["update"], **evaluation["metrics"]} for evaluation in trainer.evaluations]
-    with atomic_directory(TRAIN_REPORT) as partial:
-        write_json(partial / "history.json", trainer.history)
-        write_json(partial / "evaluations.json", evaluations)
-        summary = {"best_update": record.update, "adapter_sha256": record.adapter_sha256, **trainer.best["metrics"]}
-        write_json(partial / "summary.json", summary)
-        for grid in sorted(folder.glob("samples_*.png")):
-            shutil.copy(grid, partial / grid.name)

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,6 +114,11 @@ class Trainer:
     def averaged(self) -> AbstractContextManager[None]:
         """Put the averaged adapter, which is what gets published, into the policy for a block."""
         return self._learner.averaged()
+
+    def save_averaged(self, folder: Path) -> None:
+        """Write the averaged adapter after the last update, as an evaluation gets it, into an existing folder."""
+        with self.averaged():
+            self._policy.save_adapter(folder)
 
     def run(self) -> None:
         """Train to the last update, evaluating and saving on the way.

@@ -45,7 +45,7 @@ def bench() -> Bench:
     pipeline = architectures.build_sd3(torch.device("cpu"), torch.float32, TRANSFORMER, AUTOENCODER, (64, 64))
     targets = config.policy.lora_targets
     policy = SD3Policy(pipeline, resolution=64, max_sequence_length=4, lora_rank=2, lora_alpha=4, lora_targets=targets)
-    pool, _ = make_prompts(load_config(PromptsStage, GPU_PARAMS))
+    pool = make_prompts(load_config(PromptsStage, GPU_PARAMS)).training
     reward = RecordedReward(Brightness())
     return Bench(config=config, policy=policy, reward=reward, prompts=pool[:1] * 4, environment=read_environment())
 

@@ -55,7 +55,7 @@ def test_every_problem_is_found_in_one_go_with_exit_status_2(project, capsys, mo
     changes = {"registry.alias": "v2", "policy.pretrained": "models/flux", "promotion.held_out": {"name": "clip"}}
     write_params(project, {**TINY, "reward.name": "geneval", **changes})
     (project / "data/prompts").mkdir(parents=True)
-    for name in ("train", "evaluation"):
+    for name in ("train", "validation", "evaluation"):
         (project / f"data/prompts/{name}.jsonl").write_text("{")
     (project / "models/policy").mkdir(parents=True)
     for name, value in {

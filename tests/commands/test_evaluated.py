@@ -35,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 ADAPTER = Path("models/policy/adapter/pytorch_lora_weights.safetensors")
+LAST_ADAPTER = Path("models/policy/last_adapter/pytorch_lora_weights.safetensors")
 RECORD, REPORT = Path("models/policy/training.json"), Path("reports/evaluate/metrics.json")
 PROMPTS = Path("data/prompts/evaluation.jsonl")
 
@@ -96,14 +97,21 @@ def assert_refused(stage: str, capsys: pytest.CaptureFixture[str], complaint: st
 
 def test_every_artifact_names_what_it_is_of(folder, tracker):
     record, report, adapter = read_json(RECORD), read_json(REPORT), read_adapter(ADAPTER.parent)
-    training, evaluation = (
-        prompts_digest(read_prompts(PROMPTS.with_name(f"{name}.jsonl"))) for name in ("train", "evaluation")
+    training, validation, evaluation = (
+        prompts_digest(read_prompts(PROMPTS.with_stem(name))) for name in ("train", "validation", "evaluation")
     )
     assert record["adapter_sha256"] == adapter.sha256 == report["evaluated"]["adapter_sha256"]
     assert read_json(Path("reports/train/summary.json"))["adapter_sha256"] == adapter.sha256
     assert record["base"] == {"name": "models/tiny", "revision": report["evaluated"]["base_revision"]}
     assert (adapter.base.name, adapter.base.revision) == tuple(record["base"].values())
     assert (record["training_prompts_sha256"], record["evaluation_prompts_sha256"]) == (training, evaluation)
+    assert record["validation_prompts_sha256"] == validation
+    last = read_adapter(LAST_ADAPTER.parent).sha256
+    assert record["last_adapter_sha256"] == last != adapter.sha256
+    assert report["adapters"] == {
+        "last": {"update": record["num_updates"], "sha256": last},
+        "policy": {"update": record["update"], "sha256": adapter.sha256},
+    }
     assert report["evaluated"]["prompts_sha256"] == evaluation
     assert report["evaluated"]["protocol"]["num_steps"] == TINY["evaluation.num_steps"]
     assert report["evaluated"]["rewards"][0]["name"] == "light"
@@ -198,6 +206,11 @@ UNUSABLE_POLICY: dict[str, tuple[Callable[[], object], str]] = {
     "other weights": (lambda: edit_weights(lambda name, weight: 2 * weight), "and models/policy/training.json is of"),
     "other rank": (lambda: replace_adapter(lora_rank=1), "and models/policy/training.json is of the adapter"),
     "other base": (other_base, r"was trained on models/tiny \(sha256:\w+\) and the base model is models/tiny"),
+    "no last adapter": (LAST_ADAPTER.unlink, "last_adapter/.* does not exist; `python -m sfgrpo train` writes"),
+    "another last adapter": (
+        lambda: shutil.copy(ADAPTER, LAST_ADAPTER),
+        "last_adapter/.* has the SHA-256 .*, and models/policy/training.json is of the adapter",
+    ),
     "no base": (lambda: shutil.rmtree("models/tiny"), "policy.pretrained: models/tiny is no folder with a model_index"),
 }
 """What can be wrong with a trained policy, each with the complaint."""
@@ -221,7 +234,7 @@ UNUSABLE_PROMPTS: dict[str, tuple[Callable[[], object], str]] = {
         "evaluation.jsonl does not exist; write it by `python -m sfgrpo prompts`",
     ),
     "no file": (PROMPTS.unlink, "evaluation.jsonl does not exist; write it by `python -m sfgrpo prompts`"),
-    "others": (other_prompts, "and models/policy was selected by the prompts .* may have been trained on others"),
+    "others": (other_prompts, "and the training of models/policy kept out the prompts .* may have used others"),
 }
 
 

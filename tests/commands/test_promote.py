@@ -657,20 +657,21 @@ def test_missing_prompts_are_reported(registry, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("training", "evaluation", "complaint"),
+    ("training", "validation", "evaluation", "complaint"),
     [
-        ([], [0, 1, 0], "evaluation.jsonl:3: 1 of 3 evaluation prompts repeat an earlier one"),
-        ([5, 1], [0, 1], "train.jsonl:2: 1 of 2 training prompts are evaluated on"),
+        ([], [], [0, 1, 0], "evaluation.jsonl:3: 1 of 3 evaluation prompts repeat an earlier one"),
+        ([5, 1], [], [0, 1], "train.jsonl:2: 1 of 2 training prompts are evaluated on"),
+        ([5], [4, 1], [0, 1], "validation.jsonl:2: 1 of 2 validation prompts are evaluated on"),
     ],
 )
 def test_prompts_that_do_not_count_once_are_refused_before_a_model_draws(
-    registry, tmp_path, monkeypatch, capsys, training, evaluation, complaint
+    registry, tmp_path, monkeypatch, capsys, training, validation, evaluation, complaint
 ):
     registry.register("repeated")
     shutil.copy(registry.folder / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     space = all_prompts()["single_object"]
-    for name, chosen in (("train", training), ("evaluation", evaluation)):
+    for name, chosen in (("train", training), ("validation", validation), ("evaluation", evaluation)):
         if chosen:
             write_prompts(Path(f"data/prompts/{name}.jsonl"), [space[index] for index in chosen])
     monkeypatch.setattr(compare, "load_policy", lambda *_: pytest.fail("the model is loaded"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sfgrpo.cli import main
-from sfgrpo.paths import EVALUATION_PROMPTS, PROMPTS, TRAINING_PROMPTS
+from sfgrpo.paths import EVALUATION_PROMPTS, PROMPTS, TRAINING_PROMPTS, VALIDATION_PROMPTS
 from sfgrpo.prompts import read_prompts
 from tests.support.tiny_run import write_params
 
@@ -52,6 +52,7 @@ EDITS: dict[str, tuple[str, Callable[[], object]]] = {
     "a blank line": ("train.jsonl", lambda: append(TRAINING_PROMPTS, "\n")),
     "emptied": ("train.jsonl", lambda: TRAINING_PROMPTS.write_text("")),
     "other evaluation": ("evaluation.jsonl", lambda: append(EVALUATION_PROMPTS, "{}\n")),
+    "other validation": ("validation.jsonl", lambda: append(VALIDATION_PROMPTS, "{}\n")),
     "both": ("evaluation.jsonl", lambda: [append(path, "{}\n") for path in (TRAINING_PROMPTS, EVALUATION_PROMPTS)]),
     "another file": ("notes.txt", lambda: (PROMPTS / "notes.txt").write_text("mine")),
     "a hidden file": (".train.jsonl.swp", lambda: (PROMPTS / ".train.jsonl.swp").write_text("mine")),
@@ -66,9 +67,12 @@ EDITS: dict[str, tuple[str, Callable[[], object]]] = {
         lambda: [EVALUATION_PROMPTS.unlink(), append(TRAINING_PROMPTS, "{}\n")],
     ),
     "swapped": ("evaluation.jsonl", lambda: EVALUATION_PROMPTS.write_bytes(TRAINING_PROMPTS.read_bytes())),
-    "no manifest": ("evaluation.jsonl|train.jsonl", lambda: without_manifest(lambda: append(TRAINING_PROMPTS, "{}\n"))),
+    "no manifest": (
+        "evaluation.jsonl|train.jsonl|validation.jsonl",
+        lambda: without_manifest(lambda: append(TRAINING_PROMPTS, "{}\n")),
+    ),
     "a broken manifest": (
-        "evaluation.jsonl|train.jsonl",
+        "evaluation.jsonl|train.jsonl|validation.jsonl",
         lambda: [(PROMPTS / "manifest.json").write_text("[]"), append(TRAINING_PROMPTS, "{}\n")],
     ),
 }
@@ -105,7 +109,7 @@ def test_own_files_are_replaced_and_missing_ones_written_again(folder, loss):
     loss()
     assert main(["prompts"]) == 0
     assert read_prompts(TRAINING_PROMPTS) != first
-    assert sorted(content()) == ["evaluation.jsonl", "manifest.json", "train.jsonl"]
+    assert sorted(content()) == ["evaluation.jsonl", "manifest.json", "train.jsonl", "validation.jsonl"]
 
 
 def test_files_without_a_manifest_may_be_written_again_as_they_are(folder):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from sfgrpo.checkpoint.state import latest_checkpoint
@@ -21,7 +22,8 @@ from sfgrpo.factory import make_text_encoders
 from sfgrpo.geneval.prompt_sets import twin_key
 from sfgrpo.paths import run_lock
 from sfgrpo.policies.sd3 import SD3Policy
-from sfgrpo.prompts import read_prompts
+from sfgrpo.prompts import prompts_digest, read_prompts
+from sfgrpo.rewards import REWARDS
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.manifest import verify_manifest
 from sfgrpo.tracking.mlflow_client import connect
@@ -29,6 +31,7 @@ from sfgrpo.training import run as training_run
 from sfgrpo.types import TAGS, Prompt
 from tests.support.recording import RecordingTracker
 from tests.support.secrets_search import in_folder
+from tests.support.tiny import Light
 from tests.support.tiny_run import (
     RECORD,
     ROOT,
@@ -52,6 +55,24 @@ GENEVAL_COUNTS = {
     "position": 100,
     "color_attr": 100,
 }
+
+
+SIX_EACH = dict.fromkeys(TAGS, 6)
+MODELS = ["base", "last", "policy"]
+
+
+def only_best(update: int | None) -> type[Light]:
+    """Return a verdict that finds all images right in the evaluation of one update, 0, 2 or 3, and none in others."""
+
+    class OnlyBest(Light):
+        def __init__(self) -> None:
+            self.updates = [0, 2, 3]
+
+        def __call__(self, images, prompts):
+            is_right = bool(self.updates) and self.updates.pop(0) == update
+            return torch.full((len(images),), float(is_right))
+
+    return OnlyBest
 
 
 @pytest.fixture(scope="module")
@@ -90,26 +111,37 @@ def assert_error(capsys: pytest.CaptureFixture[str], complaint: str) -> None:
     assert re.search(f"error: .*{complaint}", printed.splitlines()[-1]), printed
 
 
-def prompt_sets(folder: Path) -> tuple[list[Prompt], list[Prompt]]:
-    """Read the training and the evaluation prompts."""
-    return read_prompts(folder / "data/prompts/train.jsonl"), read_prompts(folder / "data/prompts/evaluation.jsonl")
+def prompt_sets(folder: Path) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    """Read the training, the validation and the evaluation prompts."""
+    return (
+        read_prompts(folder / "data/prompts/train.jsonl"),
+        read_prompts(folder / "data/prompts/validation.jsonl"),
+        read_prompts(folder / "data/prompts/evaluation.jsonl"),
+    )
+
+
+def assert_disjoint(training: list[Prompt], validation: list[Prompt], evaluation: list[Prompt]) -> None:
+    """Check that no two of the sets ask for the same."""
+    keys = [set(map(twin_key, prompts)) for prompts in (training, validation, evaluation)]
+    assert all(keys) and sum(map(len, keys)) == len(set().union(*keys))
 
 
 def test_prompts_are_written_as_asked(folder, tracker):
-    training, evaluation = prompt_sets(folder)
+    training, validation, evaluation = prompt_sets(folder)
     assert len(training) == TINY["prompts.num_train"]
-    assert [prompt.tag for prompt in evaluation] == list(TAGS)
+    assert [prompt.tag for prompt in validation] == [prompt.tag for prompt in evaluation] == list(TAGS)
     written = sorted(path.name for path in Path("data/prompts").iterdir())
-    assert written == ["evaluation.jsonl", "manifest.json", "train.jsonl"]
+    assert written == ["evaluation.jsonl", "manifest.json", "train.jsonl", "validation.jsonl"]
 
 
-def test_shipped_parameters_train_on_no_evaluation_prompt_nor_its_twin(tmp_path, capsys):
+def test_shipped_parameters_train_on_no_held_out_prompt_nor_its_twin(tmp_path, capsys):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     with inside(tmp_path):
         assert main(["prompts"]) == 0
-    training, evaluation = prompt_sets(tmp_path)
-    assert set(map(twin_key, training)).isdisjoint(map(twin_key, evaluation))
-    assert f"{len(training)} training prompts" in capsys.readouterr().out
+    training, validation, evaluation = prompt_sets(tmp_path)
+    assert_disjoint(training, validation, evaluation)
+    told = capsys.readouterr().out
+    assert f"{len(training)} training prompts" in told and f"{len(validation)} validation prompts" in told
 
 
 EDITIONS = {
@@ -119,7 +151,7 @@ EDITIONS = {
 
 
 @pytest.mark.parametrize("source", EDITIONS)
-def test_every_edition_has_other_training_prompts_and_the_same_evaluation_prompts(tmp_path, source):
+def test_every_edition_has_other_training_prompts_and_the_same_held_out_ones(tmp_path, source):
     shutil.copytree(ROOT / "data/geneval", tmp_path / "data/geneval")
     sets = {}
     for edition in (None, 0, 1, 2):
@@ -132,9 +164,9 @@ def test_every_edition_has_other_training_prompts_and_the_same_evaluation_prompt
     assert training[None] == training[0]
     assert len({training[0], training[1], training[2]}) == 3
     assert len({len(prompts) for prompts in training.values()}) == 1
-    assert all(evaluation == sets[0][1] for _, evaluation in sets.values())
-    for prompts, evaluation in sets.values():
-        assert set(map(twin_key, prompts)).isdisjoint(map(twin_key, evaluation))
+    assert all(prompts[1:] == sets[0][1:] for prompts in sets.values())
+    for prompts in sets.values():
+        assert_disjoint(*prompts)
 
 
 @pytest.fixture
@@ -148,10 +180,11 @@ def geneval(tmp_path: Path) -> Path:
 def test_geneval_prompts_are_the_published_ones_and_not_trained_on(geneval):
     with inside(geneval):
         assert main(["prompts"]) == 0
-    training, evaluation = prompt_sets(geneval)
+    training, validation, evaluation = prompt_sets(geneval)
     assert evaluation == read_prompts(geneval / "data/geneval/evaluation_metadata.jsonl")
     assert len(training) == 300
-    assert set(map(twin_key, training)).isdisjoint(map(twin_key, evaluation))
+    assert_disjoint(training, validation, evaluation)
+    assert len(set(map(twin_key, validation))) == len(validation)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +194,14 @@ def test_geneval_prompts_are_the_published_ones_and_not_trained_on(geneval):
         (
             {"prompts.source": "shapes", "prompts.num_evaluation.colors": 94},
             "prompts.num_evaluation: task single_object has 6 prompts, fewer than the 80",
+        ),
+        (
+            {"prompts.num_validation.single_object": 1},
+            "prompts.num_validation: task single_object has 0 prompts that are not evaluated on, fewer than the 1",
+        ),
+        (
+            {"prompts.source": "shapes", "prompts.num_evaluation": SIX_EACH, "prompts.num_validation.single_object": 1},
+            "prompts.num_validation: task single_object has 0 prompts that are not evaluated on, fewer than the 1",
         ),
         (
             {"prompts.task_weights.single_object": 1},
@@ -176,14 +217,15 @@ def test_impossible_prompt_counts_are_wrong_parameters(geneval, capsys, changes,
     assert_error(capsys, complaint)
 
 
+def add_to(name: str, held_out: str) -> None:
+    """Append the first prompt of a file to another, in other words."""
+    path = Path(f"data/prompts/{name}.jsonl")
+    asked = path.with_stem(held_out).read_text().split("\n")[0]
+    path.write_text(f"{path.read_text()}{asked.replace('a photo of', 'photo of')}\n")
+
+
 def repeat_a_line(path: str) -> None:
     Path(path).write_text(Path(path).read_text() + Path(path).read_text().split("\n")[0] + "\n")
-
-
-def add_evaluation_prompt_to_training() -> None:
-    asked = Path("data/prompts/evaluation.jsonl").read_text().split("\n")[0]
-    training = Path("data/prompts/train.jsonl")
-    training.write_text(f"{training.read_text()}{asked.replace('a photo of', 'photo of')}\n")
 
 
 def lengthen(path: str) -> None:
@@ -191,7 +233,19 @@ def lengthen(path: str) -> None:
 
 
 WRONG_PROMPTS = {
-    "overlap": (add_evaluation_prompt_to_training, r"train.jsonl:17: 1 of 17 training prompts are evaluated on"),
+    "overlap": (lambda: add_to("train", "evaluation"), r"train.jsonl:17: 1 of 17 training prompts are evaluated on"),
+    "overlap with validation": (
+        lambda: add_to("train", "validation"),
+        r"train.jsonl:17: 1 of 17 training prompts are validation prompts",
+    ),
+    "validation overlaps": (
+        lambda: add_to("validation", "evaluation"),
+        r"validation.jsonl:7: 1 of 7 validation prompts are evaluated on",
+    ),
+    "no validation": (
+        lambda: Path("data/prompts/validation.jsonl").unlink(),
+        r"data/prompts/validation.jsonl does not exist; write it by `python -m sfgrpo prompts`",
+    ),
     "repeated": (
         lambda: repeat_a_line("data/prompts/evaluation.jsonl"),
         r"evaluation.jsonl:7: 1 of 7 evaluation prompts repeat an earlier one",
@@ -268,6 +322,7 @@ def test_training_is_tracked(folder, tracker):
     assert {"git_commit", "prompts_sha256", "best_update"} <= tracker.tags.keys()
     assert [(name, context) for name, context, _ in tracker.prompts] == [
         ("training-prompts", "training"),
+        ("validation-prompts", "validation"),
         ("evaluation-prompts", "evaluation"),
     ]
 
@@ -399,37 +454,109 @@ def test_evaluation_compares_before_and_after(folder, tracker):
     metrics = json.loads(Path("reports/evaluate/metrics.json").read_text())
     gain = metrics["policy"]["geneval/overall"] - metrics["base"]["geneval/overall"]
     assert metrics["gain"]["geneval/overall"] == gain
+    record = json.loads(Path("models/policy/training.json").read_text())
+    assert record["num_updates"] == metrics["adapters"]["last"]["update"] == TINY["update.num_updates"]
+    assert record["update"] == metrics["adapters"]["policy"]["update"]
     assert metrics["base"]["geneval/num_images"] == len(TAGS) * TINY["evaluation.images_per_prompt"]
     table = Path("reports/evaluate/table.md").read_text()
     assert "| base model |" in table
-    assert "| trained policy |" in table
+    assert "| last adapter (update 3) |" in table
+    assert f"| best adapter (update {record['update']}) |" in table
     with Image.open("reports/evaluate/samples.png") as grid:
         assert grid.format == "PNG"
     with tarfile.open("reports/evaluate/images.tar") as tar:
         names = tar.getnames()
     num_images = len(TAGS) * TINY["evaluation.images_per_prompt"]
-    assert names == sorted(names) and len(names) == 2 * num_images
+    models = ["base", "policy"] if record["adapter_sha256"] == record["last_adapter_sha256"] else MODELS
+    assert list(dict.fromkeys(name.split("/")[0] for name in names)) == models
+    assert len(names) == len(models) * num_images
     assert names[0] == "base/00000-single_object/000.png" and names[-1] == "policy/00005-color_attr/001.png"
     packed = Path("reports/evaluate/images.tar").read_bytes()
     assert main(["evaluate"]) == 0
     assert Path("reports/evaluate/images.tar").read_bytes() == packed
 
 
-def test_evaluation_judges_the_published_adapter(folder, tracker):
-    assert main(["train"]) == main(["evaluate"]) == 0
-    update = json.loads(Path("models/policy/training.json").read_text())["update"]
-    evaluations = json.loads(Path("reports/train/evaluations.json").read_text())
-    (selected,) = (evaluation for evaluation in evaluations if evaluation["update"] == update)
-    metrics = json.loads(Path("reports/evaluate/metrics.json").read_text())["policy"]
-    assert metrics["evaluation/light"] != evaluations[0]["evaluation/light"]
-    assert metrics == {key: selected[key] for key in metrics}
+def validate_on(path: str) -> None:
+    """Let a prompt file take the place of the validation prompts, whose own take its place."""
+    other, validation = Path(path), Path("data/prompts/validation.jsonl")
+    contents = validation.read_bytes(), other.read_bytes()
+    other.write_bytes(contents[0])
+    validation.write_bytes(contents[1])
+
+
+@pytest.mark.parametrize("best", [2, 3])
+def test_evaluation_judges_the_adapters_that_the_training_judged(folder, tracker, monkeypatch, best):
+    """The training judges by validation prompts; with the two sets swapped in between the numbers must be its own."""
+    monkeypatch.setitem(REWARDS, "geneval_correct", only_best(best))
+    assert main(["train"]) == 0
+    evaluations = {
+        evaluation["update"]: evaluation
+        for evaluation in json.loads(Path("reports/train/evaluations.json").read_text())
+    }
+    record = json.loads(Path("models/policy/training.json").read_text())
+    assert (record["update"], record["num_updates"]) == (best, 3)
+    assert (record["adapter_sha256"] == record["last_adapter_sha256"]) == (best == 3)
+    validate_on("data/prompts/evaluation.jsonl")
+    digest = prompts_digest(read_prompts(Path("data/prompts/evaluation.jsonl")))
+    assert digest == record["validation_prompts_sha256"] != record["evaluation_prompts_sha256"]
+    Path("models/policy/training.json").write_text(json.dumps(record | {"evaluation_prompts_sha256": digest}))
+    monkeypatch.setitem(REWARDS, "geneval_correct", only_best(None))
+    assert main(["evaluate"]) == 0
+    metrics = json.loads(Path("reports/evaluate/metrics.json").read_text())
+    for model, update in (("base", 0), ("last", 3), ("policy", best)):
+        expected = evaluations[update]
+        assert metrics[model]["evaluation/light"] == expected["evaluation/light"]
+        assert metrics[model]["geneval/num_images"] == expected["geneval/num_images"]
+    assert evaluations[0]["evaluation/light"] != evaluations[2]["evaluation/light"]
+    assert evaluations[2]["evaluation/light"] != evaluations[3]["evaluation/light"]
+    table = Path("reports/evaluate/table.md").read_text()
+    assert ("The last adapter is the best one, and was drawn once." in table) == (best == 3)
+    with tarfile.open("reports/evaluate/images.tar") as tar:
+        drawn = list(dict.fromkeys(name.split("/")[0] for name in tar.getnames()))
+    assert drawn == (["base", "policy"] if best == 3 else MODELS)
+
+
+class Preferring(Light):
+    """Finds right what shows a prompt of one file from the second evaluation on, what shows any other at first."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self.validation = {prompt.text for prompt in read_prompts(Path("data/prompts/validation.jsonl"))}
+
+    def __call__(self, images, prompts):
+        self.num_calls += 1
+        late = self.num_calls > 1
+        return torch.tensor([float((prompt.text in self.validation) == late) for prompt in prompts])
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_best_adapter_is_chosen_by_the_validation_prompts(folder, tracker, monkeypatch, swapped):
+    """On the evaluation prompts the first adapter is the best, on the validation prompts a later one."""
+    monkeypatch.setitem(REWARDS, "geneval_correct", Preferring)
+    if swapped:
+        verdict = Preferring()
+        monkeypatch.setitem(REWARDS, "geneval_correct", lambda: verdict)
+        validate_on("data/prompts/evaluation.jsonl")
+    assert main(["train"]) == 0
+    assert json.loads(Path("models/policy/training.json").read_text())["update"] == (0 if swapped else 2)
+
+
+def test_a_run_of_a_version_without_validation_prompts_is_not_resumed(folder, tracker, capsys):
+    assert main(["train"]) == 0
+    run = checkpoints(folder).parent
+    (run / "inputs/validation.jsonl").unlink()
+    for more in ([], ["--accept-code-change"]):
+        assert main(["train", "--resume", run.name, *more]) == 2
+        assert_error(capsys, f"run {run.name} was started with other code and prompts, and would not be the same run")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_registration_after_an_evaluation_of_few_tasks_has_their_scores(folder, tracker, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     few = {**dict.fromkeys(TAGS, 0), "position": 2}
-    write_params(folder, {**TINY, "prompts.num_evaluation": few, "update.num_updates": 1})
+    write_params(
+        folder, {**TINY, "prompts.num_validation": few, "prompts.num_evaluation": few, "update.num_updates": 1}
+    )
     for stage in ("prompts", "train", "evaluate", "register"):
         assert main([stage]) == 0
     registered = json.loads(Path("reports/registered.json").read_text())

@@ -468,17 +468,16 @@ def prepared(platform: Platform) -> Iterator[Path]:
 
 def test_refreshed_prompts_are_kept_and_then_taken_by_the_next_training(platform, client, prepared):
     wanted = load_config(PromptsStage, ROOT / "params.yaml")
-    training, evaluation = make_prompts(
-        dataclasses.replace(wanted, prompts=dataclasses.replace(wanted.prompts, edition=1))
-    )
-    write_prompts(prepared / "train.jsonl", training)
-    write_prompts(prepared / "evaluation.jsonl", evaluation[:-1])
+    split = make_prompts(dataclasses.replace(wanted, prompts=dataclasses.replace(wanted.prompts, edition=1)))
+    write_prompts(prepared / "train.jsonl", split.training)
+    write_prompts(prepared / "validation.jsonl", split.validation)
+    write_prompts(prepared / "evaluation.jsonl", split.evaluation[:-1])
     refused = ended(client, platform, start_run(client, "refresh-prompts/monthly"))
     assert refused.state.name == "Failed"
     assert "evaluation.jsonl: holds 115 prompts, but params.yaml asks for 116" in refused.state.message
     assert client.read_variable_by_name("prompts_edition") is None
 
-    write_prompts(prepared / "evaluation.jsonl", evaluation)
+    write_prompts(prepared / "evaluation.jsonl", split.evaluation)
     run = ended(client, platform, start_run(client, "refresh-prompts/monthly", {"edition": 2, "num_examples": 1}))
     assert run.state.name == "Completed", platform.log("worker")[-5000:]
     assert client.read_variable_by_name("prompts_edition").value == 2
@@ -486,8 +485,8 @@ def test_refreshed_prompts_are_kept_and_then_taken_by_the_next_training(platform
     assert "edition: 2" in platform.git("show", f"{branch}:params.yaml")
     told = artifact(client, run.id)
     assert f"Edition 2, on branch {branch}." in told
-    assert "| position | 545 | 80 | 40 |" in told
-    assert told.endswith(f"- {training[0].text}")
+    assert "| position | 545 | 48 | 32 | 40 |" in told
+    assert told.endswith(f"- {split.training[0].text}")
 
     run = ended(client, platform, start_run(client, "train-policy/weekly"))
     assert run.state.name == "Completed"

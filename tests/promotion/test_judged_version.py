@@ -154,7 +154,7 @@ def test_candidate_is_not_compared_on_prompts_that_it_may_have_been_trained_on(r
     number = str(registry.numbers["intact"])
     connect(registry.uri).set_model_version_tag(MODEL, number, "evaluation_prompts_sha256", "ab")
     assert promote(registry) == 2
-    assert "was selected by the prompts ab and may have been trained on others" in capsys.readouterr().err
+    assert "kept out the prompts ab and may have used others" in capsys.readouterr().err
 
 
 def test_candidate_of_these_prompts_is_compared(registry):

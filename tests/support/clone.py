@@ -23,6 +23,7 @@ MODEL = "sfgrpo-shapes"
 NUM_UPDATES = 4
 SMALL: Mapping[str, Any] = {
     "prompts.num_train": 50,
+    "prompts.num_validation": dict.fromkeys(TAGS, 1),
     "prompts.num_evaluation": dict.fromkeys(TAGS, 1),
     "sampling.num_steps": 4,
     "rollout.prompts_per_update": 4,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sfgrpo.runtime.manifest import sha256_of_file
-from sfgrpo.tracking.base import RunStatus, Tracker, param_texts
+from sfgrpo.tracking.base import PromptUse, RunStatus, Tracker, param_texts
 
 
 class RecordingTracker(Tracker):
@@ -42,7 +42,7 @@ class RecordingTracker(Tracker):
     def log_text(self, text: str, name: str) -> None:
         self.texts[name] = text
 
-    def log_prompts(self, path: Path, name: str, context: Literal["training", "evaluation"]) -> None:
+    def log_prompts(self, path: Path, name: str, context: PromptUse) -> None:
         self.prompts.append((name, context, sha256_of_file(path)))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:

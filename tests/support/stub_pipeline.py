@@ -33,7 +33,7 @@ if failure.exists():
     sys.exit(int(failure.read_text()))
 
 OUTPUTS = {
-    "prompts": {"data/prompts/train.jsonl": "{}\\n", "data/prompts/evaluation.jsonl": "{}\\n"},
+    "prompts": {f"data/prompts/{name}.jsonl": "{}\\n" for name in ("train", "validation", "evaluation")},
     "train": {
         "models/policy/training.json": pathlib.Path("params.yaml").read_text(),
         "reports/train/summary.json": json.dumps({"reward": 0.5}),

@@ -36,6 +36,7 @@ TINY: Mapping[str, Any] = {
     "prompts.source": "shapes",
     "prompts.num_train": 16,
     "prompts.task_weights": dict.fromkeys(TAGS, 1) | {"single_object": 0, "counting": 0},
+    "prompts.num_validation": dict.fromkeys(TAGS, 1),
     "prompts.num_evaluation": dict.fromkeys(TAGS, 1),
     "policy.pretrained": "models/tiny",
     "policy.dtype": "float32",

@@ -153,10 +153,10 @@ def lay_out(folder: Path) -> Path:
     folder.mkdir()
     build_tiny_pipeline(folder / "pipeline", blobs=True)
     write_manifest(folder / "pipeline")
-    easy = [
-        prompt for prompt in all_prompts()["single_object"] if prompt.include[0].class_name in ("square", "triangle")
-    ]
-    for name, prompts in (("train", TRAINING), ("evaluation", easy)):
+    single = all_prompts()["single_object"]
+    easy = [prompt for prompt in single if prompt.include[0].class_name in ("square", "triangle")]
+    others = [prompt for prompt in single if prompt not in easy and prompt not in TRAINING]
+    for name, prompts in (("train", TRAINING), ("validation", easy), ("evaluation", others)):
         write_prompts(folder / f"data/prompts/{name}.jsonl", prompts)
     params = small_params(
         policy={"pretrained": "pipeline"},
