@@ -28,6 +28,8 @@ PAGES = (
     "docs/platform.md",
     "docs/prompts.md",
     "docs/results.md",
+    "docs/detector.md",
+    "data/shapes_labels/README.md",
     "infra/README.md",
     "infra/terraform/README.md",
 )
@@ -75,7 +77,7 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_checked():
     found = {
         str(path.relative_to(ROOT))
-        for pattern in ("*.md", "docs/**/*.md", "infra/**/*.md")
+        for pattern in ("*.md", "docs/**/*.md", "infra/**/*.md", "data/shapes*/*.md")
         for path in ROOT.glob(pattern)
     }
     assert found == set(PAGES)

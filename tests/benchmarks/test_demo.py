@@ -13,7 +13,7 @@ from benchmarks import demo
 from benchmarks.demo_summary import SeedResult, markdown, summarise_seeds
 from sfgrpo.errors import ExitStatus
 from sfgrpo.types import TAGS
-from tests.support.clone import commit_all
+from tests.support.clone import SMALL, build_clone, commit_all
 
 STAND_IN = '''
 """Stands in for the stages: notes every call, and measures numbers that follow from the seed."""
@@ -161,3 +161,13 @@ def test_tables_show_seeds_tasks_and_what_moved():
 def test_summary_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no result of any seed"):
         summarise_seeds([])
+
+@pytest.mark.slow
+def test_real_stages_measure_base_last_and_best(tmp_path):
+    clone = build_clone(tmp_path / "checkout", SMALL)
+    clone.run("benchmarks.demo", "--seeds", "0", "--out", str(tmp_path / "out"))
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    (measured,) = results["seeds"]
+    assert set(measured["models"]) == {"base", "last", "best"}
+    assert 0.0 <= measured["models"]["best"]["geneval/overall"] <= 1.0
+    assert (tmp_path / "out/seed-0/reports/evaluate/images.tar").exists()

@@ -1,0 +1,201 @@
+"""Sampled shapes images whose objects people named by eye: `python -m benchmarks.labels` draws their sheets.
+
+`data/shapes_labels` holds all images as tiles of one PNG, in rows from left to right, and one line of JSON for each.
+`python -m benchmarks.labels pack IMAGES.npz LABELS.jsonl` writes both from an array `images` and the lines of a reader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.sheets import Cell, SheetStyle, save_sheets
+from sfgrpo.config.loading import as_config_error
+from sfgrpo.errors import ConfigError
+from sfgrpo.runtime.entry_point import run_guarded
+from sfgrpo.runtime.files import atomic_write
+from sfgrpo.runtime.lines import read_lines
+from sfgrpo.shapes.world import CLASSES, COLORS, IMAGE_SIZE
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "data/shapes_labels"
+IMAGES, LABELS = "images.png", "labels.jsonl"
+SHEETS = ROOT / "docs/images/labels"
+SMEAR = "smear"
+"""What a thing without a class is called: one that a person sees and would not name."""
+BASE = "base"
+TILES_PER_ROW = 24
+STYLE = SheetStyle(columns=5, text="beside", text_size=100)
+PER_SHEET = 60
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledObject:
+    """One thing that a person saw in an image."""
+
+    x: float
+    y: float
+    """Centre in pixels from the left and from the top."""
+    color: str
+    class_name: str | None
+    """None for a smear."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledImage:
+    """A sampled image with all that a person saw in it."""
+
+    index: int
+    model: str
+    """What sampled it: `base`, or what an adapter was trained on."""
+    prompt: str
+    """Unknown to the person."""
+    objects: Sequence[LabelledObject]
+    image: NDArray[np.uint8]
+    """[32, 32, 3]."""
+
+
+def load_labels(folder: Path = FOLDER) -> list[LabelledImage]:
+    """Read all images with their labels.
+
+    Raises:
+        ConfigError: a file is absent, a line is no label (the message starts with path and line number), or there is
+            not one label for every index from 0 on and one tile for every label.
+    """
+    restore = "restore it by `git checkout data/shapes_labels`"
+    records = []
+    for number, line in read_lines(folder / LABELS, restore):
+        with as_config_error(f"{folder / LABELS}:{number}"):
+            records.append(_parse_line(line))
+    if found := next((place for place, record in enumerate(records) if record["index"] != place), None):
+        raise ConfigError(
+            f"{folder / LABELS}: index {records[found]['index']} stands where {found} should; write one line for every "
+            "image, in order"
+        )
+    tiles = _read_tiles(folder / IMAGES, len(records), restore)
+    return [LabelledImage(image=tile, **record) for tile, record in zip(tiles, records, strict=True)]
+
+
+def pack_labels(folder: Path, images: NDArray[np.uint8], lines: Sequence[str]) -> None:
+    """Write images [N, 32, 32, 3] and their N labels, in the order of their index.
+
+    Raises:
+        ValueError: a line is no label, the images have another shape, or there is not one label for every image.
+    """
+    records = sorted((_parse_line(line)["index"], line.strip()) for line in lines)
+    if images.dtype != np.uint8 or images.shape != (len(images), IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}; give uint8 [N, 32, 32, 3]")
+    if (found := [index for index, _ in records]) != list(range(len(images))):
+        wrong = sorted(set(range(len(images))) ^ set(found)) or [i for i in found if found.count(i) > 1]
+        raise ValueError(f"{len(images)} images and {len(found)} labels, see index {wrong[0]}; write one line for each")
+    rows = math.ceil(len(images) / TILES_PER_ROW)
+    tiles = np.zeros((rows * TILES_PER_ROW, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    tiles[: len(images)] = images
+    mosaic = tiles.reshape(rows, TILES_PER_ROW, IMAGE_SIZE, IMAGE_SIZE, 3).transpose(0, 2, 1, 3, 4)
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mosaic.reshape(rows * IMAGE_SIZE, TILES_PER_ROW * IMAGE_SIZE, 3)).save(
+        folder / IMAGES, optimize=True
+    )
+    atomic_write(folder / LABELS, "".join(f"{line}\n" for _, line in records))
+
+
+def draw_sheets(labelled: Sequence[LabelledImage], folder: Path = SHEETS) -> list[Path]:
+    """Draw every image enlarged, its objects numbered and named beside it; return the files."""
+    return save_sheets([_cell(each) for each in labelled], STYLE, PER_SHEET, folder, "labels")
+
+
+def _cell(labelled: LabelledImage) -> Cell:
+    numbered = list(enumerate(labelled.objects, start=1))
+    return Cell(
+        image=labelled.image,
+        title=f"{labelled.index} {labelled.model.split()[0]}",
+        lines=[f"{number} {each.color} {each.class_name or SMEAR}" for number, each in numbered] or ["nothing"],
+        marks=[(each.x, each.y, str(number)) for number, each in numbered],
+    )
+
+
+def _read_tiles(path: Path, num_images: int, cure: str) -> NDArray[np.uint8]:
+    """Read the first `num_images` tiles of a PNG: [N, 32, 32, 3]."""
+    try:
+        with Image.open(path) as mosaic:
+            pixels = np.asarray(mosaic.convert("RGB"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); {cure}") from error
+    rows, columns = (side // IMAGE_SIZE for side in pixels.shape[:2])
+    tiles = pixels[: rows * IMAGE_SIZE, : columns * IMAGE_SIZE].reshape(rows, IMAGE_SIZE, columns, IMAGE_SIZE, 3)
+    if rows * columns < num_images or rows * columns >= num_images + TILES_PER_ROW:
+        raise ConfigError(f"{path}: holds {rows * columns} tiles for {num_images} labels; {cure}")
+    return tiles.transpose(0, 2, 1, 3, 4).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)[:num_images]
+
+
+def _parse_line(line: str) -> dict[str, Any]:
+    """Read one label; raise `ValueError` for anything else."""
+    record = json.loads(line)
+    _require_keys(record, ("index", "model", "prompt", "objects"), "a label")
+    if type(record["index"]) is not int or record["index"] < 0:
+        raise ValueError(f"index: {record['index']!r} is no whole number from 0")
+    for key in ("model", "prompt"):
+        if not isinstance(record[key], str) or not record[key].strip():
+            raise ValueError(f"{key}: {record[key]!r} is no text")
+    if not isinstance(record["objects"], list):
+        raise ValueError(f"objects: {record['objects']!r} is no list; an image that shows nothing has []")
+    return {**record, "objects": [_parse_object(item) for item in record["objects"]]}
+
+
+def _parse_object(item: Any) -> LabelledObject:
+    _require_keys(item, ("x", "y", "color", "class"), "an object")
+    for key in ("x", "y"):
+        if isinstance(item[key], bool) or not isinstance(item[key], int | float) or not 0 <= item[key] <= IMAGE_SIZE:
+            raise ValueError(f"{key}: {item[key]!r} is no place in the image; give pixels from 0 to {IMAGE_SIZE}")
+    if item["color"] not in COLORS:
+        raise ValueError(f"color: {item['color']!r} is unknown; allowed are {', '.join(COLORS)}")
+    if item["class"] is not None and item["class"] not in CLASSES:
+        raise ValueError(f"class: {item['class']!r} is unknown; allowed are {', '.join(CLASSES)}, and null for a smear")
+    return LabelledObject(x=float(item["x"]), y=float(item["y"]), color=item["color"], class_name=item["class"])
+
+
+def _require_keys(item: Any, keys: Sequence[str], what: str) -> None:
+    if not isinstance(item, dict) or set(item) != set(keys):
+        raise ValueError(f"{json.dumps(item)[:80]} is not {what}; write an object with {', '.join(keys)}")
+
+
+def _pack(images: Path, labels: Path) -> None:
+    lines = [line for _, line in read_lines(labels)]
+    with as_config_error(str(images)), np.load(images) as archive:
+        pack_labels(FOLDER, archive["images"], lines)
+    print(f"{len(lines)} images with labels in {FOLDER}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Pack a data set, or draw the sheets of the one that is there; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.labels", description=str(__doc__).split("\n\n")[0])
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    actions.add_parser("draw", help=f"draw the sheets of {FOLDER.relative_to(ROOT)}; what is done without an action")
+    pack = actions.add_parser("pack", help=f"write {FOLDER.relative_to(ROOT)}, then draw the sheets")
+    pack.add_argument("images", type=Path, metavar="IMAGES.npz", help="array `images` [N, 32, 32, 3]")
+    pack.add_argument("labels", type=Path, metavar="LABELS.jsonl", help="a line for each image")
+    chosen: Any = parser.parse_args(arguments)
+
+    def run() -> None:
+        if chosen.action == "pack":
+            _pack(chosen.images, chosen.labels)
+        files = draw_sheets(load_labels())
+        print(
+            "".join(f"![Labels, sheet {number}](images/labels/{file.name})\n" for number, file in enumerate(files, 1))
+        )
+
+    return run_guarded(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
