@@ -113,8 +113,9 @@ def test_every_logged_metric_has_one_line(logged):
 
 
 def test_every_line_is_of_a_metric_that_is_logged(logged):
-    # What registration and promotion log is tested with them.
-    keys = [key for key in documented() if not key.startswith(("final/", "promotion/", "time/promotion", "recheck/"))]
+    # What registration and promotion log is tested with them; the tiny model draws no correct image to agree on.
+    others = ("final/", "promotion/", "time/promotion", "recheck/", "agreement/share")
+    keys = [key for key in documented() if not key.startswith(others)]
     assert [key for key in keys if not any(pattern(key).fullmatch(metric) for metric in logged)] == []
     assert len(set(documented())) == len(documented())
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -165,4 +165,17 @@ def _write_report(
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     samples = {"base model": models.base.samples, "best adapter": models.best.samples}
     sample_grid(prompts, samples, shown).save(folder / "samples.png")
-    return f"{table}\n\nGenEval overall {gain:+.3f} by the best adapter"
+    return f"{table}\n\n{_agreement_lines(rows)}GenEval overall {gain:+.3f} by the best adapter"
+
+
+def _agreement_lines(models: Mapping[str, Evaluation]) -> str:
+    """Return a line with the agreement of each model, with a warning where it is low."""
+    lines = []
+    for name, evaluation in models.items():
+        if (agreement := evaluation.agreement) is None:
+            return "This detector has no independent counter: no agreement was measured.\n\n"
+        confirmed = f"{agreement.num_confirmed} of {agreement.num_correct} correct counts"
+        lines.append(f"An independent counter confirms {confirmed} of the {name}.\n")
+        if agreement.warning is not None:
+            lines.append(f"WARNING: {name}: {agreement.warning}.\n")
+    return "".join([*lines, "\n"])

@@ -270,6 +270,10 @@ class PromotionConfig:
     """Gain in the overall score that is required beyond its standard error; 0 requires any gain."""
     min_diversity_ratio: UnitInterval
     """Required share of the champion's diversity, beyond its standard error."""
+    min_agreement: UnitInterval
+    """Share of the correct counts that an independent counter must confirm; less is refused where it is shown."""
+    agreement_images: ImageCount
+    """Images of each prompt that asks for a number by which the agreement is measured."""
     error_rate: Annotated[float, Gt(0), Lt(0.5)]
     """Probability that a candidate no better than the champion passes."""
     num_resamples: ResampleCount

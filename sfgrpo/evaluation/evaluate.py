@@ -13,12 +13,13 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfgrpo.evaluation.agreement import Agreement
 from sfgrpo.geneval.table import GenEvalTable, summarise
 from sfgrpo.grpo.distributed import row_slices, summed
 from sfgrpo.grpo.noise import gaussian_noise
 from sfgrpo.grpo.rollout import roll_out
 from sfgrpo.policies.base import Policy
-from sfgrpo.rewards import Reward, build_reward, checked_rewards
+from sfgrpo.rewards import Reward, build_reward, checked_rewards, confirmation_of
 from sfgrpo.tracking.sample_grid import Samples
 from sfgrpo.types import Conditioning, Prompt, SamplerName
 
@@ -72,6 +73,8 @@ class Evaluation:
     table: GenEvalTable
     rewards_PG: Mapping[str, NDArray[np.floating[Any]]]
     """Score of every image, by the name of the reward."""
+    agreement: Agreement | None = None
+    """With an independent counter; None where the detector's world has none."""
 
     @property
     def samples(self) -> Samples:
@@ -84,8 +87,10 @@ class Evaluation:
         return {name: _mean(values_PG) for name, values_PG in self.rewards_PG.items()}
 
     def to_dict(self) -> dict[str, float]:
-        """Return the table and the mean rewards as metrics."""
-        return self.table.to_dict() | {f"evaluation/{name}": value for name, value in self.rewards.items()}
+        """Return the table, the agreement and the mean rewards as metrics."""
+        agreement = {} if self.agreement is None else self.agreement.to_dict()
+        rewards = {f"evaluation/{name}": value for name, value in self.rewards.items()}
+        return self.table.to_dict() | agreement | rewards
 
 
 def draw_images(policy: Policy, conditioning: Conditioning, protocol: SamplingProtocol) -> NDArray[np.uint8]:
@@ -145,7 +150,7 @@ def evaluate_policy(
         rewards: Scores to report beside GenEval's.
         protocol: How to sample.
         is_correct: Returns 1 for a correct image and 0 for any other, and counts what is shown; by default GenEval's
-            own verdict.
+            own verdict. Where there is a counter that can confirm it, `confirmation_of`, the agreement is measured too.
         shown: Positions of the prompts whose images are kept.
         accelerator: The processes of the run; by default this one alone.
         on_pass: Called by each process after each pass of the policy and each batch, by all of them equally often.
@@ -153,19 +158,22 @@ def evaluate_policy(
             number p * G + g, and those of a process come in ascending order.
     """
     verdict = is_correct or build_reward("geneval_correct")
-    judges = (verdict, *rewards)
+    confirmation = confirmation_of(verdict.name)
+    judges = (verdict, *rewards, *([] if confirmation is None else [confirmation]))
     scores_NJ, images, small_NHWC = _score_images(
         policy, prompts, judges, protocol, shown, accelerator, on_pass, on_images
     )
     shape = len(prompts), protocol.images_per_prompt
-    correct, *rewards_JPG = (scores_N.reshape(shape) for scores_N in scores_NJ.numpy().T)
+    scores_JPG = scores_NJ.numpy().T.reshape(-1, *shape)
+    correct = scores_JPG[0] == 1.0
     return Evaluation(
         images=images.numpy(),
         seen=verdict.seen(images.numpy(), [prompts[row] for row in shown for _ in range(protocol.images_per_prompt)]),
         thumbnails_PGHWC=small_NHWC.numpy().reshape(*shape, *small_NHWC.shape[1:]),
-        correct=correct == 1.0,
-        table=summarise([prompt.tag for prompt in prompts], correct == 1.0),
-        rewards_PG={reward.name: scores_PG for reward, scores_PG in zip(rewards, rewards_JPG, strict=True)},
+        correct=correct,
+        table=summarise([prompt.tag for prompt in prompts], correct),
+        rewards_PG={reward.name: scores_JPG[1 + index] for index, reward in enumerate(rewards)},
+        agreement=None if confirmation is None else Agreement.of(prompts, correct, scores_JPG[-1] == 1.0),
     )
 
 

@@ -54,6 +54,17 @@ def is_correct(prompt: Prompt, detections: Iterable[Detection]) -> bool:
     return None not in tops and not excluded
 
 
+def asks_for_a_number(prompt: Prompt) -> bool:
+    """Return whether a prompt forbids one object more than it asks for, so that a correct image has an exact number."""
+    limits = {(clause.class_name, clause.count) for clause in prompt.exclude}
+    return any((clause.class_name, clause.count + 1) in limits for clause in prompt.include)
+
+
+def count_all(prompt: Prompt, detections: Iterable[Detection]) -> int:
+    """Return how many objects of all classes count for a prompt."""
+    return sum(map(len, filter_detections(detections, prompt.tag).values()))
+
+
 def fulfils(clause: Clause, found: Sequence[Detection], matched: Sequence[Sequence[Detection] | None]) -> bool:
     """Return whether `found` has the clause's colour and is in its relation to the earlier clause's match."""
     if not has_color(clause, found):

@@ -25,6 +25,7 @@ from sfgrpo.promotion.evaluation import (
     evaluate,
     load_policy,
     make_rewards,
+    measure_agreement,
     tracked_run,
 )
 from sfgrpo.promotion.gates import Comparison, ModelScores, compare_scores
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from PIL import Image
 
+    from sfgrpo.evaluation.agreement import Agreement
     from sfgrpo.evaluation.evaluate import Evaluation
     from sfgrpo.evaluation.identity import EvaluationIdentity
     from sfgrpo.runtime.timing import PhaseClock
@@ -77,9 +79,11 @@ def compare_versions(
     clock = PhaseClock()
     with tracked_run(environment, candidate.model, f"version {candidate.number} against {baseline}") as tracker:
         run_id = str(tracker.run_id)
-        evaluations, identities = _evaluate_both(candidate, champion, environment, setup, clock)
+        evaluations, agreements, identities = _evaluate_both(candidate, champion, environment, setup, clock)
         with clock("promotion_decide"):
-            baseline_scores, candidate_scores = (_scores(evaluation, setup) for evaluation in evaluations.values())
+            baseline_scores, candidate_scores = (
+                _scores(evaluation, agreements[name], setup) for name, evaluation in evaluations.items()
+            )
             comparison = compare_scores(setup.prompts, candidate_scores, baseline_scores, config.promotion)
         decision = _decide(comparison, candidate, champion, history, identities, run_id)
         seconds = {f"time/{phase}_s": value for phase, value in clock.seconds.items()}
@@ -133,6 +137,7 @@ def _read_setup(config: PromoteStage) -> EvaluationSetup:
         rewards=make_rewards(config.reward, config.promotion.held_out),
         reward_configs=(config.reward, config.promotion.held_out),
         shown=pick_rows(prompts, seed=config.promotion.seed),
+        agreement_images=config.promotion.agreement_images,
     )
 
 
@@ -151,9 +156,10 @@ def _require_prompts_of(candidate: Version, setup: EvaluationSetup) -> None:
 
 def _evaluate_both(
     candidate: Version, champion: Version | None, environment: Environment, setup: EvaluationSetup, clock: PhaseClock
-) -> tuple[dict[str, Evaluation], dict[str, EvaluationIdentity]]:
+) -> tuple[dict[str, Evaluation], dict[str, Agreement | None], dict[str, EvaluationIdentity]]:
     """Evaluate the baseline, then the candidate, and return of what; no two pipelines are in memory at a time."""
     evaluations: dict[str, Evaluation] = {}
+    agreements: dict[str, Agreement | None] = {}
     name = "base model" if champion is None else "champion"
     with temporary_directory(environment.scratch_dir, "promotion") as folder:
         # Both are downloaded and verified before either draws, so that a refusal comes within seconds.
@@ -166,17 +172,17 @@ def _evaluate_both(
             if theirs is not None:
                 policy.load_adapter(theirs.package.adapter)
         with clock("promotion_draw"):
-            evaluations[name] = evaluate(policy, setup)
+            evaluations[name], agreements[name] = evaluate(policy, setup), measure_agreement(policy, setup)
         if theirs is not None:
             del policy
             with clock("promotion_load"):
                 policy = load_policy(ours, environment)
         policy.load_adapter(ours.package.adapter)
         with clock("promotion_draw"):
-            evaluations[CANDIDATE] = evaluate(policy, setup)
+            evaluations[CANDIDATE], agreements[CANDIDATE] = evaluate(policy, setup), measure_agreement(policy, setup)
         identity = ours.identity(setup)
         without = dataclasses.replace(identity, adapter_sha256="none")
-        return evaluations, {name: theirs.identity(setup) if theirs else without, CANDIDATE: identity}
+        return evaluations, agreements, {name: theirs.identity(setup) if theirs else without, CANDIDATE: identity}
 
 
 def _check_prompts(setup: EvaluationSetup, *packages: Package) -> None:
@@ -195,13 +201,14 @@ def _check_prompts(setup: EvaluationSetup, *packages: Package) -> None:
         check_prompts(evaluation, judges, validation=validation, training=training, encoders=encoders)
 
 
-def _scores(evaluation: Evaluation, setup: EvaluationSetup) -> ModelScores:
+def _scores(evaluation: Evaluation, agreement: Agreement | None, setup: EvaluationSetup) -> ModelScores:
     training, held_out = setup.rewards
     return ModelScores(
         correct_PG=evaluation.correct,
         held_out_PG=evaluation.rewards_PG[held_out.name],
         training_PG=evaluation.rewards_PG[training.name],
         diversity_P=diversity(evaluation.thumbnails_PGHWC),
+        agreement=agreement,
     )
 
 

@@ -12,6 +12,7 @@ from sfgrpo.config.schema import PolicyConfig, RewardConfig
 from sfgrpo.errors import MismatchError
 from sfgrpo.evaluation.identity import EvaluationIdentity, drawing_protocol, reward_identity
 from sfgrpo.factory import base_of, make_policy, make_reward
+from sfgrpo.geneval.scorer import asks_for_a_number
 from sfgrpo.promotion.history import experiment_of
 from sfgrpo.prompts import prompts_digest
 from sfgrpo.registry.package import Package, download_version
@@ -21,10 +22,14 @@ from sfgrpo.tracking.base import Tracker, ending
 from sfgrpo.types import Prompt
 
 if TYPE_CHECKING:
+    from sfgrpo.evaluation.agreement import Agreement
     from sfgrpo.evaluation.evaluate import Evaluation, SamplingProtocol
     from sfgrpo.policies.adapter import Adapter, Base
     from sfgrpo.policies.sd3 import SD3Policy
     from sfgrpo.rewards import Reward
+
+VERDICT = "geneval_correct"
+"""Reward that says whether an image is correct."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,8 @@ class EvaluationSetup:
     """Parameters of the same rewards."""
     shown: Sequence[int] = ()
     """Positions of the prompts whose images are kept."""
+    agreement_images: int = 0
+    """Images of each prompt that asks for a number by which the agreement is measured; 0 measures none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,3 +142,18 @@ def evaluate(policy: SD3Policy, setup: EvaluationSetup) -> Evaluation:
     from sfgrpo.evaluation.evaluate import evaluate_policy
 
     return evaluate_policy(policy, setup.prompts, setup.rewards, setup.protocol, shown=setup.shown)
+
+
+def measure_agreement(policy: SD3Policy, setup: EvaluationSetup) -> Agreement | None:
+    """Draw images of the prompts that ask for a number, and have an independent counter confirm the verdicts.
+
+    None if there is no such prompt, or no counter for this detector.
+    """
+    from sfgrpo.evaluation.evaluate import evaluate_policy
+    from sfgrpo.rewards import confirmation_of
+
+    prompts = [prompt for prompt in setup.prompts if asks_for_a_number(prompt)]
+    if not prompts or not setup.agreement_images or confirmation_of(VERDICT) is None:
+        return None
+    protocol = dataclasses.replace(setup.protocol, images_per_prompt=setup.agreement_images)
+    return evaluate_policy(policy, prompts, (), protocol).agreement

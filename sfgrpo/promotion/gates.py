@@ -1,17 +1,29 @@
 """Gates of a promotion: the candidate is better than its baseline beyond chance, and nothing was paid for it.
 
 Both models draw the same prompts from the same noise. A paired bootstrap over prompts bounds how far each difference
-would move with other prompts, where prompts that ask for the same count as one, and four gates look at the bounds:
+would move with other prompts, where prompts that ask for the same count as one, and five gates look at the bounds:
 
 - `overall`: GenEval's overall score rises by more than `min_gain`.
 - `tasks`: no task is shown to be worse.
 - `held_out`: a reward that training never saw is not shown to be lower. A policy that exploits its training reward
   gains there and loses here.
 - `diversity`: the images of a prompt differ from each other by more than `min_diversity_ratio` of what the baseline's
-  do. A policy that draws one safe picture per prompt passes the other three.
+  do. A policy that draws one safe picture per prompt passes the others.
+- `agreement`: of the images that are correct for a prompt which asks for a number, the share that an independent
+  counter confirms is not shown to be below `min_agreement`, or below the baseline's if that is lower. A policy that
+  learned to draw one object too many, and that one so badly that the detector does not count it, passes the others.
+  Where the detector has no such counter, there is no such gate, and the report says so.
 
-The first and the last must be shown, the other two only must not be refuted: few prompts never promote a candidate,
-but they may hide a loss. Two things no gate can see. Losses within the standard error add up over many promotions, so
+The gain and the diversity must be shown, the other three only must not be refuted: few prompts never promote a
+candidate, but they may hide a loss.
+
+Why the agreement is tested in this way: few images of a baseline are correct for a prompt that asks for a number, so a
+difference of two agreements is lost in the baseline's error, and the share of disputed images among all of them also
+rises with every honest gain. A bound on the candidate's own share needs neither. Its images are drawn for this gate
+alone, `agreement_images` of each prompt, since the few of the comparison are not enough. The prompts are taken as they
+are, because a policy that hides objects from the detector for some prompts does hide them: the bound is the binomial
+one.
+Two things no gate can see. Losses within the standard error add up over many promotions, so
 compare with the base model now and then. And a candidate that was selected by its scores on these very prompts and
 noise looks better than it is.
 """
@@ -27,7 +39,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfgrpo.config.schema import PromotionConfig
+from sfgrpo.evaluation.agreement import Agreement
 from sfgrpo.geneval.prompt_sets import twin_key
+from sfgrpo.promotion.binomial import share_interval
 from sfgrpo.promotion.bootstrap import (
     Floats,
     Interval,
@@ -54,6 +68,8 @@ class ModelScores:
     """The reward that was trained on; reported, but no gate."""
     diversity_P: Floats
     """How far the images of a prompt lie apart, by `diversity` or any other measure that is 0 for copies."""
+    agreement: Agreement | None = None
+    """With an independent counter, on images of their own; None where there is none."""
 
     def __post_init__(self) -> None:
         shape = self.correct_PG.shape
@@ -106,6 +122,8 @@ class Comparison:
     num_prompts: int
     num_images: int
     """Of each model."""
+    baseline_agreement: float | None = None
+    """Share of the baseline's counts that the independent counter confirms, where there are any."""
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -124,6 +142,8 @@ class Comparison:
             "promotion/num_prompts": float(self.num_prompts),
             "promotion/num_images": float(self.num_images),
         }
+        if self.baseline_agreement is not None:
+            metrics["promotion/baseline_agreement"] = self.baseline_agreement
         intervals = {"training": self.training}
         for gate in self.gates:
             metrics[f"promotion/gate/{gate.name}"] = float(gate.passed)
@@ -143,7 +163,7 @@ def compare_scores(
     Args:
         prompts: Of both models, [P]; image g of prompt p started from the same noise in both.
         config: The thresholds, and the settings of the bootstrap. `error_rate` is the chance that a candidate no better
-            than its baseline passes the first gate, and that each of the two gates that only look for a loss stops a
+            than its baseline passes the first gate, and that each of the three gates that only look for a loss stops a
             candidate that lost nothing.
 
     Raises:
@@ -167,13 +187,26 @@ def compare_scores(
             gate("tasks", "upper bound at least", 0.0, *(tag for tag in TAGS if tag in tags)),
             gate("held_out", "upper bound at least", 0.0, "held_out"),
             gate("diversity", "lower bound above", config.min_diversity_ratio, "diversity_ratio"),
+            *agreement_gate(candidate.agreement, baseline.agreement, config),
         ),
         candidate_score=_overall_score(candidate, tags),
         baseline_score=_overall_score(baseline, tags),
         training=bounds["training"],
         num_prompts=len(tags),
         num_images=candidate.correct_PG.size,
+        baseline_agreement=None if baseline.agreement is None else baseline.agreement.share,
     )
+
+
+def agreement_gate(
+    candidate: Agreement | None, baseline: Agreement | None, config: PromotionConfig
+) -> tuple[Gate, ...]:
+    """Return the gate of the agreement, where both models have one."""
+    if candidate is None or baseline is None:
+        return ()
+    needed = config.min_agreement if baseline.share is None else min(config.min_agreement, baseline.share)
+    bounds = share_interval(candidate.num_confirmed, candidate.num_correct, config.error_rate)
+    return (Gate(name="agreement", rule="upper bound at least", threshold=needed, observed={"agreement": bounds}),)
 
 
 def _intervals(

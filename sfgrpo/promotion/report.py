@@ -20,6 +20,7 @@ LABELS: dict[str, str] = {
     **{str(tag): column for tag, column in COLUMNS.items()},
     "held_out": "Held-out reward",
     "diversity_ratio": "Diversity (ratio)",
+    "agreement": "Agreement (share)",
     "training": "Training reward",
 }
 """Labels of the metrics."""
@@ -29,6 +30,7 @@ REFUSALS = {
     "tasks": "it is worse in a task, beyond chance",
     "held_out": "a reward that it was not trained on is lower, beyond chance",
     "diversity": "the images of a prompt may have become too similar",
+    "agreement": "an independent counter disputes too many of its correct counts, beyond chance",
 }
 """What a failed gate means."""
 
@@ -81,7 +83,7 @@ def gates_table(comparison: Comparison, baseline: Baseline) -> str:
 
 
 def _cells(metric: str, bounds: Interval) -> tuple[str, str]:
-    sign = "" if metric == "diversity_ratio" else "+"
+    sign = "" if metric in ("diversity_ratio", "agreement") else "+"
     estimate, lower, upper = (
         f"{value:{sign}.3f}".replace("-", "\N{MINUS SIGN}") if math.isfinite(value) else "?"
         for value in (bounds.estimate, bounds.lower, bounds.upper)
@@ -95,5 +97,19 @@ def _note(comparison: Comparison, config: PromotionConfig) -> str:
         "Differences are means over tasks, and the diversity is the ratio of two such means. The bounds come from a "
         f"paired bootstrap over the prompts of every task ({config.num_resamples:,} resamples, seed {config.seed}). "
         f"Each bound is one-sided with an error rate of {config.error_rate:.0%}, which the tasks share. The training "
-        "reward is shown for information and is no gate."
+        "reward is shown for information and is no gate. "
+        f"{agreement_note(comparison, config)}"
+    )
+
+
+def agreement_note(comparison: Comparison, config: PromotionConfig) -> str:
+    """Return in a sentence how the agreement was measured, or why it was not."""
+    gate = next((gate for gate in comparison.gates if gate.name == "agreement"), None)
+    if gate is None:
+        return "Agreement was not tested: this detector has no independent counter, or no prompt asks for a number."
+    theirs = comparison.baseline_agreement
+    return (
+        f"The agreement is the candidate's share of correct counts that an independent counter confirms, on "
+        f"{config.agreement_images} images of each prompt that asks for a number; of the baseline's it confirms "
+        f"{'none, since none is correct' if theirs is None else f'{theirs:.3f}'}."
     )

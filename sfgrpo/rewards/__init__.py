@@ -9,8 +9,10 @@ import torch
 from sfgrpo.geneval.scorer import is_correct
 from sfgrpo.rewards.base import Reward, Vocabulary, checked_rewards, distinct_rewards
 from sfgrpo.rewards.clip import ClipReward
+from sfgrpo.rewards.confirmed import ConfirmedVerdict
 from sfgrpo.rewards.geneval import GenEvalReward, soft_credit
 from sfgrpo.rewards.likeness import LikenessReward
+from sfgrpo.shapes.counter import count_objects
 from sfgrpo.shapes.detector import detect_images
 from sfgrpo.shapes.world import CLASSES, COLORS
 
@@ -21,6 +23,7 @@ __all__ = [
     "build_reward",
     "check_reward",
     "checked_rewards",
+    "confirmation_of",
     "distinct_rewards",
 ]
 
@@ -36,6 +39,14 @@ REWARDS: dict[str, Callable[[], Reward]] = {
 
 PRETRAINED_REWARDS: dict[str, Callable[..., Reward]] = {"clip": ClipReward.from_pretrained}
 """Rewards with a pretrained model: called with its name, `revision` and `device`."""
+
+CONFIRMED_VERDICTS: dict[str, Callable[[], Reward]] = {
+    "geneval_correct": lambda: ConfirmedVerdict("geneval_confirmed", detect_images, count_objects, SHAPES)
+}
+"""Verdicts that a second opinion confirms, by the name of the plain verdict; nothing to train on.
+
+A detector of another world brings a line of its own, with a counter that works by other cues.
+"""
 
 RENAMED = {"geneval_strict": "geneval_correct"}
 """Former names, and what to write instead."""
@@ -70,3 +81,8 @@ def check_reward(name: str, *, pretrained: str | None, revision: str | None) -> 
         raise ValueError(f"reward {name!r} is unknown; allowed are {allowed}")
     if pretrained is not None or revision is not None:
         raise ValueError(f"reward {name!r} takes no model; set reward.pretrained and reward.revision to null")
+
+
+def confirmation_of(verdict: str) -> Reward | None:
+    """Return the reward that confirms a verdict of this name by an independent counter; None if there is no counter."""
+    return CONFIRMED_VERDICTS[verdict]() if verdict in CONFIRMED_VERDICTS else None

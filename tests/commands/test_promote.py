@@ -28,12 +28,14 @@ from sfgrpo.commands import promote as command
 from sfgrpo.commands import recheck as recheck_command
 from sfgrpo.config.schema import RegistryConfig
 from sfgrpo.errors import RegistryError
-from sfgrpo.evaluation.evaluate import Evaluation
+from sfgrpo.evaluation.agreement import Agreement
+from sfgrpo.evaluation.evaluate import Evaluation, SamplingProtocol
+from sfgrpo.geneval.scorer import asks_for_a_number
 from sfgrpo.geneval.table import summarise
 from sfgrpo.promotion import aliases, compare
 from sfgrpo.promotion.aliases import CHAMPION, PREVIOUS
 from sfgrpo.promotion.decision import DECISION_TAG, RECORD_TAG
-from sfgrpo.promotion.evaluation import EvaluationSetup
+from sfgrpo.promotion.evaluation import EvaluationSetup, measure_agreement
 from sfgrpo.promotion.history import Promotion, append, experiment_of, read_history
 from sfgrpo.prompts import write_prompts
 from sfgrpo.registry import drawing
@@ -48,7 +50,7 @@ from sfgrpo.types import TAGS
 from tests.support.metrics_page import documented
 from tests.support.registry import draw
 from tests.support.stores import free_port, wait_for_answer
-from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline, tiny_serving
+from tests.support.tiny import build_tiny_adapter, build_tiny_pipeline, make_tiny_policy, tiny_serving
 from tests.support.tiny_run import TINY, write_params
 
 # From libraries, not from us: SQLAlchemy's, MLflow's and diffusers' own deprecations and advice.
@@ -157,11 +159,19 @@ def evaluation(
     )
 
 
+def agreement(setup: EvaluationSetup, num_confirmed: int = 40) -> Agreement:
+    """Make up the agreement of a model that is right in 40 images of the first prompt that asks for a number."""
+    prompt = next(prompt for prompt in setup.prompts if asks_for_a_number(prompt))
+    ranks = np.arange(60)[None]
+    return Agreement.of([prompt], ranks < 40, ranks < num_confirmed)
+
+
 @pytest.fixture
 def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Made-up evaluations of the models that would draw, the baseline first."""
     coming: list[dict[str, Any]] = []
     monkeypatch.setattr(compare, "evaluate", lambda policy, setup: evaluation(setup, **coming.pop(0)))
+    monkeypatch.setattr(compare, "measure_agreement", lambda policy, setup: agreement(setup))
     monkeypatch.setattr(recheck_command, "evaluate", lambda policy, setup: evaluation(setup, **coming.pop(0)))
     return coming
 
@@ -278,6 +288,33 @@ def test_run_without_a_decision_is_not_applied(registry, capsys):
 def test_decision_is_about_one_version(capsys):
     assert main(["promote", "--apply", "r", "--version", "2"]) == 2
     assert "--apply RUN is about the version that was compared; leave --model and --version" in capsys.readouterr().err
+
+
+def test_candidate_that_hides_objects_from_the_detector_is_not_promoted(registry, verdicts, monkeypatch):
+    registry.register("flattering")
+    found = [40, 20]
+    monkeypatch.setattr(compare, "measure_agreement", lambda policy, setup: agreement(setup, found.pop(0)))
+    assert promote(verdicts, "flattering") == 0
+    assert registry.aliases("flattering") == (None, None)
+    assert registry.decision()["failed"] == ["agreement"]
+    report = (registry.folder / "reports/promotion/report.md").read_text()
+    assert "but an independent counter disputes too many of its correct counts, beyond chance." in report
+    assert "| Agreement (share) | 0.500 |" in report
+
+
+def test_agreement_is_measured_on_images_of_its_own(registry):
+    setup = EvaluationSetup(
+        prompts=[prompts[0] for prompts in all_prompts().values()],
+        protocol=SamplingProtocol(images_per_prompt=2, num_steps=1, guidance_scale=1.0, seed=0, micro_batch_size=8),
+        rewards=(),
+        reward_configs=(),
+        agreement_images=5,
+    )
+    policy = make_tiny_policy()
+    measured = measure_agreement(policy, setup)
+    assert measured is not None and measured.confirmed_PG.shape == (1, 5)
+    pairs = [prompt for prompt in setup.prompts if prompt.tag == "two_object"]
+    assert measure_agreement(policy, dataclasses.replace(setup, prompts=pairs)) is None
 
 
 def test_every_metric_of_a_promotion_has_a_line_on_the_page_of_metrics(registry, verdicts):

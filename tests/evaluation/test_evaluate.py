@@ -19,6 +19,7 @@ from sfgrpo.evaluation.evaluate import (
 from sfgrpo.grpo.noise import gaussian_noise
 from sfgrpo.policies.base import Policy
 from sfgrpo.promotion.diversity import diversity
+from sfgrpo.rewards import CONFIRMED_VERDICTS
 from sfgrpo.rewards.base import Reward
 from sfgrpo.types import Prompt
 from tests.support.tiny import Light, disturb, make_tiny_pipeline, make_tiny_policy, tiny_prompts
@@ -72,6 +73,19 @@ def test_table_and_rewards_are_those_of_the_verdicts():
     assert metrics["geneval/overall"] == metrics["geneval/counting"] == pytest.approx(0.5)
     assert metrics["geneval/num_images"] == 6 and metrics["geneval/num_prompts"] == 3
     assert metrics["evaluation/light"] == pytest.approx(evaluation.images.mean() / 255, abs=1e-5)
+
+
+def test_agreement_is_that_of_the_counter_of_the_verdicts_detector(policy, monkeypatch):
+    assert evaluated(policy, Scripted([1] * 6)).agreement is None
+    disputed = Scripted([1, 0, 1, 1, 0, 0])
+    monkeypatch.setitem(CONFIRMED_VERDICTS, "scripted", lambda: disputed)
+    evaluation = evaluated(policy, Scripted([1, 0, 1, 1, 0, 1]), (Light(),))
+    assert evaluation.agreement is not None and disputed.asked == [p for p in PROMPTS for _ in range(PER_PROMPT)]
+    assert evaluation.agreement.confirmed_PG.tolist() == [[True, False], [True, True], [False, False]]
+    assert evaluation.correct.tolist() == [[True, False], [True, True], [False, True]]
+    assert list(evaluation.rewards) == ["light"]
+    metrics = evaluation.to_dict()
+    assert (metrics["agreement/share"], metrics["geneval/confirmed_counting"]) == (0.75, 0.5)
 
 
 def test_scores_and_thumbnails_are_those_of_every_image():

@@ -7,16 +7,18 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, norm
+from scipy.stats import binomtest, bootstrap, norm
 from scipy.stats import t as student
 
 from sfgrpo.config.schema import PromotionConfig, RewardConfig
-from sfgrpo.geneval.grammar import two_object
+from sfgrpo.evaluation.agreement import Agreement
+from sfgrpo.geneval.grammar import counting, two_object
 from sfgrpo.geneval.prompt_sets import twin_key
+from sfgrpo.promotion.binomial import share_interval
 from sfgrpo.promotion.bootstrap import expanded, interval, resampled_means, task_means
 from sfgrpo.promotion.diversity import diversity
-from sfgrpo.promotion.gates import Comparison, ModelScores, compare_scores
-from sfgrpo.promotion.report import decision_sentence, gates_table
+from sfgrpo.promotion.gates import Comparison, ModelScores, agreement_gate, compare_scores
+from sfgrpo.promotion.report import agreement_note, decision_sentence, gates_table
 from sfgrpo.types import TAGS, Clause, Prompt, Tag
 
 GATES = ("overall", "tasks", "held_out", "diversity")
@@ -25,6 +27,8 @@ CONFIG = PromotionConfig(
     seed=0,
     min_gain=0.0,
     min_diversity_ratio=0.8,
+    min_agreement=0.85,
+    agreement_images=24,
     error_rate=0.05,
     num_resamples=10_000,
 )
@@ -278,6 +282,75 @@ def test_hacked_reward_fails_the_third_gate_alone():
 def test_collapsed_diversity_fails_the_fourth_gate_alone():
     pair = better_pair()
     assert pair.change(diversity_P=0.78 * pair.candidate.diversity_P).compare().failed == ("diversity",)
+
+
+def agreement(num_confirmed: int, num_correct: int, num_images: int = 144) -> Agreement:
+    """Return the agreement on the images of one prompt that asks for a number."""
+    ranks = np.arange(num_images)[None]
+    return Agreement.of([counting("ring", 2)], ranks < num_correct, ranks < num_confirmed)
+
+
+def agreeing(candidate: Agreement | None, baseline: Agreement | None) -> Comparison:
+    return better_pair().change(agreement=candidate).change_champion(agreement=baseline).compare()
+
+
+def test_hidden_objects_fail_the_fifth_gate_alone():
+    comparison = agreeing(agreement(39, 63), agreement(18, 20))
+    assert comparison.failed == ("agreement",)
+    assert tuple(gate.name for gate in comparison.gates) == (*GATES, "agreement")
+    metrics = comparison.to_dict()
+    assert metrics["promotion/agreement"] == pytest.approx(39 / 63)
+    assert (metrics["promotion/baseline_agreement"], metrics["promotion/gate/agreement"]) == (0.9, 0.0)
+
+
+def test_some_disputed_images_fail_no_gate():
+    assert agreeing(agreement(60, 63), agreement(20, 20)).failed == ()
+    assert agreeing(agreement(51, 63), agreement(20, 20)).failed == ()
+
+
+def test_few_correct_images_cannot_refuse_a_candidate():
+    comparison = agreeing(agreement(2, 4), agreement(20, 20))
+    assert comparison.failed == ()
+    none = agreeing(agreement(0, 0), agreement(0, 0))
+    assert none.failed == () and "promotion/agreement" not in none.to_dict()
+    assert "| Agreement (share) | ? | 0.000 to 1.000 | upper bound at least 0.85 | passed |" in gates_table(
+        none, "champion"
+    )
+
+
+def test_candidate_need_not_agree_more_than_its_baseline():
+    assert agreeing(agreement(39, 63), agreement(12, 20)).failed == ()
+    assert agreeing(agreement(20, 63), agreement(12, 20)).failed == ("agreement",)
+
+
+def test_flattered_detector_is_found_out_and_an_honest_policy_passes():
+    """Policies with the rates of the two adapters that were measured: 4 of 10 images correct, of a base with 1 of 7."""
+    generator, refused = np.random.default_rng(13), {"flattering": 0, "honest": 0}
+    for _ in range(200):
+        for name, share in (("flattering", 0.62), ("honest", 0.93)):
+            correct, base = generator.binomial(144, 0.43), generator.binomial(144, 0.14)
+            ours = agreement(generator.binomial(correct, share), correct)
+            (gate,) = agreement_gate(ours, agreement(generator.binomial(base, 0.93), base), CONFIG)
+            refused[name] += not gate.passed
+    assert refused["flattering"] / 200 > 0.95
+    assert refused["honest"] / 200 < 0.02
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 7), (3, 7), (7, 7), (39, 63)])
+def test_bounds_of_a_share_are_scipys(successes, trials):
+    bounds = share_interval(successes, trials, 0.05)
+    theirs = binomtest(successes, trials).proportion_ci(confidence_level=0.9, method="exact")
+    assert bounds.estimate == successes / trials
+    assert (bounds.lower, bounds.upper) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_report_says_where_no_counter_confirms_the_verdicts():
+    without = agreement_note(better_pair().compare(), CONFIG)
+    assert "Agreement was not tested: this detector has no independent counter" in without
+    assert "of the baseline's it confirms 0.900." in agreement_note(
+        agreeing(agreement(60, 63), agreement(18, 20)), CONFIG
+    )
+    assert "none, since none is correct." in agreement_note(agreeing(agreement(60, 63), agreement(0, 0)), CONFIG)
 
 
 def test_diversity_must_be_shown_to_be_kept():
