@@ -44,7 +44,7 @@ def _snapshot_of(folder: Path, update: int) -> Snapshot:
 
 def _evaluate(folder: Path, snapshot: Snapshot, store: Path, environment: Environment) -> None:
     config = load_config(TrainStage, folder / INPUTS / PARAMS)
-    prompts = read_prompts(folder / INPUTS / VALIDATION_PROMPTS.name)
+    prompts = read_prompts(folder / INPUTS / VALIDATION_PROMPTS.name, "evaluate it with the commit of the training")
     adapter = read_snapshot(folder, snapshot.update)
     kind = device_of(environment).partition(":")[0]
     if evaluation_key(evaluation_fingerprint(config, prompts, kind), adapter) != snapshot.key:

@@ -14,6 +14,7 @@ from sfgrpo.geneval.prompt_sets import (
     largest_remainder,
     training_prompts,
     twin_key,
+    validation_prompts,
 )
 from sfgrpo.types import TAGS, Prompt
 from tests.support.paths import ROOT
@@ -22,6 +23,9 @@ from tests.support.reproductions import FLOW_GRPO_WEIGHTS, NUM_FLOW_GRPO_PROMPTS
 GENEVAL = ROOT / "data" / "geneval"
 LINES = (GENEVAL / "evaluation_metadata.jsonl").read_text().splitlines()
 CLASS_NAMES = (GENEVAL / "object_names.txt").read_text().splitlines()
+
+
+NUM_VALIDATION = dict(zip(TAGS, (0, 100, 40, 100, 100, 100), strict=True))
 
 
 def rebuilt(prompt: Prompt) -> Prompt:
@@ -109,6 +113,33 @@ def test_a_task_held_out_in_full_is_refused():
     everything = [grammar.counting(name, count) for name, count in itertools.product(CLASS_NAMES, (2, 3, 4))]
     with pytest.raises(ValueError, match="all prompts of task counting are held out"):
         training_prompts(CLASS_NAMES, everything, num_prompts=100, weights=FLOW_GRPO_WEIGHTS, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_validation_prompts_ask_each_for_something_of_their_own(seed):
+    asked = evaluation_prompts(CLASS_NAMES)
+    drawn = validation_prompts(CLASS_NAMES, asked, num_prompts=NUM_VALIDATION, seed=seed)
+    assert collections.Counter(prompt.tag for prompt in drawn) == {tag: n for tag, n in NUM_VALIDATION.items() if n}
+    keys = set(map(twin_key, drawn))
+    assert len(keys) == len(drawn)
+    assert keys.isdisjoint(map(twin_key, asked))
+    held_out = [*asked, *drawn]
+    trained = training_prompts(CLASS_NAMES, held_out, num_prompts=2000, weights=FLOW_GRPO_WEIGHTS, seed=seed)
+    assert keys.isdisjoint(map(twin_key, trained))
+
+
+def test_validation_prompts_of_geneval_follow_their_seed():
+    few = dict.fromkeys(TAGS, 5)
+    draws = [validation_prompts(CLASS_NAMES, (), num_prompts=few, seed=seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize(("tag", "left"), [("single_object", 0), ("counting", 160)])
+def test_more_validation_prompts_than_geneval_leaves_are_refused(tag, left):
+    wanted = NUM_VALIDATION | {tag: left + 1}
+    told = f"task {tag} has {left} prompts that are not evaluated on, fewer than the {left + 1} for validation"
+    with pytest.raises(ValueError, match=told):
+        validation_prompts(CLASS_NAMES, evaluation_prompts(CLASS_NAMES), num_prompts=wanted, seed=0)
 
 
 def test_twins_share_a_key_only_where_order_means_nothing():
