@@ -162,6 +162,7 @@ def test_summary_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no result of any seed"):
         summarise_seeds([])
 
+
 @pytest.mark.slow
 def test_real_stages_measure_base_last_and_best(tmp_path):
     clone = build_clone(tmp_path / "checkout", SMALL)
