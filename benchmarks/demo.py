@@ -52,20 +52,27 @@ class Demo:
         """Run every seed that is not finished; write the results again after each.
 
         Raises:
-            SfgrpoError: a stage of a seed failed; those of the others are ended, and all go on when started again.
+            SfgrpoError: a stage of a seed failed, after the other seeds were run; it goes on when started again.
         """
+        failures: list[str] = []
         todo = [seed for seed in seeds if not (self._folder(seed) / RESULT).exists()]
         for seed in seeds:
             print(f"seed {seed}: {'to do' if seed in todo else 'done before'}", flush=True)
         pool = concurrent.futures.ThreadPoolExecutor(self.num_jobs)
         try:
             for done in concurrent.futures.as_completed([pool.submit(self._run_seed, seed) for seed in todo]):
-                done.result()
+                try:
+                    done.result()
+                except SfgrpoError as error:
+                    failures.append(str(error))
+                    print(f"failed: {error}", flush=True)
                 self.write_results(seeds)
         finally:
             self._stop()
             pool.shutdown(cancel_futures=True)
         self.write_results(seeds)
+        if failures:
+            raise SfgrpoError("\n".join(failures))
 
     def write_results(self, seeds: Sequence[int]) -> None:
         """Summarise all seeds that are finished in `results.json` and `results.md`."""

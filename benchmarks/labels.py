@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from benchmarks.sheets import Cell, SheetStyle, save_sheets
+from benchmarks.tiles import read_tiles, write_tiles
 from sfgrpo.config.loading import as_config_error
 from sfgrpo.errors import ConfigError
 from sfgrpo.runtime.entry_point import run_guarded
@@ -34,7 +33,6 @@ SHEETS = ROOT / "docs/images/labels"
 SMEAR = "smear"
 """What a thing without a class is called: one that a person sees and would not name."""
 BASE = "base"
-TILES_PER_ROW = 24
 STYLE = SheetStyle(columns=5, text="beside", text_size=100)
 PER_SHEET = 60
 
@@ -82,7 +80,7 @@ def load_labels(folder: Path = FOLDER) -> list[LabelledImage]:
             f"{folder / LABELS}: index {records[found]['index']} stands where {found} should; write one line for every "
             "image, in order"
         )
-    tiles = _read_tiles(folder / IMAGES, len(records), restore)
+    tiles = read_tiles(folder / IMAGES, len(records), restore)
     return [LabelledImage(image=tile, **record) for tile, record in zip(tiles, records, strict=True)]
 
 
@@ -93,19 +91,10 @@ def pack_labels(folder: Path, images: NDArray[np.uint8], lines: Sequence[str]) -
         ValueError: a line is no label, the images have another shape, or there is not one label for every image.
     """
     records = sorted((_parse_line(line)["index"], line.strip()) for line in lines)
-    if images.dtype != np.uint8 or images.shape != (len(images), IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise ValueError(f"images are {images.dtype} {list(images.shape)}; give uint8 [N, 32, 32, 3]")
     if (found := [index for index, _ in records]) != list(range(len(images))):
         wrong = sorted(set(range(len(images))) ^ set(found)) or [i for i in found if found.count(i) > 1]
         raise ValueError(f"{len(images)} images and {len(found)} labels, see index {wrong[0]}; write one line for each")
-    rows = math.ceil(len(images) / TILES_PER_ROW)
-    tiles = np.zeros((rows * TILES_PER_ROW, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    tiles[: len(images)] = images
-    mosaic = tiles.reshape(rows, TILES_PER_ROW, IMAGE_SIZE, IMAGE_SIZE, 3).transpose(0, 2, 1, 3, 4)
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(mosaic.reshape(rows * IMAGE_SIZE, TILES_PER_ROW * IMAGE_SIZE, 3)).save(
-        folder / IMAGES, optimize=True
-    )
+    write_tiles(folder / IMAGES, images)
     atomic_write(folder / LABELS, "".join(f"{line}\n" for _, line in records))
 
 
@@ -122,20 +111,6 @@ def _cell(labelled: LabelledImage) -> Cell:
         lines=[f"{number} {each.color} {each.class_name or SMEAR}" for number, each in numbered] or ["nothing"],
         marks=[(each.x, each.y, str(number)) for number, each in numbered],
     )
-
-
-def _read_tiles(path: Path, num_images: int, cure: str) -> NDArray[np.uint8]:
-    """Read the first `num_images` tiles of a PNG: [N, 32, 32, 3]."""
-    try:
-        with Image.open(path) as mosaic:
-            pixels = np.asarray(mosaic.convert("RGB"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); {cure}") from error
-    rows, columns = (side // IMAGE_SIZE for side in pixels.shape[:2])
-    tiles = pixels[: rows * IMAGE_SIZE, : columns * IMAGE_SIZE].reshape(rows, IMAGE_SIZE, columns, IMAGE_SIZE, 3)
-    if rows * columns < num_images or rows * columns >= num_images + TILES_PER_ROW:
-        raise ConfigError(f"{path}: holds {rows * columns} tiles for {num_images} labels; {cure}")
-    return tiles.transpose(0, 2, 1, 3, 4).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)[:num_images]
 
 
 def _parse_line(line: str) -> dict[str, Any]:

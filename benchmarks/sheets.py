@@ -97,7 +97,7 @@ def _draw_cell(
         ends = left + PICTURE + FRAME - 1, top + PICTURE + FRAME - 1
         pen.rectangle((left - FRAME, top - FRAME, *ends), fill=cell.frame)
     picture = Image.fromarray(cell.image)
-    canvas.paste(picture.resize((PICTURE, PICTURE), Image.Resampling.NEAREST), corner)
+    canvas.paste(picture.resize((PICTURE, PICTURE), Image.Resampling.BICUBIC), corner)
     scale = PICTURE / cell.image.shape[0]
     for x, y, text in cell.marks:
         place = left + x * scale, top + y * scale

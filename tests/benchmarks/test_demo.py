@@ -83,9 +83,9 @@ def test_finished_seeds_are_not_repeated_and_keep_their_commit(checkout, tmp_pat
     assert demo.git(out / "seed-2", "rev-parse", "HEAD") == commit
 
 
-def test_seed_that_failed_goes_on_when_started_again(checkout, tmp_path, capsys):
+def test_seed_that_failed_stops_no_other_and_goes_on_when_started_again(checkout, tmp_path, capsys):
     out = tmp_path / "out"
-    assert demo.main(["--seeds", "1", "7", "--out", str(out)]) == ExitStatus.FAILED
+    assert demo.main(["--seeds", "7", "1", "--out", str(out)]) == ExitStatus.FAILED
     message = capsys.readouterr().err
     assert "seed 7: `-m sfgrpo train --params seed.yaml` ended with status 1 (the lamp is broken)" in message
     assert len(json.loads((out / "results.json").read_text())["seeds"]) == 1

@@ -77,7 +77,7 @@ def test_missing_index_is_refused(packed):
 
 def test_tiles_of_another_number_are_refused(packed):
     (packed / "labels.jsonl").write_text(json.dumps(label(0)))
-    with pytest.raises(ConfigError, match="holds 48 tiles for 1 labels; restore it by `git checkout"):
+    with pytest.raises(ConfigError, match="holds 48 tiles for 1 images; restore it by `git checkout"):
         load_labels(packed)
 
 
