@@ -12,6 +12,9 @@ from sfgrpo.geneval.table import COLUMNS
 from sfgrpo.types import TAGS
 
 OVERALL = "overall"
+OTHER = ("agreement/", "evaluation/", "geneval/confirmed")
+"""Prefixes of the metrics that are summarised beside overall score and tasks."""
+NO_SCORE = ("_stderr", "/num_images")
 TRAINED = ("last", "best")
 """Adapter of the last update, and that of the update with the best score on the validation prompts."""
 
@@ -43,7 +46,7 @@ def summarise_seeds(results: Sequence[SeedResult]) -> dict[str, Any]:
         raise ValueError("no result of any seed; run one by `python -m benchmarks.demo --seeds 0 --out FOLDER`")
     metrics = [f"geneval/{name}" for name in (OVERALL, *TAGS)]
     shared = set.intersection(*(set(metrics) for result in results for metrics in result.models.values()))
-    other = sorted(name for name in shared if name.startswith("evaluation/"))
+    other = sorted(name for name in shared if name.startswith(OTHER) and not name.endswith(NO_SCORE))
     gains = {
         model: {name: _spread(result.change(model, name) for result in results) for name in (*metrics, *other)}
         for model in TRAINED
@@ -78,9 +81,11 @@ def markdown(summary: Mapping[str, Any]) -> str:
             f"- {model} adapter: {len(moved['up'])} of {len(TAGS)} tasks up by more than the standard error ({up}), "
             f"{len(moved['down'])} down ({down})"
         )
-    parts = [f"# {title}", _seed_table(summary), _gain_table(summary, "geneval/"), "\n".join(beyond)]
-    if any(name.startswith("evaluation/") for name in summary["means"]["base"]):
-        parts.append(_gain_table(summary, "evaluation/"))
+    names = list(summary["means"]["base"])
+    tasks, others = ([name for name in names if name.startswith(OTHER) is is_other] for is_other in (False, True))
+    parts = [f"# {title}", _seed_table(summary), _gain_table(summary, tasks), "\n".join(beyond)]
+    if others:
+        parts.append(_gain_table(summary, others))
     return "\n\n".join(parts) + "\n"
 
 
@@ -114,14 +119,14 @@ def _seed_table(summary: Mapping[str, Any]) -> str:
     return _table(header, rows)
 
 
-def _gain_table(summary: Mapping[str, Any], prefix: str) -> str:
-    """Return the table of all metrics with a prefix; a sign marks what moved by more than its standard error."""
+def _gain_table(summary: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the table of some metrics; a triangle marks what moved by more than its standard error."""
     header = ["Metric", "Base", "Last", "Best"]
     header += [f"{title} of {model}" for model in TRAINED for title in ("Gain", "Standard error")]
     rows = []
-    for name in (name for name in summary["means"]["base"] if name.startswith(prefix)):
-        label = name.removeprefix(prefix)
-        row = [COLUMNS.get(label, label.capitalize() if label == OVERALL else label)]
+    titles = {f"geneval/{tag}": column for tag, column in COLUMNS.items()} | {f"geneval/{OVERALL}": "Overall"}
+    for name in names:
+        row = [titles.get(name, name)]
         row += [f"{summary['means'][model][name]:.3f}" for model in ("base", *TRAINED)]
         for model in TRAINED:
             gain = summary["gains"][model][name]

@@ -113,7 +113,9 @@ def result(seed: int, gains: dict[str, float]) -> SeedResult:
     """Return a result in which the last adapter gains `gains` and the best one twice as much."""
     models = {
         model: {f"geneval/{tag}": 0.3 + times * gains.get(tag, 0.0) for tag in ("overall", *TAGS)}
-        | {"evaluation/likeness": 0.5, "geneval/overall_stderr": 0.1}
+        | {"evaluation/likeness": 0.5, "geneval/overall_stderr": 0.1, "agreement/num_images": 9.0}
+        | {"geneval/confirmed": 0.2 + 0.1 * times, "geneval/confirmed_stderr": 0.1}
+        | ({"agreement/share": 1.0} if model != "base" or seed else {})
         for times, model in enumerate(("base", "last", "best"))
     }
     return SeedResult(seed=seed, minutes=8.0 + seed, models=models)
@@ -154,8 +156,10 @@ def test_tables_show_seeds_tasks_and_what_moved():
     counting = "| Counting | 0.300 | 0.350 | 0.400 | +0.050 ± 0.014 ▲ | 0.010 | +0.100 ± 0.028 ▲ | 0.020 |"
     assert counting in text
     assert "- last adapter: 1 of 6 tasks up by more than the standard error (Counting), 0 down (none)" in text
-    assert "| likeness | 0.500 |" in text
-    assert "stderr" not in text
+    assert "| evaluation/likeness | 0.500 |" in text
+    assert "| geneval/confirmed | 0.200 | 0.300 | 0.400 | +0.100 ± 0.000 ▲ | 0.000 |" in text
+    assert not any(name in text for name in ("stderr", "num_images"))
+    assert "agreement/share" not in text, "the base model of seed 0 has none"
 
 
 def test_summary_of_nothing_is_refused():
