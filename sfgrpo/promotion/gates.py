@@ -9,23 +9,23 @@ would move with other prompts, where prompts that ask for the same count as one,
   gains there and loses here.
 - `diversity`: the images of a prompt differ from each other by more than `min_diversity_ratio` of what the baseline's
   do. A policy that draws one safe picture per prompt passes the others.
-- `agreement`: of the images that are correct for a prompt which asks for a number, the share that an independent
-  counter confirms is not shown to be below `min_agreement`, or below the baseline's if that is lower. A policy that
-  learned to draw one object too many, and that one so badly that the detector does not count it, passes the others.
-  Where the detector has no such counter, there is no such gate, and the report says so.
+- `agreement`: an independent counter confirms the images that are correct for a prompt which asks for a number. Their
+  share is not shown to be below `min_agreement`, nor, where the baseline's is shown to be lower itself, below that. A
+  policy that learned to draw one object too many, and that one so badly that the detector does not count it, passes the
+  others. Where the detector has no such counter, there is no such gate, and the report says so.
 
 The gain and the diversity must be shown, the other three only must not be refuted: few prompts never promote a
 candidate, but they may hide a loss.
 
 Why the agreement is tested in this way: few images of a baseline are correct for a prompt that asks for a number, so a
-difference of two agreements is lost in the baseline's error, and the share of disputed images among all of them also
-rises with every honest gain. A bound on the candidate's own share needs neither. Its images are drawn for this gate
-alone, `agreement_images` of each prompt, since the few of the comparison are not enough. The prompts are taken as they
-are, because a policy that hides objects from the detector for some prompts does hide them: the bound is the binomial
-one.
-Two things no gate can see. Losses within the standard error add up over many promotions, so
-compare with the base model now and then. And a candidate that was selected by its scores on these very prompts and
-noise looks better than it is.
+difference of two agreements is lost in the baseline's error, and the share of disputed images among all of them rises
+with every honest gain, too. A bound on the candidate's own share needs neither, and the counter's own errors, a few in
+a hundred images, are far from it. Its images are drawn for this gate alone, `agreement_images` of each prompt, since
+those of the comparison are too few. The prompts are taken as they are, because a policy that hides objects from the
+detector for some prompts does hide them: the bound is the binomial one.
+
+Two things no gate can see. Losses within the standard error add up over many promotions, so compare with the base model
+now and then. And a candidate that was selected by its scores on these very prompts and noise looks better than it is.
 """
 
 from __future__ import annotations
@@ -204,9 +204,12 @@ def agreement_gate(
     """Return the gate of the agreement, where both models have one."""
     if candidate is None or baseline is None:
         return ()
-    needed = config.min_agreement if baseline.share is None else min(config.min_agreement, baseline.share)
-    bounds = share_interval(candidate.num_confirmed, candidate.num_correct, config.error_rate)
-    return (Gate(name="agreement", rule="upper bound at least", threshold=needed, observed={"agreement": bounds}),)
+    ours, theirs = (
+        share_interval(each.num_confirmed, each.num_correct, config.error_rate) for each in (candidate, baseline)
+    )
+    # The upper bound, since the few correct images of a weak baseline would excuse anything by their error.
+    needed = min(config.min_agreement, theirs.upper)
+    return (Gate(name="agreement", rule="upper bound at least", threshold=needed, observed={"agreement": ours}),)
 
 
 def _intervals(

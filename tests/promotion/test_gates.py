@@ -319,8 +319,12 @@ def test_few_correct_images_cannot_refuse_a_candidate():
 
 
 def test_candidate_need_not_agree_more_than_its_baseline():
-    assert agreeing(agreement(39, 63), agreement(12, 20)).failed == ()
-    assert agreeing(agreement(20, 63), agreement(12, 20)).failed == ("agreement",)
+    assert agreeing(agreement(39, 63), agreement(60, 100)).failed == ()
+    assert agreeing(agreement(20, 63), agreement(60, 100)).failed == ("agreement",)
+
+
+def test_few_images_of_the_baseline_excuse_nothing():
+    assert agreeing(agreement(39, 63), agreement(2, 4)).failed == ("agreement",)
 
 
 def test_flattered_detector_is_found_out_and_an_honest_policy_passes():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from benchmarks.labels import load_labels
 from sfgrpo.shapes import counter
 from sfgrpo.shapes.counter import count_objects
 from sfgrpo.shapes.prompt_sets import all_prompts
@@ -52,6 +53,12 @@ def test_objects_of_autoencoded_scenes_are_counted(pytestconfig):
         decoded = autoencoder.decode(autoencoder.encode(pixels).latent_dist.mode()).sample
     seen = ((decoded.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert np.mean(count_objects(seen) == numbers) >= 0.99
+
+
+def test_objects_of_sampled_images_are_counted_as_by_eye():
+    labelled = load_labels()
+    numbers = count_objects(np.stack([each.image for each in labelled]))
+    assert np.mean(numbers == [len(each.objects) for each in labelled]) >= 0.95
 
 
 @pytest.mark.parametrize("color", COLORS)
