@@ -23,7 +23,7 @@ from sfgrpo.geneval.prompt_sets import twin_key
 from sfgrpo.paths import run_lock
 from sfgrpo.policies.sd3 import SD3Policy
 from sfgrpo.prompts import prompts_digest, read_prompts
-from sfgrpo.rewards import REWARDS
+from sfgrpo.rewards import CONFIRMED_VERDICTS, REWARDS
 from sfgrpo.runtime.locks import exclusive_lock
 from sfgrpo.runtime.manifest import verify_manifest
 from sfgrpo.tracking.mlflow_client import connect
@@ -474,6 +474,42 @@ def test_evaluation_compares_before_and_after(folder, tracker):
     packed = Path("reports/evaluate/images.tar").read_bytes()
     assert main(["evaluate"]) == 0
     assert Path("reports/evaluate/images.tar").read_bytes() == packed
+
+
+class Always(Light):
+    """Gives every image the same number."""
+
+    def __init__(self, name: str, value: float) -> None:
+        self.name, self.value = name, value
+
+    def __call__(self, images, prompts):
+        return torch.full((len(images),), self.value)
+
+
+def test_evaluation_warns_of_counts_that_a_counter_disputes(folder, tracker, monkeypatch, capsys):
+    assert main(["train"]) == 0
+    monkeypatch.setitem(REWARDS, "geneval_correct", lambda: Always("geneval_correct", 1.0))
+
+    def printed(confirmed: float) -> str:
+        monkeypatch.setitem(CONFIRMED_VERDICTS, "geneval_correct", lambda: Always("confirmed", confirmed))
+        capsys.readouterr()
+        assert main(["evaluate"]) == 0
+        return capsys.readouterr().out
+
+    disputed = printed(0.0)
+    assert "An independent counter confirms 0 of 2 correct counts of the base model.\nWARNING: base model: " in disputed
+    assert disputed.count("only 0 of the 2 images that are correct for a prompt that asks for a number") == 3
+    agreed = printed(1.0)
+    assert "An independent counter confirms 2 of 2 correct counts of the base model.\nAn" in agreed
+    assert "WARNING" not in agreed
+
+
+def test_evaluation_says_where_no_counter_confirms_its_verdicts(folder, tracker, monkeypatch, capsys):
+    assert main(["train"]) == 0
+    monkeypatch.delitem(CONFIRMED_VERDICTS, "geneval_correct")
+    assert main(["evaluate"]) == 0
+    assert "This detector has no independent counter: no agreement was measured." in capsys.readouterr().out
+    assert not [key for key in json.loads(Path("reports/evaluate/metrics.json").read_text())["base"] if "agree" in key]
 
 
 def validate_on(path: str) -> None:
