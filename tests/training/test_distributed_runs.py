@@ -112,7 +112,7 @@ def recorded_steps(folder: Path) -> dict[str, list[int]]:
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert run.info.status == "FINISHED"
-    keys = [key for key in run.data.metrics if not key.startswith(("geneval/", "evaluation", "best/"))]
+    keys = [key for key in run.data.metrics if not key.startswith(("geneval/", "agreement/", "evaluation", "best/"))]
     keys = [key for key in keys if not key.endswith(("evaluation_s", "evaluation_mb"))]
     return {key: [metric.step for metric in client.get_metric_history(run.info.run_id, key)] for key in keys}
 
@@ -125,8 +125,9 @@ def assert_same_end(folder: Path, expected: Path) -> None:
         assert_same(getattr(ours, field), getattr(theirs, field))
     moments = [state.optimizer["state"] for state in (ours, theirs)]
     assert all(torch.equal(moments[0][key]["exp_avg"], moments[1][key]["exp_avg"]) for key in moments[1])
-    (published,), (wanted,) = ((place / "models/policy/adapter").iterdir() for place in (folder, expected))
-    assert published.read_bytes() == wanted.read_bytes()
+    for name in ("adapter", "last_adapter"):
+        (published,), (wanted,) = ((place / "models/policy" / name).iterdir() for place in (folder, expected))
+        assert published.read_bytes() == wanted.read_bytes()
     for ours_of, theirs_of in zip(ours.history, theirs.history, strict=True):
         assert {key: value for key, value in ours_of.items() if not key.startswith(("time/", "memory/"))} == {
             key: value for key, value in theirs_of.items() if not key.startswith(("time/", "memory/"))
