@@ -1,77 +1,38 @@
-"""A detector of classes, boxes, colours and scores in shapes images: deterministic, without weights or training.
+"""A detector of classes, boxes, colours and scores in shapes images: deterministic, fitted to what people see.
 
-The ground is the median of the image's border. Pixels that differ from it form connected components; each becomes a
-soft mask (how far a pixel lies between the ground and the component's colour) and is compared with the silhouette of
-every class at the component's own centroid and area. As in Mask2Former, the score is the product of a class
-probability (how much better the best class matches than the others) and a mask quality (how well it matches).
+What stands out from the ground is segmented and compared with the silhouettes of all classes. A logistic regression
+turns the overlaps into the probability that a person accepts a region as an object of a class. It was fitted to the
+images of `data/shapes_labels`, which people have read by eye, by `python -m benchmarks.fit_detector`. The score says
+whether an object is there, not how well it is drawn: see `score_of`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+import json
+from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from sfgrpo.shapes.world import CLASSES, COLORS, IMAGE_SIZE, PALETTE, coverage
+from sfgrpo.shapes.segmentation import MIN_AREA, Regions, Segmentation
+from sfgrpo.shapes.silhouettes import drawn_overlap, outlines, stretched_overlap
+from sfgrpo.shapes.world import CLASSES, COLORS, IMAGE_SIZE
 from sfgrpo.types import Detection
 
-CONTRAST = 17.0
-"""Lab distance from the ground beyond which a pixel belongs to an object."""
-MIN_AREA = 9.0
-"""Pixels; smaller components are specks."""
-CLASS_TEMPERATURE = 0.018
-"""Softness of the class probability over silhouette IoUs."""
-MATCH_FLOOR, MATCH_CEILING = 0.50, 0.84
-"""Silhouette IoU at which the mask quality is 0, and from which on it is 1."""
-FAINTEST = 0.08
-"""Move towards the object below which a pixel is ground."""
+WELL_MATCHED = 0.88
+"""Overlap from which on a region is one object for certain, so that no split is tried."""
+PART_MATCH = 0.6
+"""Overlap that every part of a split region must reach."""
+COUNTED_PROBABILITY = 0.45
+"""Probability of acceptance that scores 0.9, GenEval's threshold for counting."""
+PRESENT_PROBABILITY = 0.3
+"""Probability of acceptance that scores 0.3, GenEval's threshold for anything else."""
+COEFFICIENTS = Path(__file__).with_name("detector.json")
 
-_WINDOWS = (16, 24, 32)
-"""Sides of the square windows that components are cropped to: the smallest that holds one with its margin."""
 _CHUNK = 64
 """Images processed at once: few enough for the processor's cache."""
-_SUBPIXELS = 4
-_RADIUS_STEP = 0.25
-_RADII = np.arange(1.5, 14.0, _RADIUS_STEP)
-
-
-@functools.cache
-def _templates() -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Return silhouettes around their centroids, [class, radius, subpixel y, subpixel x, H, W]; areas at radius 1."""
-    side = _WINDOWS[-1]
-    middle = side / 2
-    areas = np.empty(len(CLASSES))
-    bank = np.empty((len(CLASSES), len(_RADII), _SUBPIXELS, _SUBPIXELS, side, side), dtype=np.float32)
-    grid = np.arange(side) + 0.5
-    offsets = (np.arange(_SUBPIXELS) + 0.5) / _SUBPIXELS
-    for index, name in enumerate(CLASSES):
-        mask = coverage(name, (middle, middle), 10.0, side).astype(np.float64)
-        areas[index] = mask.sum() / 100.0
-        centroid = [(mask.sum(axis) @ grid / mask.sum() - middle) / 10.0 for axis in (0, 1)]
-        for level, radius in enumerate(_RADII):
-            for row, dy in enumerate(offsets):
-                for column, dx in enumerate(offsets):
-                    center = (middle + dx - centroid[0] * radius, middle + dy - centroid[1] * radius)
-                    bank[index, level, row, column] = coverage(name, center, float(radius), side)
-    return bank, areas
-
-
-@functools.cache
-def _bank(side: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the middle of the templates, [..., side, side], contiguous, and their areas before the crop."""
-    bank, _ = _templates()
-    cut = (bank.shape[-1] - side) // 2
-    return np.ascontiguousarray(bank[..., cut : cut + side, cut : cut + side]), bank.sum(axis=(-2, -1))
-
-
-def _to_lab(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return cv2.cvtColor(rgb.astype(np.float32) / 255.0, cv2.COLOR_RGB2LAB)
-
-
-_PALETTE_LAB = _to_lab(np.asarray([list(PALETTE.values())], dtype=np.uint8))[0]
 
 
 def detect(image: NDArray[np.uint8]) -> list[Detection]:
@@ -96,141 +57,119 @@ def detect_images(images: NDArray[np.uint8]) -> list[list[Detection]]:
 
 
 def _detect_chunk(images: NDArray[np.uint8]) -> list[list[Detection]]:
-    lab = _to_lab(images.reshape(-1, IMAGE_SIZE, 3)).reshape(images.shape)
-    border = np.concatenate([lab[:, 0], lab[:, -1], lab[:, 1:-1, 0], lab[:, 1:-1, -1]], axis=1)
-    ground = np.median(border, axis=1)
-    delta = lab - ground[:, None, None]
-    distance = np.sqrt((delta**2).sum(axis=-1))
-    labels, components = _label(distance > CONTRAST)
-    masks, direction = _soft_masks(labels, delta, distance, components)
-    hue = direction + ground[components[:, 0]]
-    nearest = ((_PALETTE_LAB - hue[:, None]) ** 2).sum(axis=-1).argmin(axis=-1)
-
-    clear = (masks.sum(axis=(1, 2)) >= MIN_AREA) & (masks.max(axis=(1, 2)) > 0.5)
-    masks, nearest, owner = masks[clear], nearest[clear], components[clear, 0]
-    overlap = _match(masks)
-    best = overlap.argmax(axis=1)
-    peak = overlap.max(axis=1)
-    probability = 1.0 / np.exp((overlap - peak[:, None]) / CLASS_TEMPERATURE).sum(axis=1)
-    quality = np.clip((peak - MATCH_FLOOR) / (MATCH_CEILING - MATCH_FLOOR), 0.0, 1.0)
-    boxes = _boxes(masks)
+    regions, overlaps = matched_regions(images)
+    probability = acceptance(features(regions, overlaps))
+    best, scores = probability.argmax(axis=1), score_of(probability.max(axis=1))
+    boxes = _boxes(regions.masks)
     found: list[list[Detection]] = [[] for _ in images]
-    for index in np.argsort(-probability * quality, kind="stable"):
+    for index in np.argsort(-scores, kind="stable"):
         left, top, right, bottom = map(float, boxes[index])
-        found[owner[index]].append(
+        found[regions.owners[index]].append(
             Detection(
                 class_name=CLASSES[best[index]],
                 box=(left, top, right, bottom),
-                score=float(probability[index] * quality[index]),
-                color=COLORS[nearest[index]],
+                score=float(scores[index]),
+                color=COLORS[regions.colors[index]],
             )
         )
     return found
 
 
-def _label(foreground: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Label the connected components of masks [N, H, W], and list those of at least `MIN_AREA`: [M, 6].
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Overlaps:
+    """Soft IoU of M regions with the silhouettes of all classes."""
 
-    A row is image, label, left, top, width, height.
+    drawn: NDArray[np.float32]
+    """With the silhouette as it is drawn, [M, class]."""
+    stretched: NDArray[np.float32]
+    """Whatever the aspect ratio, [M, class]."""
+
+    @property
+    def best(self) -> NDArray[np.float32]:
+        """The greater of both, [M, class]."""
+        return np.maximum(self.drawn, self.stretched)
+
+
+def matched_regions(images: NDArray[np.uint8]) -> tuple[Regions, Overlaps]:
+    """Segment images [N, 32, 32, 3]; split a region where its parts match silhouettes better than the whole does."""
+    segmentation = Segmentation(images)
+    wholes = segmentation.regions
+    clear = np.flatnonzero(_is_clear(wholes))
+    overlaps = _overlaps(wholes[clear])
+    match = np.zeros(len(wholes))
+    match[clear] = overlaps.best.max(axis=1)
+    parts, whole_of_part = segmentation.split(clear[match[clear] < WELL_MATCHED])
+    clear_parts = np.flatnonzero(_is_clear(parts))
+    part_match = np.zeros(len(parts))
+    part_match[clear_parts] = _overlaps(parts[clear_parts]).best.max(axis=1)
+    split = [
+        whole
+        for whole in np.unique(whole_of_part)
+        if (matches := part_match[whole_of_part == whole]).min() >= PART_MATCH and matches.mean() > match[whole]
+    ]
+    regions = Regions.joined(
+        wholes[clear[~np.isin(clear, split)]], parts[np.flatnonzero(np.isin(whole_of_part, split))]
+    )
+    return regions, _overlaps(regions)
+
+
+def features(regions: Regions, overlaps: Overlaps) -> NDArray[np.float64]:
+    """Return what the logistic regression sees of M regions: [M, feature]."""
+    ordered = np.sort(overlaps.best, axis=1)
+    return np.column_stack(
+        [
+            overlaps.drawn,
+            overlaps.stretched,
+            overlaps.drawn**2,
+            overlaps.stretched**2,
+            ordered[:, -1],
+            ordered[:, -1] - ordered[:, -2],
+            regions.contrast,
+            outlines(regions.masks),
+        ]
+    ).astype(np.float64)
+
+
+def acceptance(features: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the probability that a person accepts a region as an object of a class, [M, class].
+
+    They do not add up to 1: a person may accept a blob as a circle and as a heart, or as nothing.
     """
-    labels = np.empty(foreground.shape, dtype=np.int32)
-    rows: list[tuple[int, ...]] = []
-    for image, mask in enumerate(foreground.view(np.uint8)):
-        _, labels[image], stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
-        rows += [(image, 1 + label, *box) for label, (*box, area) in enumerate(stats[1:].tolist()) if area >= MIN_AREA]
-    return labels, np.array(rows, dtype=np.int32).reshape(-1, 6)
+    weights, bias = _coefficients()
+    return 1.0 / (1.0 + np.exp(-(features @ weights + bias)))
 
 
-def _soft_masks(
-    labels: NDArray[np.int32], delta: NDArray[np.float32], distance: NDArray[np.float32], components: NDArray[np.int32]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """How far every pixel has moved from the ground to its component's colour: [M, H, W] in 0..1; the moves [M, 3].
+def score_of(probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the scores of detections, given the probabilities that a person accepts them.
 
-    The move is the median over the component's most distant half. A component reaches one pixel into the ground, for
-    the sake of its soft edge, but never into its neighbours.
+    The score is a steep function of the probability, logistic in its log-odds. GenEval counts objects by scores above
+    0.9. To miscount least, an object must count as soon as it is about as likely there as not, hence
+    `COUNTED_PROBABILITY`. A score that is lower for a poor object than for a good one would let a policy hide objects
+    that are too many by drawing them badly.
     """
-    masks = np.zeros((len(components), IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
-    direction = np.zeros((len(components), 3), dtype=np.float32)
-    for side, chosen in _by_window(components[:, 4:].max(axis=1, initial=0) + 2):
-        image, label, left, top, width, height = (column[:, None, None] for column in components[chosen].T)
-        first_row = np.clip(top + height // 2 - side // 2, 0, IMAGE_SIZE - side)
-        first_column = np.clip(left + width // 2 - side // 2, 0, IMAGE_SIZE - side)
-        window = image, first_row + np.arange(side)[:, None], first_column + np.arange(side)
-        label_at, delta_at = labels[window], delta[window]
-        own = label_at == label
-        far = np.where(own, distance[window], -np.inf)
-        core = own & (far >= _median_of(far, own.sum(axis=(1, 2)), upper=True)[:, None, None])
-        number = core.sum(axis=(1, 2))
-        move = np.stack([_median_of(np.where(core, delta_at[..., c], -np.inf), number) for c in range(3)], axis=1)
-        shift = np.einsum("nhwc,nc->nhw", delta_at, move) / np.maximum((move**2).sum(axis=1), 1e-6)[:, None, None]
-        mask = np.where(_dilate(own) & (own | (label_at == 0)), np.clip(shift, 0.0, 1.0), 0.0)
-        masks[(chosen[:, None, None], *window[1:])] = np.where(mask < FAINTEST, 0.0, mask)
-        direction[chosen] = move
-    return masks, direction
+    low, high = (_log_odds(np.float64(value)) for value in (PRESENT_PROBABILITY, COUNTED_PROBABILITY))
+    slope = (_log_odds(np.float64(0.9)) - _log_odds(np.float64(0.3))) / (high - low)
+    return 1.0 / (1.0 + np.exp(-(slope * (_log_odds(probability) - low) + _log_odds(np.float64(0.3)))))
 
 
-def _median_of(values: NDArray[np.float32], number: NDArray[np.int64], upper: bool = False) -> NDArray[np.float32]:
-    """Median of the `number` greatest values of every window [M, H, W]; of two middle ones their mean, or the upper."""
-    ordered = np.sort(values.reshape(len(values), -1), axis=1)
-    row, size = np.arange(len(values)), ordered.shape[1]
-    high = ordered[row, size - number + number // 2]
-    return high if upper else (high + ordered[row, size - number + (number - 1) // 2]) / 2
+def _log_odds(probability: NDArray[np.float64] | np.float64) -> NDArray[np.float64]:
+    clipped = np.clip(probability, 1e-6, 1.0 - 1e-6)
+    return np.log(clipped / (1.0 - clipped))
 
 
-def _dilate(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Grow masks [M, H, W] by one pixel in all eight directions."""
-    tall = mask.copy()
-    tall[:, 1:] |= mask[:, :-1]
-    tall[:, :-1] |= mask[:, 1:]
-    wide = tall.copy()
-    wide[:, :, 1:] |= tall[:, :, :-1]
-    wide[:, :, :-1] |= tall[:, :, 1:]
-    return wide
+@functools.cache
+def _coefficients() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return weights [feature, class] and bias [class] of the logistic regression."""
+    values = json.loads(COEFFICIENTS.read_text(encoding="utf-8"))
+    return np.array(values["weights"]), np.array(values["bias"])
 
 
-def _match(masks: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Best soft IoU of masks [M, H, W] with every class's silhouette at their own centroid and area: [M, class]."""
-    _, class_areas = _templates()
-    pixels = np.arange(IMAGE_SIZE)
-    in_rows, in_columns = masks.sum(axis=2, dtype=np.float64), masks.sum(axis=1, dtype=np.float64)
-    areas = in_rows.sum(axis=1)
-    y = (in_rows * (pixels + 0.5)).sum(axis=1) / areas
-    x = (in_columns * (pixels + 0.5)).sum(axis=1) / areas
-    levels = np.rint((np.sqrt(areas[:, None] / class_areas) - _RADII[0]) / _RADIUS_STEP).astype(int)
-    levels = np.clip(levels[..., None] + np.array([-1, 0, 1]), 0, len(_RADII) - 1)
-    reach = np.maximum(_reach(in_rows, y), _reach(in_columns, x))
-    overlap = np.empty((len(masks), len(CLASSES)), dtype=np.float32)
-    for side, chosen in _by_window(2 * reach):
-        bank, bank_areas = _bank(side)
-        at = (
-            np.arange(len(CLASSES))[:, None],
-            levels[chosen],
-            (y[chosen] % 1 * _SUBPIXELS).astype(int)[:, None, None],
-            (x[chosen] % 1 * _SUBPIXELS).astype(int)[:, None, None],
-        )
-        row = y[chosen].astype(int)[:, None, None] - side // 2 + np.arange(side)[:, None]
-        column = x[chosen].astype(int)[:, None, None] - side // 2 + np.arange(side)
-        inside = (row >= 0) & (row < IMAGE_SIZE) & (column >= 0) & (column < IMAGE_SIZE)
-        window = np.where(inside, masks[chosen[:, None, None], row % IMAGE_SIZE, column % IMAGE_SIZE], np.float32(0.0))
-        common = np.minimum(bank[at], window[:, None, None]).sum(axis=(-2, -1))
-        overlap[chosen] = (common / (bank_areas[at] + areas[chosen, None, None] - common)).max(axis=2)
-    return overlap
+def _is_clear(regions: Regions) -> NDArray[np.bool_]:
+    return (regions.masks.sum(axis=(1, 2)) >= MIN_AREA) & (regions.masks.max(axis=(1, 2), initial=0.0) > 0.5)
 
 
-def _reach(profile: NDArray[np.float64], center: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the pixels from the centre to the farther end of a mask, given its profile [M, pixels] along one axis."""
-    filled = profile > 0.0
-    first, last = filled.argmax(axis=1), profile.shape[1] - filled[:, ::-1].argmax(axis=1)
-    return np.maximum(center.astype(int) - first, last - center.astype(int))
-
-
-def _by_window(extents: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield every window side with the components that need it; the largest also takes those that do not fit."""
-    fits = np.searchsorted(_WINDOWS[:-1], extents)
-    for index, side in enumerate(_WINDOWS):
-        chosen = np.flatnonzero(fits == index)
-        if len(chosen):
-            yield side, chosen
+def _overlaps(regions: Regions) -> Overlaps:
+    return Overlaps(drawn=drawn_overlap(regions.masks), stretched=stretched_overlap(regions.masks))
 
 
 def _boxes(masks: NDArray[np.float32]) -> NDArray[np.int64]:
