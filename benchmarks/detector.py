@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.detector_agreement import Match, agreement, confusion, match_all
-from benchmarks.labels import BASE, FOLDER, SMEAR, LabelledImage, load_labels
+from benchmarks.detector_agreement import MISSED, Match, agreement, confusion, match_all
+from benchmarks.labels import BASE, FOLDER, LabelledImage, load_labels
 from sfgrpo.errors import ConfigError
 from sfgrpo.geneval.scorer import COUNTING_THRESHOLD, THRESHOLD, is_correct
 from sfgrpo.runtime.entry_point import run_guarded, set_up_logging
@@ -35,7 +35,6 @@ DETECTOR = "sfgrpo.shapes.detector:detect_images"
 SCENES_PER_TASK, SEED = 300, 0
 BATCH, ROUNDS = 192, 7
 """Images of a training's rollout, and how often they are timed; the fastest round counts."""
-MISSED, NOTHING = "missed", "nothing"
 THRESHOLDS = (COUNTING_THRESHOLD, THRESHOLD)
 
 Detector = Callable[[NDArray[np.uint8]], list[list[Detection]]]
@@ -117,7 +116,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _at(matches: Sequence[Match]) -> dict[str, Any]:
-    return agreement(matches) | {"confusion": confusion(matches, SMEAR, MISSED, NOTHING)}
+    return agreement(matches) | {"confusion": confusion(matches)}
 
 
 def _ceiling(
@@ -134,15 +133,19 @@ def _ceiling(
 
 def _agreement_table(labels: Mapping[str, Any]) -> str:
     names = {
-        "objects": "objects that a person names",
+        "objects": "objects beyond doubt",
         "counted": "of these, detected",
         "counted_as_class": "of these, detected as what they are",
         "class_agrees": "class agrees, of those detected",
         "color_agrees": "colour agrees, of those detected",
         "smears": "smears",
         "smears_counted": "of these, detected",
+        "doubtful": "doubtful things",
+        "doubtful_counted": "of these, detected",
+        "doubtful_agrees": "of those detected, as one of their possible classes",
         "extra": "detections where a person sees nothing",
-        "images_agree": "images with the same number of every class",
+        "certain_images": "images without doubtful things",
+        "images_agree": "of these, with the same number of every class",
     }
     columns = [(group, f"{threshold:g}") for group in labels for threshold in THRESHOLDS]
     header = ["", *(f"{group}, above {threshold}" for group, threshold in columns)]

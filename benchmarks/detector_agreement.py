@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.labels import LabelledImage, LabelledObject
+from benchmarks.labels import DOUBTFUL, SMEAR, LabelledImage, LabelledObject
 from sfgrpo.shapes.world import CLASSES
-from sfgrpo.types import Detection
+from sfgrpo.types import Box, Detection
 
+MISSED, NOTHING, NAMED = "missed", "nothing", "named"
 MAX_DISTANCE = 5.0
 """Pixels between the centres of a label and of the detection that may be its own."""
 
@@ -56,7 +57,7 @@ def match(labels: Sequence[LabelledObject], detections: Sequence[Detection]) -> 
         (distance, place, index)
         for place, detection in enumerate(detections)
         for index, label in enumerate(labels)
-        if (distance := _distance(label, detection)) <= MAX_DISTANCE
+        if (distance := centre_distance(label, detection.box)) <= MAX_DISTANCE
     )
     detection_of: dict[int, int] = {}
     for _, place, index in candidates:
@@ -72,51 +73,63 @@ def match(labels: Sequence[LabelledObject], detections: Sequence[Detection]) -> 
 def agreement(matches: Sequence[Match]) -> dict[str, float | int | None]:
     """Return shares over all images; None where there is nothing to take a share of.
 
-    `counted` is the share of the objects with a class that have a detection of any class, `counted_as_class` that of
-    those with one of their own, `class_agrees` and `color_agrees` are shares of the counted ones, `smears_counted` is
-    that of the things without a class; `extra` is a number.
+    `counted` is the share of the objects with a class beyond doubt that have a detection of any class,
+    `counted_as_class` that of those with one of their own, `class_agrees` and `color_agrees` are shares of the counted
+    ones. `smears_counted` and `doubtful_counted` are those of the other things with a detection, and
+    `doubtful_agrees` is the share of the counted doubtful ones whose detected class is one that people allow.
+    `extra` is the number of detections where a person sees nothing.
     """
     pairs = [pair for each in matches for pair in each.pairs]
-    named = [(label, detection) for label, detection in pairs if label.class_name is not None]
-    labels = [label for each in matches for label in each.labels]
-    num_objects = sum(label.class_name is not None for label in labels)
-    num_smears = len(labels) - num_objects
-    num_right = sum(label.class_name == each.class_name for label, each in named)
+    totals = Counter(_group(label) for each in matches for label in each.labels)
+    counted = Counter(_group(label) for label, _ in pairs)
+    agreeing = Counter(_group(label) for label, each in pairs if each.class_name in label.classes)
+    num_right_colors = sum(_group(label) == NAMED and each.color in label.colors for label, each in pairs)
+    certain = [each for each in matches if not any(label.kind == DOUBTFUL for label in each.labels)]
     return {
-        "objects": num_objects,
-        "counted": _share(len(named), num_objects),
-        "counted_as_class": _share(num_right, num_objects),
-        "class_agrees": _share(num_right, len(named)),
-        "color_agrees": _share(sum(label.color == each.color for label, each in named), len(named)),
-        "smears": num_smears,
-        "smears_counted": _share(len(pairs) - len(named), num_smears),
+        "objects": totals[NAMED],
+        "counted": _share(counted[NAMED], totals[NAMED]),
+        "counted_as_class": _share(agreeing[NAMED], totals[NAMED]),
+        "class_agrees": _share(agreeing[NAMED], counted[NAMED]),
+        "color_agrees": _share(num_right_colors, counted[NAMED]),
+        "smears": totals[SMEAR],
+        "smears_counted": _share(counted[SMEAR], totals[SMEAR]),
+        "doubtful": totals[DOUBTFUL],
+        "doubtful_counted": _share(counted[DOUBTFUL], totals[DOUBTFUL]),
+        "doubtful_agrees": _share(agreeing[DOUBTFUL], counted[DOUBTFUL]),
         "extra": sum(len(each.extra) for each in matches),
-        "images_agree": _share(sum(_counts_agree(each) for each in matches), len(matches)),
+        "certain_images": len(certain),
+        "images_agree": _share(sum(_counts_agree(each) for each in certain), len(certain)),
     }
 
 
-def confusion(matches: Sequence[Match], smear: str, missed: str, nothing: str) -> dict[str, dict[str, int]]:
+def confusion(matches: Sequence[Match]) -> dict[str, dict[str, int]]:
     """Count what was detected, in columns, for what a person saw, in rows.
 
-    Rows are the classes, `smear` for things without a class, and `nothing` for detections where a person sees nothing;
-    columns are the classes, and `missed` for what has no detection.
+    Rows are the classes, `doubtful`, `smear`, and `nothing` for detections where a person sees nothing; columns are the
+    classes, and `missed` for what has no detection.
     """
     counted: Counter[tuple[str, str]] = Counter()
     for each in matches:
-        counted.update((label.class_name or smear, detection.class_name) for label, detection in each.pairs)
-        counted.update((label.class_name or smear, missed) for label in each.missed)
-        counted.update((nothing, detection.class_name) for detection in each.extra)
-    return {row: {column: counted[row, column] for column in (*CLASSES, missed)} for row in (*CLASSES, smear, nothing)}
+        counted.update((label.kind, detection.class_name) for label, detection in each.pairs)
+        counted.update((label.kind, MISSED) for label in each.missed)
+        counted.update((NOTHING, detection.class_name) for detection in each.extra)
+    rows, columns = (*CLASSES, DOUBTFUL, SMEAR, NOTHING), (*CLASSES, MISSED)
+    return {row: {column: counted[row, column] for column in columns} for row in rows}
+
+
+def _group(label: LabelledObject) -> str:
+    return label.kind if label.kind in (SMEAR, DOUBTFUL) else NAMED
 
 
 def _counts_agree(each: Match) -> bool:
     """Return whether person and detector see the same number of objects of every class."""
-    seen: Iterable[str] = (label.class_name for label in each.labels if label.class_name is not None)
-    return Counter(seen) == Counter(detection.class_name for detection in each.detections)
+    seen = Counter(label.kind for label in each.labels if label.kind != SMEAR)
+    return seen == Counter(detection.class_name for detection in each.detections)
 
 
-def _distance(label: LabelledObject, detection: Detection) -> float:
-    left, top, right, bottom = detection.box
+def centre_distance(label: LabelledObject, box: Box) -> float:
+    """Return the pixels between a label and the centre of a box."""
+    left, top, right, bottom = box
     return math.hypot((left + right) / 2 - label.x, (top + bottom) / 2 - label.y)
 
 

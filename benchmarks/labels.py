@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "data/shapes_labels"
 IMAGES, LABELS = "images.png", "labels.jsonl"
 SHEETS = ROOT / "docs/images/labels"
-SMEAR = "smear"
-"""What a thing without a class is called: one that a person sees and would not name."""
+SMEAR, DOUBTFUL = "smear", "doubtful"
+"""What a thing is called that a person sees and would not name, and one that readers do not agree on."""
 BASE = "base"
 STYLE = SheetStyle(columns=5, text="beside", text_size=100)
 PER_SHEET = 60
@@ -44,9 +44,18 @@ class LabelledObject:
     x: float
     y: float
     """Centre in pixels from the left and from the top."""
-    color: str
-    class_name: str | None
-    """None for a smear."""
+    colors: Sequence[str]
+    """What it may be called, most often one."""
+    classes: Sequence[str]
+    """What it may be called; nothing for a smear."""
+    sure: bool
+    """Whether that is beyond doubt: one class, or none. Otherwise it may also be any of several classes or, where one
+    is given, a smear."""
+
+    @property
+    def kind(self) -> str:
+        """Return the class of an object beyond doubt, `smear` or `doubtful`."""
+        return (self.classes[0] if self.classes else SMEAR) if self.sure else DOUBTFUL
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +117,14 @@ def _cell(labelled: LabelledImage) -> Cell:
     return Cell(
         image=labelled.image,
         title=f"{labelled.index} {labelled.model.split()[0]}",
-        lines=[f"{number} {each.color} {each.class_name or SMEAR}" for number, each in numbered] or ["nothing"],
+        lines=[_words(number, each) for number, each in numbered] or ["nothing"],
         marks=[(each.x, each.y, str(number)) for number, each in numbered],
     )
+
+
+def _words(number: int, each: LabelledObject) -> str:
+    name = "/".join(each.classes) or SMEAR
+    return f"{number} {'/'.join(each.colors)} {name}{'' if each.sure else '?'}"
 
 
 def _parse_line(line: str) -> dict[str, Any]:
@@ -128,15 +142,24 @@ def _parse_line(line: str) -> dict[str, Any]:
 
 
 def _parse_object(item: Any) -> LabelledObject:
-    _require_keys(item, ("x", "y", "color", "class"), "an object")
+    _require_keys(item, ("x", "y", "colors", "classes", "sure"), "an object")
     for key in ("x", "y"):
         if isinstance(item[key], bool) or not isinstance(item[key], int | float) or not 0 <= item[key] <= IMAGE_SIZE:
             raise ValueError(f"{key}: {item[key]!r} is no place in the image; give pixels from 0 to {IMAGE_SIZE}")
-    if item["color"] not in COLORS:
-        raise ValueError(f"color: {item['color']!r} is unknown; allowed are {', '.join(COLORS)}")
-    if item["class"] is not None and item["class"] not in CLASSES:
-        raise ValueError(f"class: {item['class']!r} is unknown; allowed are {', '.join(CLASSES)}, and null for a smear")
-    return LabelledObject(x=float(item["x"]), y=float(item["y"]), color=item["color"], class_name=item["class"])
+    for key, known in (("colors", COLORS), ("classes", CLASSES)):
+        if not isinstance(item[key], list):
+            raise ValueError(f"{key}: {item[key]!r} is no list")
+        if unknown := [name for name in item[key] if name not in known]:
+            raise ValueError(f"{key}: {unknown[0]!r} is unknown; allowed are {', '.join(known)}")
+    if not item["colors"]:
+        raise ValueError("colors: is empty; whatever is visible has a colour")
+    if type(item["sure"]) is not bool or (item["sure"] and len(item["classes"]) > 1):
+        raise ValueError(
+            f"sure: {item['sure']!r} with {len(item['classes'])} classes; write false, or one class at most"
+        )
+    return LabelledObject(
+        x=float(item["x"]), y=float(item["y"]), colors=item["colors"], classes=item["classes"], sure=item["sure"]
+    )
 
 
 def _require_keys(item: Any, keys: Sequence[str], what: str) -> None:

@@ -23,7 +23,7 @@ from sfgrpo.types import Detection
 
 WELL_MATCHED = 0.88
 """Overlap from which on a region is one object for certain, so that no split is tried."""
-PART_MATCH = 0.6
+PART_MATCH = 0.5
 """Overlap that every part of a split region must reach."""
 COUNTED_PROBABILITY = 0.45
 """Probability of acceptance that scores 0.9, GenEval's threshold for counting."""
@@ -60,7 +60,7 @@ def _detect_chunk(images: NDArray[np.uint8]) -> list[list[Detection]]:
     regions, overlaps = matched_regions(images)
     probability = acceptance(features(regions, overlaps))
     best, scores = probability.argmax(axis=1), score_of(probability.max(axis=1))
-    boxes = _boxes(regions.masks)
+    boxes = boxes_of(regions.masks)
     found: list[list[Detection]] = [[] for _ in images]
     for index in np.argsort(-scores, kind="stable"):
         left, top, right, bottom = map(float, boxes[index])
@@ -97,11 +97,11 @@ def matched_regions(images: NDArray[np.uint8]) -> tuple[Regions, Overlaps]:
     clear = np.flatnonzero(_is_clear(wholes))
     overlaps = _overlaps(wholes[clear])
     match = np.zeros(len(wholes))
-    match[clear] = overlaps.best.max(axis=1)
+    match[clear] = overlaps.drawn.max(axis=1)
     parts, whole_of_part = segmentation.split(clear[match[clear] < WELL_MATCHED])
     clear_parts = np.flatnonzero(_is_clear(parts))
     part_match = np.zeros(len(parts))
-    part_match[clear_parts] = _overlaps(parts[clear_parts]).best.max(axis=1)
+    part_match[clear_parts] = _overlaps(parts[clear_parts]).drawn.max(axis=1)
     split = [
         whole
         for whole in np.unique(whole_of_part)
@@ -136,7 +136,8 @@ def acceptance(features: NDArray[np.float64]) -> NDArray[np.float64]:
     They do not add up to 1: a person may accept a blob as a circle and as a heart, or as nothing.
     """
     weights, bias = _coefficients()
-    return 1.0 / (1.0 + np.exp(-(features @ weights + bias)))
+    # A matrix product would round an image's scores by how many others are in the batch.
+    return 1.0 / (1.0 + np.exp(-((features[:, :, None] * weights).sum(axis=1) + bias)))
 
 
 def score_of(probability: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -172,7 +173,7 @@ def _overlaps(regions: Regions) -> Overlaps:
     return Overlaps(drawn=drawn_overlap(regions.masks), stretched=stretched_overlap(regions.masks))
 
 
-def _boxes(masks: NDArray[np.float32]) -> NDArray[np.int64]:
+def boxes_of(masks: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return boxes (left, top, right, bottom) around the pixels of masks [M, H, W] above one half: [M, 4]."""
     across, down = masks.max(axis=1) > 0.5, masks.max(axis=2) > 0.5
     ends = [IMAGE_SIZE - side[:, ::-1].argmax(axis=1) for side in (across, down)]

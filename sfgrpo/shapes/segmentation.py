@@ -7,7 +7,7 @@ soft mask: how far a pixel lies between the ground and the component's colour.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import cv2
@@ -24,12 +24,16 @@ FAINTEST = 0.08
 """Move towards the object below which a pixel is ground."""
 NECK_PROMINENCE = 0.5
 """Pixels by which the half width of two parts must exceed that of the neck between them."""
+SEAM_LEVELS = (0.6, 0.7, 0.8, 0.9)
+"""Shares of the object's colour at which a component is tried to fall apart."""
 
 WINDOWS = (16, 24, 32)
 """Sides of the square windows that components are cropped to: the smallest that holds one with its margin."""
 _ZOOM = 2
 _NECK_STEP = 0.25
 
+Mask = NDArray[np.bool_]
+SoftMask = NDArray[np.float32]
 Components = NDArray[np.int32]
 """Rows of image, label, left, top, width, height: [M, 6]."""
 
@@ -81,7 +85,7 @@ class Segmentation:
         self.regions = self._regions_of(self._labels, self._components)
 
     def split(self, rows: NDArray[np.intp]) -> tuple[Regions, NDArray[np.intp]]:
-        """Split regions into what may be touching objects: by colour or, if they have but one, at their necks.
+        """Split regions into what may be touching objects: by the first of `SPLITS` that finds parts.
 
         Args:
             rows: The regions to look at.
@@ -89,11 +93,13 @@ class Segmentation:
         Returns:
             The parts of those that can be split, and the row of the region that each part is of.
         """
-        components, labels, wholes = [], self._labels.copy(), []
+        labels = self._labels.copy()
+        components: list[tuple[int, ...]] = []
+        wholes: list[int] = []
         for row in rows.tolist():
             owner, label = self._components[row, :2]
             own, mask = self._labels[owner] == label, self.regions.masks[row]
-            for part in parts_by_color(own, mask) or [own & near for near in parts_at_necks(mask)]:
+            for part in next((found for find in SPLITS if (found := find(own, mask))), ()):
                 # An image has fewer components than pixels.
                 new_label = IMAGE_SIZE**2 + len(components)
                 labels[owner][part] = new_label
@@ -114,22 +120,39 @@ class Segmentation:
         )
 
 
-def parts_by_color(own: NDArray[np.bool_], mask: NDArray[np.float32]) -> list[NDArray[np.bool_]]:
-    """Split a component [H, W] into its colour and what is of another one; return nothing if it has but one.
+def parts_by_color(own: Mask, mask: SoftMask) -> list[Mask]:
+    """Split a component into its colour and what is of another one.
 
-    Args:
-        own: The pixels of the component.
-        mask: Its soft mask. A pixel of the component that is hardly in it has another colour or is an edge, and edges
-            are at most two pixels wide.
+    A pixel of the component that is hardly in its soft mask has another colour or is an edge, and edges are at most
+    two pixels wide.
     """
     other = cv2.morphologyEx((own & (mask < 0.5)).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(other, connectivity=4)
-    parts = [labels == 1 + index for index, area in enumerate(stats[1:, cv2.CC_STAT_AREA]) if area >= MIN_AREA]
+    parts = _large_components(other.astype(bool))
     return [own & ~np.any(parts, axis=0), *parts] if parts else []
 
 
-def parts_at_necks(mask: NDArray[np.float32]) -> list[NDArray[np.bool_]]:
-    """Split a soft mask [H, W] at its necks: return the pixels nearest to each part, nothing if it has no neck.
+def parts_at_seams(own: Mask, mask: SoftMask) -> list[Mask]:
+    """Split a component where it is fainter, at the least level that parts it."""
+    for level in SEAM_LEVELS:
+        cores = _large_components(mask > level)
+        if len(cores) > 1:
+            return _nearest(own, [_distance_to(core) for core in cores])
+    return []
+
+
+def parts_around_holes(own: Mask, mask: SoftMask) -> list[Mask]:
+    """Split a component with several holes: two rings."""
+    framed = np.pad(mask <= 0.5, 1, constant_values=True)
+    _, labels = cv2.connectedComponents(framed.astype(np.uint8), connectivity=4)
+    outside = labels[0, 0]
+    holes = [
+        hole for label in np.unique(labels[labels > 0]) if label != outside and (hole := labels == label).sum() > 1
+    ]
+    return _nearest(own, [_distance_to(hole[1:-1, 1:-1]) for hole in holes]) if len(holes) > 1 else []
+
+
+def parts_at_necks(own: Mask, mask: SoftMask) -> list[Mask]:
+    """Split a component where it is narrow.
 
     The half width of a place is its distance from the mask's edge. Two places are apart if every way between them
     leads over one whose half width is less than theirs by `NECK_PROMINENCE`. The least half width that parts the mask
@@ -144,10 +167,28 @@ def parts_at_necks(mask: NDArray[np.float32]) -> list[NDArray[np.bool_]]:
         cores = [labels == label for label in range(1, num_labels)]
         cores = [core for core in cores if half_width[core].max() >= level + NECK_PROMINENCE]
         if len(cores) > 1:
-            far = [cv2.distanceTransform(1 - core.astype(np.uint8), cv2.DIST_L2, 5) for core in cores]
-            nearest = np.argmin([cv2.resize(each, mask.shape[::-1], interpolation=cv2.INTER_AREA) for each in far], 0)
-            return [nearest == index for index in range(len(cores))]
+            far = [cv2.resize(_distance_to(core), mask.shape[::-1], interpolation=cv2.INTER_AREA) for core in cores]
+            return _nearest(own, far)
     return []
+
+
+SPLITS = (parts_by_color, parts_at_seams, parts_around_holes, parts_at_necks)
+"""Ways to split a component, [H, W], with its soft mask into parts; they return nothing where they find none."""
+
+
+def _large_components(mask: Mask) -> list[Mask]:
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+    return [labels == 1 + index for index, area in enumerate(stats[1:, cv2.CC_STAT_AREA]) if area >= MIN_AREA]
+
+
+def _distance_to(core: Mask) -> NDArray[np.float32]:
+    return np.asarray(cv2.distanceTransform(1 - core.astype(np.uint8), cv2.DIST_L2, 5))
+
+
+def _nearest(own: Mask, distances: Sequence[NDArray[np.float32]]) -> list[Mask]:
+    """Give each pixel of a component to the core that is nearest."""
+    nearest = np.argmin(distances, axis=0)
+    return [own & (nearest == index) for index in range(len(distances))]
 
 
 def _label(foreground: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -192,7 +233,7 @@ def _soft_masks(
 
 
 def _median_of(values: NDArray[np.float32], number: NDArray[np.int64], upper: bool = False) -> NDArray[np.float32]:
-    """Return the median of the `number` greatest values of every window [M, H, W]; of two middle ones their mean, or the upper."""
+    """Return the median of the `number` greatest values of every window [M, H, W]; of two their mean, or the upper."""
     ordered = np.sort(values.reshape(len(values), -1), axis=1)
     row, size = np.arange(len(values)), ordered.shape[1]
     high = ordered[row, size - number + number // 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import cv2
 import numpy as np
@@ -26,7 +27,7 @@ _LEAST_VARIANCE = 0.3
 
 
 def drawn_overlap(masks: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the best soft IoU of masks [M, H, W] with every class's silhouette at their own centroid and area: [M, class]."""
+    """Return the soft IoU of masks [M, H, W] with every class's silhouette at their centroid and area: [M, class]."""
     _, class_areas = _templates()
     pixels = np.arange(IMAGE_SIZE)
     in_rows, in_columns = masks.sum(axis=2, dtype=np.float64), masks.sum(axis=1, dtype=np.float64)
@@ -64,7 +65,7 @@ def stretched_overlap(masks: NDArray[np.float32]) -> NDArray[np.float32]:
     return common / np.maximum(stretched, templates).sum(axis=(-2, -1))
 
 
-def outlines(masks: NDArray[np.float32]) -> NDArray[np.float32]:
+def outlines(masks: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
     """Describe masks [M, H, W] without any silhouette: [M, 22].
 
     The columns are the logarithm of the area, the solidity (area over that of the convex hull), the softness of the
@@ -94,14 +95,14 @@ def _hull_areas(masks: NDArray[np.float32]) -> NDArray[np.float32]:
 def stretch(masks: NDArray[np.float32]) -> NDArray[np.float32]:
     """Resample masks [M, H, W] to equal standard deviations along both axes, centroids in the middle."""
     rows, columns = (_stretching(masks.sum(axis=axis)) for axis in (2, 1))
-    return rows @ masks @ columns.transpose(0, 2, 1)
+    return np.asarray(rows @ masks @ columns.transpose(0, 2, 1), dtype=np.float32)
 
 
 def _stretching(profile: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the weights of linear interpolation along an axis, given the masks' profile [M, pixels] along it."""
     pixels = np.arange(profile.shape[1], dtype=np.float32)
     share = profile / profile.sum(axis=1, keepdims=True)
-    center = share @ pixels
+    center = (share * pixels).sum(axis=1)
     variance = (share * (pixels - center[:, None]) ** 2).sum(axis=1)
     at = np.linspace(-STRETCHED_SPAN, STRETCHED_SPAN, STRETCHED_SIDE, dtype=np.float32)
     places = center[:, None] + at * np.sqrt(np.maximum(variance, _LEAST_VARIANCE))[:, None]

@@ -16,7 +16,7 @@ from sfgrpo.types import TAGS, Detection
 
 
 def label(x: float, y: float, class_name: str | None = "circle", color: str = "red") -> LabelledObject:
-    return LabelledObject(x=x, y=y, color=color, class_name=class_name)
+    return LabelledObject(x=x, y=y, colors=[color], classes=[class_name] if class_name else [], sure=True)
 
 
 def found(x: float, y: float, class_name: str = "circle", color: str = "red", score: float = 0.95) -> Detection:
@@ -54,31 +54,39 @@ def test_threshold_is_compared_as_geneval_does():
     assert not at and above
 
 
+DOUBTFUL = LabelledObject(x=8, y=8, colors=["red"], classes=["circle", "heart"], sure=False)
+
+
 def matches():
     return [
         match([label(8, 8), label(24, 8, "ring", "blue")], [found(8, 8), found(24, 9, "circle", "purple")]),
         match([label(8, 8, "square"), label(24, 24, None)], [found(24, 24, "heart"), found(16, 4, "cross")]),
         match([label(8, 8, None)], []),
+        match([DOUBTFUL, label(24, 24, "cross")], [found(8, 8, "heart"), found(24, 24, "cross")]),
+        match([DOUBTFUL], [found(8, 8, "ring")]),
     ]
 
 
-def test_shares_are_of_named_objects_and_smears():
-    shares = agreement(matches())
-    assert shares == {
-        "objects": 3,
-        "counted": pytest.approx(2 / 3),
-        "counted_as_class": pytest.approx(1 / 3),
-        "class_agrees": 0.5,
-        "color_agrees": 0.5,
+def test_shares_are_of_named_objects_smears_and_doubtful_things():
+    assert agreement(matches()) == {
+        "objects": 4,
+        "counted": 0.75,
+        "counted_as_class": 0.5,
+        "class_agrees": pytest.approx(2 / 3),
+        "color_agrees": pytest.approx(2 / 3),
         "smears": 2,
         "smears_counted": 0.5,
+        "doubtful": 2,
+        "doubtful_counted": 1.0,
+        "doubtful_agrees": 0.5,
         "extra": 1,
+        "certain_images": 3,
         "images_agree": pytest.approx(1 / 3),
     }
 
 
 def test_confusion_table_holds_everything_seen_or_detected_once():
-    table = confusion(matches(), "smear", "missed", "nothing")
+    table = confusion(matches())
     cells = {(row, column): number for row, numbers in table.items() for column, number in numbers.items() if number}
     assert cells == {
         ("circle", "circle"): 1,
@@ -87,6 +95,9 @@ def test_confusion_table_holds_everything_seen_or_detected_once():
         ("smear", "heart"): 1,
         ("smear", "missed"): 1,
         ("nothing", "cross"): 1,
+        ("doubtful", "heart"): 1,
+        ("doubtful", "ring"): 1,
+        ("cross", "cross"): 1,
     }
 
 
@@ -125,7 +136,7 @@ def test_extra_object_spoils_the_whole_scene_and_not_always_the_verdict(monkeypa
 def test_command_measures_everything(tmp_path, monkeypatch, capsys):
     images = np.full((2, 32, 32, 3), 128, dtype=np.uint8)
     images[:, 4:12, 4:12] = (215, 35, 35)
-    square = {"x": 8, "y": 8, "color": "red", "class": "square"}
+    square = {"x": 8, "y": 8, "colors": ["red"], "classes": ["square"], "sure": True}
     lines = [
         json.dumps({"index": index, "model": model, "prompt": "a photo of a square", "objects": [square]})
         for index, model in enumerate(("base", "trained on something"))
@@ -155,7 +166,7 @@ def ceilings_of_two(detect):
     [
         ("sfgrpo.shapes.nowhere:detect", "cannot be imported"),
         ("sfgrpo.shapes.detector:nothing", "cannot be imported"),
-        ("sfgrpo.shapes.detector:CONTRAST", "is no function"),
+        ("sfgrpo.shapes.detector:PART_MATCH", "is no function"),
         ("", "write MODULE:FUNCTION"),
     ],
 )

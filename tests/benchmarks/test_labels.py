@@ -15,12 +15,18 @@ from benchmarks.sheets import PICTURE, Cell, SheetStyle, contact_sheet
 from sfgrpo.errors import ConfigError, ExitStatus
 from tests.support.paths import ROOT
 
-OBJECT = {"x": 9, "y": 12.5, "color": "red", "class": "circle"}
-SMEAR = OBJECT | {"class": None}
+OBJECT = {"x": 9, "y": 12.5, "colors": ["red"], "classes": ["circle"], "sure": True}
+SMEAR = OBJECT | {"classes": []}
+DOUBTFUL = OBJECT | {"classes": ["circle", "heart"], "sure": False}
 
 
 def label(index: int, **changes) -> dict:
-    return {"index": index, "model": "base", "prompt": "a photo of a circle", "objects": [OBJECT, SMEAR]} | changes
+    return {
+        "index": index,
+        "model": "base",
+        "prompt": "a photo of a circle",
+        "objects": [OBJECT, SMEAR, DOUBTFUL],
+    } | changes
 
 
 def images(number: int) -> np.ndarray:
@@ -37,19 +43,23 @@ def test_packed_images_and_labels_are_read_without_loss(packed):
     found = load_labels(packed)
     assert np.array_equal(np.stack([each.image for each in found]), images(30))
     assert [each.index for each in found] == list(range(30))
-    first, second = found[29].objects
-    assert (first.x, first.y, first.color, first.class_name) == (9.0, 12.5, "red", "circle")
-    assert second.class_name is None
+    first, second, third = found[29].objects
+    assert (first.x, first.y, first.colors, first.classes) == (9.0, 12.5, ["red"], ["circle"])
+    assert [each.kind for each in (first, second, third)] == ["circle", "smear", "doubtful"]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (label(0, objects=[OBJECT | {"class": "star"}]), "class: 'star' is unknown; allowed are circle, .* null for a"),
-        (label(0, objects=[OBJECT | {"color": "pink"}]), "color: 'pink' is unknown; allowed are red"),
+        (label(0, objects=[OBJECT | {"classes": ["star"]}]), "classes: 'star' is unknown; allowed are circle, "),
+        (label(0, objects=[OBJECT | {"classes": None}]), "classes: None is no list"),
+        (label(0, objects=[OBJECT | {"colors": ["pink"]}]), "colors: 'pink' is unknown; allowed are red"),
+        (label(0, objects=[OBJECT | {"colors": []}]), "colors: is empty; whatever is visible has a colour"),
+        (label(0, objects=[DOUBTFUL | {"sure": True}]), "sure: True with 2 classes; write false, or one class at most"),
+        (label(0, objects=[OBJECT | {"sure": 1}]), "sure: 1 with 1 classes"),
         (label(0, objects=[OBJECT | {"x": 33}]), "x: 33 is no place in the image; give pixels from 0 to 32"),
         (label(0, objects=[OBJECT | {"y": True}]), "y: True is no place"),
-        (label(0, objects=[{"x": 1, "y": 1}]), "is not an object; write an object with x, y, color, class"),
+        (label(0, objects=[{"x": 1, "y": 1}]), "is not an object; write an object with x, y, colors, classes, sure"),
         (label(0, objects=None), r"objects: None is no list; an image that shows nothing has \[\]"),
         (label(0, model=" "), "model: ' ' is no text"),
         (label(-1), "index: -1 is no whole number from 0"),
@@ -150,7 +160,7 @@ def test_data_set_of_the_repository_is_large_and_of_several_models():
     found = load_labels()
     assert len(found) >= 300
     assert {each.model == "base" for each in found} == {True, False}
-    assert len({object.class_name for each in found for object in each.objects}) == 7
+    assert len({object.kind for each in found for object in each.objects}) == 8
 
 
 def test_page_shows_every_sheet_of_the_data_set():

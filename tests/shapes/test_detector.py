@@ -6,8 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from sfgrpo.geneval.scorer import is_correct
-from sfgrpo.shapes.detector import detect, detect_images
+from benchmarks.detector_agreement import agreement, match_all
+from benchmarks.labels import load_labels
+from sfgrpo.geneval.scorer import COUNTING_THRESHOLD, is_correct
+from sfgrpo.shapes.detector import COUNTED_PROBABILITY, PRESENT_PROBABILITY, detect, detect_images, score_of
 from sfgrpo.shapes.prompt_sets import all_prompts
 from sfgrpo.shapes.world import CLASSES, COLORS, Shape, render, sample_scene
 from sfgrpo.types import TAGS
@@ -92,3 +94,50 @@ def test_a_batch_gives_what_its_images_give_alone(num_images):
 def test_images_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"the shapes detector reads \[N, 32, 32, 3\]"):
         detect_images(np.zeros(shape, dtype=np.uint8))
+
+
+# Shares over the labels that the coefficients were fitted to; `benchmarks.fit_detector` estimates unseen ones.
+def test_objects_that_people_name_are_counted_whatever_their_quality_and_smears_are_not():
+    labelled = load_labels()
+    found = detect_images(np.stack([each.image for each in labelled]))
+    shares = agreement(match_all(labelled, found, COUNTING_THRESHOLD))
+    assert shares["counted"] >= 0.97
+    assert shares["class_agrees"] >= 0.95
+    assert shares["color_agrees"] >= 0.95
+    assert shares["smears_counted"] <= 0.3
+
+
+def test_poor_object_too_many_is_counted():
+    """The detector before scored a notched triangle below 0.9, and policies learned to draw one too many."""
+    places = [(8.0, 8.0), (24.0, 8.0), (8.0, 24.0), (24.0, 24.0)]
+    shapes = tuple(Shape(class_name="triangle", color="orange", center=place, radius=4.8) for place in places)
+    image = render(shapes, np.random.default_rng(0))
+    image[25:29, 25:27] = image[0, 0]
+    image[20:32, 20:32] = cv2.GaussianBlur(image, (0, 0), 0.8)[20:32, 20:32]
+    assert [each.class_name for each in detect(image) if each.score > COUNTING_THRESHOLD] == ["triangle"] * 4
+
+
+@pytest.mark.parametrize("gap", [-0.5, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_touching_objects_are_told_apart(class_name, gap):
+    first, second = (
+        Shape(class_name=class_name, color="blue", center=(16.0 + side * (5.0 + gap / 2), 16.0), radius=5.0)
+        for side in (-1, 1)
+    )
+    found = detect(render((first, second), np.random.default_rng(0)))
+    assert [each.class_name for each in found if each.score > COUNTING_THRESHOLD] == [class_name] * 2
+
+
+def test_touching_objects_of_two_colors_are_told_apart():
+    square = Shape(class_name="square", color="yellow", center=(9.0, 10.0), radius=5.5)
+    circle = Shape(class_name="circle", color="red", center=(19.0, 10.0), radius=5.5)
+    found = detect(render((square, circle), np.random.default_rng(0)))
+    counted = {(each.class_name, each.color) for each in found if each.score > COUNTING_THRESHOLD}
+    assert counted == {("square", "yellow"), ("circle", "red")}
+
+
+def test_score_is_genevals_at_both_probabilities_and_rises_between():
+    probabilities = np.array([0.0, PRESENT_PROBABILITY, 0.4, COUNTED_PROBABILITY, 1.0])
+    scores = score_of(probabilities)
+    assert scores[[1, 3]] == pytest.approx([0.3, 0.9])
+    assert (np.diff(scores) > 0.0).all() and scores[0] < 1e-6 and scores[-1] > 1.0 - 1e-6
