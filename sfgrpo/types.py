@@ -78,6 +78,8 @@ class Detection:
     """Confidence in 0..1."""
     color: str | None = None
     """Nearest named colour; None if the detector gives none."""
+    quality: float = 1.0
+    """How well the object is drawn, in 0..1; 1 if the detector does not say. No verdict looks at it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,15 +21,17 @@ Detector = Callable[[NDArray[np.uint8]], list[list[Detection]]]
 def soft_credit(prompt: Prompt, detections: Sequence[Detection]) -> float:
     """Return partial credit in 0..1 that changes with every detection's score: the mean of all clauses' parts.
 
-    With n the count that a clause asks for, s the scores of the detections of its class, and clamp to 0..1:
+    With n the count that a clause asks for, a = score * quality of a detection of its class, e = sum of a of the n
+    best of these minus the sum of the scores of all others, and clamp to 0..1:
 
-        count     clamp(1 - |n - sum s| / n)
-        colour    present * (sum of s of the right colour) / (sum s)
-        relation  present * present of the target * (sum of s s' of the pairs in relation) / (sum s s')
+        count     clamp(e / n)
+        colour    present * (sum of a of the right colour) / (sum of a)
+        relation  present * present of the target * (sum of a a' of the pairs in relation) / (sum of a a')
 
-    where present = clamp(1 - |n - sum s|) is 1 for the exact count and 0 when a whole object is missing or too many.
-    There is no score threshold, so a clearer object pays before GenEval would count it. With scores of 0 and 1 only,
-    the value is the mean of Flow-GRPO's parts, each clamped.
+    where present = clamp(1 - n + e) is 1 for the exact count and 0 when a whole object is missing or too many. There
+    is no score threshold, so a clearer object pays before GenEval would count it. An object too many costs its score
+    whatever its quality, so that drawing it badly hides nothing. With scores of 0 and 1 only and full quality, the
+    value is the mean of Flow-GRPO's parts, each clamped.
 
     Differs: from the score of Flow-GRPO's reward server in four points. Parts are clamped: there
     sixteen dogs for one are worth -14. Scores count in full instead of by a threshold. A wrong relation is worth 0,
@@ -39,11 +41,10 @@ def soft_credit(prompt: Prompt, detections: Sequence[Detection]) -> float:
     parts: list[float] = []
     for clause in prompt.include:
         found = _of(clause, detections)
-        total = sum(detection.score for detection in found)
-        parts.append(_clamp(1.0 - abs(clause.count - total) / clause.count))
+        parts.append(_clamp(_earned(clause, found) / clause.count))
         if clause.color is not None:
-            right = sum(detection.score for detection in found if detection.color == clause.color)
-            parts.append(_present(clause, found) * _ratio(right, total))
+            right = sum(_amount(detection) for detection in found if detection.color == clause.color)
+            parts.append(_present(clause, found) * _ratio(right, sum(map(_amount, found))))
         if clause.position is not None:
             parts.append(_relation_part(clause, found, prompt.include[clause.position[1]], detections))
     return sum(parts) / len(parts)
@@ -89,8 +90,19 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0.0 else 0.0
 
 
+def _amount(detection: Detection) -> float:
+    return detection.score * detection.quality
+
+
+def _earned(clause: Clause, found: Sequence[Detection]) -> float:
+    """Return the amounts of the best detections, as many as the clause asks for, less the scores of all others."""
+    best_first = sorted(found, key=_amount, reverse=True)
+    asked, others = best_first[: clause.count], best_first[clause.count :]
+    return sum(map(_amount, asked)) - sum(detection.score for detection in others)
+
+
 def _present(clause: Clause, found: Sequence[Detection]) -> float:
-    return _clamp(1.0 - abs(clause.count - sum(detection.score for detection in found)))
+    return _clamp(1.0 - clause.count + _earned(clause, found))
 
 
 def _relation_part(
@@ -98,7 +110,7 @@ def _relation_part(
 ) -> float:
     assert clause.position is not None, "only clauses with a position have a relation part"
     others = _of(target, detections)
-    weights = [(one.score * other.score, one.box, other.box) for one in found for other in others]
+    weights = [(_amount(one) * _amount(other), one.box, other.box) for one in found for other in others]
     held = sum(weight for weight, box, other in weights if clause.position[0] in relations_between(box, other))
     total = sum(weight for weight, _, _ in weights)
     return _present(clause, found) * _present(target, others) * _ratio(held, total)

@@ -29,6 +29,8 @@ COUNTED_PROBABILITY = 0.45
 """Probability of acceptance that scores 0.9, GenEval's threshold for counting."""
 PRESENT_PROBABILITY = 0.3
 """Probability of acceptance that scores 0.3, GenEval's threshold for anything else."""
+MATCH_FLOOR, MATCH_CEILING = 0.50, 0.90
+"""Overlap with a silhouette at which the quality of an object is 0, and from which on nothing takes away from it."""
 COEFFICIENTS = Path(__file__).with_name("detector.json")
 
 _CHUNK = 64
@@ -60,6 +62,8 @@ def _detect_chunk(images: NDArray[np.uint8]) -> list[list[Detection]]:
     regions, overlaps = matched_regions(images)
     probability = acceptance(features(regions, overlaps))
     best, scores = probability.argmax(axis=1), score_of(probability.max(axis=1))
+    likeness = (overlaps.drawn.max(axis=1) - MATCH_FLOOR) / (MATCH_CEILING - MATCH_FLOOR)
+    qualities = probability.max(axis=1) * np.clip(likeness, 0.0, 1.0)
     boxes = boxes_of(regions.masks)
     found: list[list[Detection]] = [[] for _ in images]
     for index in np.argsort(-scores, kind="stable"):
@@ -70,6 +74,7 @@ def _detect_chunk(images: NDArray[np.uint8]) -> list[list[Detection]]:
                 box=(left, top, right, bottom),
                 score=float(scores[index]),
                 color=COLORS[regions.colors[index]],
+                quality=float(qualities[index]),
             )
         )
     return found
