@@ -21,7 +21,7 @@ from sfgrpo.shapes.silhouettes import drawn_overlap, outlines, stretched_overlap
 from sfgrpo.shapes.world import CLASSES, COLORS, IMAGE_SIZE
 from sfgrpo.types import Detection
 
-WELL_MATCHED = 0.88
+WELL_MATCHED = 0.82
 """Overlap from which on a region is one object for certain, so that no split is tried."""
 PART_MATCH = 0.5
 """Overlap that every part of a split region must reach."""
@@ -103,7 +103,8 @@ def matched_regions(images: NDArray[np.uint8]) -> tuple[Regions, Overlaps]:
     overlaps = _overlaps(wholes[clear])
     match = np.zeros(len(wholes))
     match[clear] = overlaps.drawn.max(axis=1)
-    parts, whole_of_part = segmentation.split(clear[match[clear] < WELL_MATCHED])
+    large = wholes.masks[clear].sum(axis=(1, 2)) >= 2 * MIN_AREA
+    parts, whole_of_part = segmentation.split(clear[large & (match[clear] < WELL_MATCHED)])
     clear_parts = np.flatnonzero(_is_clear(parts))
     part_match = np.zeros(len(parts))
     part_match[clear_parts] = _overlaps(parts[clear_parts]).drawn.max(axis=1)
