@@ -54,7 +54,7 @@ def pretrain_base_model(config: PretrainConfig, seed: int, folder: Path) -> None
     pipeline = _trained_pipeline(config.transformer, autoencoder, pictures, seed, folder)
     with atomic_directory(folder / "pipeline") as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
-    tables = _tables(folder / "pipeline", config)
+    tables = geneval_tables(folder / "pipeline", config)
     with atomic_directory(BASE_MODEL) as partial:
         shutil.copytree(folder / "pipeline", partial, dirs_exist_ok=True)
         survival = detection_survival(autoencoder, fresh)
@@ -122,7 +122,7 @@ def _clocked(folder: Path, name: str) -> Iterator[None]:
         path.write_text(json.dumps(seconds))
 
 
-def _tables(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]:
+def geneval_tables(pretrained: Path, config: PretrainConfig) -> dict[str, GenEvalTable]:
     """Return the GenEval-shapes table of every guidance scale, on prompts spread over every task."""
     evaluation = config.evaluation
     prompts = [prompt for prompts in all_prompts().values() for prompt in _spread(prompts, evaluation.prompts_per_task)]
