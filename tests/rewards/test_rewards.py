@@ -24,8 +24,8 @@ from tests.support.reproductions import partial_credit
 LEFT, RIGHT = (0.0, 0.0, 10.0, 10.0), (50.0, 0.0, 60.0, 10.0)
 
 
-def seen(name: str, score: float = 1.0, box: Box = LEFT, color: str | None = None) -> Detection:
-    return Detection(class_name=name, box=box, score=score, color=color)
+def seen(name: str, score: float = 1.0, box: Box = LEFT, color: str | None = None, quality: float = 1.0) -> Detection:
+    return Detection(class_name=name, box=box, score=score, color=color, quality=quality)
 
 
 class Constant(Reward):
@@ -53,6 +53,11 @@ BLANK = np.zeros((2, 32, 32, 3), dtype=np.uint8)
         (two_object("dog", "cat"), [seen("dog", 0.6), seen("bird")], 0.3),
         (counting("dog", 4), [seen("dog", 0.5)] * 4, 0.5),
         (counting("dog", 2), [seen("dog")] * 3, 0.5),
+        (counting("dog", 2), [seen("dog", quality=0.5)] * 2, 0.5),
+        (counting("dog", 2), [seen("dog"), seen("dog"), seen("dog", quality=0.1)], 0.5),
+        (counting("dog", 2), [seen("dog"), seen("dog", 0.5, quality=0.1), seen("dog", quality=0.5)], (1.5 - 0.5) / 2),
+        (single_object("dog"), [seen("dog", 0.5)] * 2, 0.0),
+        (colors("dog", "red"), [seen("dog", quality=0.4, color="red")], 0.4),
         (colors("dog", "red"), [seen("dog", 0.8, color="red")], 0.8),
         (colors("dog", "red"), [seen("dog", 0.8, color="blue")], 0.4),
         (colors("dog", "red"), [seen("dog", color="red"), seen("dog", 0.5, color="blue")], (0.5 + 0.5 / 1.5) / 2),
@@ -91,6 +96,17 @@ def test_soft_credit_rises_with_the_score_from_below_the_threshold(prompt):
     credits = [soft_credit(prompt, [seen("dog", score, color="red")] * count) for score in np.linspace(0, 1, 21)]
     assert np.all(np.diff(credits) > 0)
     assert (credits[0], credits[-1]) == (0.0, 1.0)
+
+
+def test_verdict_does_not_look_at_quality():
+    assert is_correct(counting("dog", 2), [seen("dog", quality=0.0)] * 2)
+    assert not is_correct(counting("dog", 2), [seen("dog", quality=0.0)] * 3)
+
+
+def test_object_too_many_costs_the_same_however_badly_it_is_drawn():
+    dogs = [seen("dog"), seen("dog")]
+    credits = [soft_credit(counting("dog", 2), [*dogs, seen("dog", quality=quality)]) for quality in (1.0, 0.5, 0.0)]
+    assert credits == [0.5, 0.5, 0.5]
 
 
 def test_geneval_rewards_ask_their_detector_once_for_the_whole_batch():
