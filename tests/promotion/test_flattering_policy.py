@@ -22,6 +22,7 @@ from sfgrpo.rewards.confirmed import ConfirmedVerdict
 from sfgrpo.rewards.geneval import Detector, GenEvalReward, soft_credit
 from sfgrpo.runtime.environment import Environment
 from sfgrpo.shapes.counter import count_objects
+from sfgrpo.shapes.detector import detect_images
 from sfgrpo.shapes.prompt_sets import split_prompts
 from sfgrpo.types import Prompt
 from tests.support.flattering_detector import detect_flattered
@@ -142,3 +143,15 @@ def test_what_it_hides_is_what_the_counter_sees(drawings):
     asked = [prompt.include[0].count for prompt in prompts]
     assert len(asked) > 10
     assert np.mean(numbers > asked) > 0.9
+
+
+def test_detector_of_today_is_not_flattered(drawings):
+    prompts, images, numbers = disputed(drawings)
+    found = list(zip(prompts, detect_images(images), strict=True))
+    assert np.mean([is_correct(*pair) for pair in found]) < 0.5
+    assert np.mean([count_all(*pair) for pair in found] == numbers) > 0.7
+    today, then = (
+        {gate.name: gate for gate in drawings.compare(detector).gates}["agreement"]
+        for detector in (detect_images, detect_flattered)
+    )
+    assert today.observed["agreement"].lower > then.observed["agreement"].upper
