@@ -26,6 +26,8 @@ Credit = Literal["joint", "per_step", "step_mean", "terminal"]
 """What a step is credited with, `sfgrpo.grpo.advantages.group_advantages`."""
 StdScope = Literal["group", "global"]
 """Samples over which the standard deviation of the credits is taken."""
+LrScheduler = Literal["constant", "linear"]
+"""Course of the learning rate, `sfgrpo.training.learner.learning_rate_at`."""
 KlForm = Literal["exact", "flow_grpo"]
 """Variance in the KL divergence, `sfgrpo.grpo.sde.gaussian_kl`."""
 

@@ -30,7 +30,7 @@ from sfgrpo.config.ranges import (
     UnitInterval,
     Width,
 )
-from sfgrpo.types import TAGS, Credit, KlForm, SamplerName, StdScope, Tag
+from sfgrpo.types import TAGS, Credit, KlForm, LrScheduler, SamplerName, StdScope, Tag
 
 Section = TypeVar("Section")
 
@@ -175,7 +175,9 @@ class UpdateConfig:
     steps_per_update: Count
     """Optimiser steps per rollout; each takes its own share of the prompts."""
     learning_rate: PositiveFloat
-    """Learning rate of AdamW; constant."""
+    """Learning rate of AdamW at the first update."""
+    lr_scheduler: LrScheduler = "constant"
+    """Course of the learning rate: constant, or linear, which falls to 0 after the last update."""
     betas: tuple[Fraction, Fraction]
     """Decay of AdamW's first and second moment."""
     weight_decay: NonNegativeFloat

@@ -11,9 +11,17 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from sfgrpo.checkpoint.state import TrainingState
+from sfgrpo.config.schema import UpdateConfig
 from sfgrpo.config.stages import TrainStage
 from sfgrpo.grpo.update import make_scaler
 from sfgrpo.policies.base import Policy
+
+
+def learning_rate_at(update: UpdateConfig, update_index: int) -> float:
+    """Return the learning rate of an update, the first of which has the index 0."""
+    if update.lr_scheduler == "constant":
+        return update.learning_rate
+    return update.learning_rate * (1.0 - update_index / update.num_updates)
 
 
 class Learner:
@@ -21,13 +29,20 @@ class Learner:
 
     def __init__(self, policy: Policy, config: TrainStage) -> None:
         parameters, update = list(policy.adapter_parameters().values()), config.update
-        self.policy = policy
+        self.policy, self._update = policy, update
         self.optimizer = torch.optim.AdamW(
             parameters, lr=update.learning_rate, betas=update.betas, weight_decay=update.weight_decay
         )
         self.scaler = make_scaler(config.policy.dtype, policy.device)
         self.ema = EMAModel(parameters, decay=config.ema.decay)
         """Average of the adapter; the decay of update n is min(ema.decay, n / (9 + n)), and 0 for the first."""
+
+    def set_learning_rate(self, update_index: int) -> float:
+        """Set and return the learning rate of an update; it depends on the index alone, so that a run resumes exactly."""
+        rate = learning_rate_at(self._update, update_index)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
 
     def average(self) -> None:
         """Update the moving average with the adapter as it is now."""

@@ -168,6 +168,7 @@ class Trainer:
         """Sample and score images, then update the policy; return the metrics."""
         clock, started = self._clock(), time.monotonic()
         rng = torch.get_rng_state()
+        learning_rate = self._learner.set_learning_rate(update_index)
         try:
             collected = self._collector.collect(update_index, clock, self._stop_if_requested)
             with clock("update"):
@@ -183,6 +184,7 @@ class Trainer:
         return {
             **collected.metrics,
             **outcome.metrics,
+            "optim/learning_rate": learning_rate,
             "guards/broken": float(is_broken),
             **clock.metrics(),
             "time/total_s": time.monotonic() - started,

@@ -67,3 +67,15 @@ def test_state_goes_on_where_it_was_saved():
         learner.average()
     assert_same(averages_of(two), averages_of(one))
     assert_same(two.state()["ema"], one.state()["ema"])
+
+
+def test_linear_rate_falls_to_nothing_after_the_last_update():
+    config = small_config(update={"lr_scheduler": "linear", "learning_rate": 0.4, "num_updates": 4})
+    learner = Learner(make_tiny_policy(), config)
+    assert [learner.set_learning_rate(index) for index in range(4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx([0.1])
+
+
+def test_constant_rate_stays():
+    config = small_config(update={"lr_scheduler": "constant", "learning_rate": 0.4, "num_updates": 4})
+    assert {Learner(make_tiny_policy(), config).set_learning_rate(index) for index in range(4)} == {0.4}

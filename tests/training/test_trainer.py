@@ -108,6 +108,7 @@ def test_every_update_is_recorded(run):
             "policy/ratio_deviation_first_pass",
             "policy/clip_fraction",
             "optim/grad_norm",
+            "optim/learning_rate",
             "time/rollout_s",
             "time/estimates_s",
             "time/decode_s",
