@@ -38,7 +38,7 @@ class Learner:
         """Average of the adapter; the decay of update n is min(ema.decay, n / (9 + n)), and 0 for the first."""
 
     def set_learning_rate(self, update_index: int) -> float:
-        """Set and return the learning rate of an update; it depends on the index alone, so that a run resumes exactly."""
+        """Set and return the learning rate of an update; only its index matters, so that a run resumes exactly."""
         rate = learning_rate_at(self._update, update_index)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
