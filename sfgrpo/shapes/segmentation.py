@@ -29,6 +29,8 @@ SEAM_LEVELS = (0.6, 0.7, 0.8, 0.9)
 
 WINDOWS = (16, 24, 32)
 """Sides of the square windows that components are cropped to: the smallest that holds one with its margin."""
+_MARGIN = 2
+"""Pixels around a component that a search for parts sees: a soft mask reaches one beyond it."""
 _ZOOM = 2
 _NECK_STEP = 0.25
 
@@ -97,13 +99,16 @@ class Segmentation:
         components: list[tuple[int, ...]] = []
         wholes: list[int] = []
         for row in rows.tolist():
-            owner, label = self._components[row, :2]
-            own, mask = self._labels[owner] == label, self.regions.masks[row]
+            owner, label, left, top, width, height = self._components[row]
+            first_row, first_column = max(top - _MARGIN, 0), max(left - _MARGIN, 0)
+            window = slice(first_row, top + height + _MARGIN), slice(first_column, left + width + _MARGIN)
+            own, mask = self._labels[owner][window] == label, self.regions.masks[row][window]
             for part in next((found for find in SPLITS if (found := find(own, mask))), ()):
                 # An image has fewer components than pixels.
                 new_label = IMAGE_SIZE**2 + len(components)
-                labels[owner][part] = new_label
-                components.append((owner, new_label, *cv2.boundingRect(part.astype(np.uint8))))
+                labels[owner][window][part] = new_label
+                x, y, *extent = cv2.boundingRect(part.astype(np.uint8))
+                components.append((owner, new_label, first_column + x, first_row + y, *extent))
                 wholes.append(row)
         parts = self._regions_of(labels, np.array(components, dtype=np.int32).reshape(-1, 6))
         return parts, np.array(wholes, dtype=np.intp)
@@ -126,7 +131,10 @@ def parts_by_color(own: Mask, mask: SoftMask) -> list[Mask]:
     A pixel of the component that is hardly in its soft mask has another colour or is an edge, and edges are at most
     two pixels wide.
     """
-    other = cv2.morphologyEx((own & (mask < 0.5)).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    other = own & (mask < 0.5)
+    if other.sum() < MIN_AREA:
+        return []
+    other = cv2.morphologyEx(other.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     parts = _large_components(other.astype(bool))
     return [own & ~np.any(parts, axis=0), *parts] if parts else []
 
@@ -134,7 +142,10 @@ def parts_by_color(own: Mask, mask: SoftMask) -> list[Mask]:
 def parts_at_seams(own: Mask, mask: SoftMask) -> list[Mask]:
     """Split a component where it is fainter, at the least level that parts it."""
     for level in SEAM_LEVELS:
-        cores = _large_components(mask > level)
+        above = mask > level
+        if above.sum() < 2 * MIN_AREA:
+            break
+        cores = _large_components(above)
         if len(cores) > 1:
             return _nearest(own, [_distance_to(core) for core in cores])
     return []
