@@ -81,8 +81,9 @@ class PeriodicEvaluation:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The result with the highest GenEval score; of equals the earliest that was trained at all."""
-        return max(self.results, key=lambda result: (result["metrics"]["geneval/overall"], result["update"] > 0))
+        """The result with the highest `Evaluator.selected_by`; of equals the earliest that was trained at all."""
+        metric = self._evaluator.selected_by
+        return max(self.results, key=lambda result: (result["metrics"][metric], result["update"] > 0))
 
     def state(self) -> dict[str, Any]:
         """Return the JSON values that a checkpoint keeps."""
@@ -185,7 +186,8 @@ class PeriodicEvaluation:
             shutil.copy(paths.store / snapshot.key / SAMPLES, self._samples_path(update))
             self._tracker.log_image(self._samples_path(update), "samples", update)
         overall, error = metrics["geneval/overall"], metrics["geneval/overall_stderr"]
-        logger.info("update %d: GenEval %.2f ± %.2f", update, overall, error)
+        reward = metrics[self._evaluator.selected_by]
+        logger.info("update %d: reward %.3f, GenEval %.2f ± %.2f", update, reward, overall, error)
 
     def _pending_updates(self) -> frozenset[int]:
         return frozenset(snapshot.update for snapshot in self._pending)

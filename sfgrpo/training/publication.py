@@ -43,7 +43,7 @@ def publish(trainer: Trainer, config: TrainStage, environment: Environment, run:
             training_prompts_sha256=prompts_digest(run.prompts),
             validation_prompts_sha256=prompts_digest(run.validation_prompts),
             evaluation_prompts_sha256=prompts_digest(run.evaluation_prompts),
-            nothing_changed=reason_of_no_change(trainer.history, best, adapter),
+            nothing_changed=reason_of_no_change(trainer.history, best, trainer.selected_by, adapter),
         )
         write_json(partial / RECORD, dataclasses.asdict(record))
     _write_report(trainer, record, run.folder)
@@ -58,8 +58,8 @@ def publish(trainer: Trainer, config: TrainStage, environment: Environment, run:
         }
     )
     print(
-        f"best of {len(trainer.evaluations)} evaluations on validation prompts: update {best['update']}, adapter in "
-        f"{POLICY}"
+        f"best of {len(trainer.evaluations)} evaluations on validation prompts, by {trainer.selected_by}: update "
+        f"{best['update']}, adapter in {POLICY}"
     )
     if record.nothing_changed is not None:
         print(f"the training has changed nothing, and `register` will refuse it: {record.nothing_changed}")

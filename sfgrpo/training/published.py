@@ -87,12 +87,15 @@ def _read_adapter_of(folder: Path, sha256: str, record: TrainingRecord) -> Adapt
     return adapter
 
 
-def reason_of_no_change(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any], adapter: Adapter) -> str | None:
+def reason_of_no_change(
+    history: Sequence[Mapping[str, Any]], best: Mapping[str, Any], selected_by: str, adapter: Adapter
+) -> str | None:
     """Return in words why a training has changed nothing; None if it has changed the policy.
 
     Args:
         history: Metrics of all updates.
         best: Update and metrics of the evaluation whose adapter is published.
+        selected_by: The metric that is the best one's.
         adapter: The published adapter.
     """
     if history and all(metrics.get("groups/constant_fraction") == 1.0 for metrics in history):
@@ -101,9 +104,9 @@ def reason_of_no_change(history: Sequence[Mapping[str, Any]], best: Mapping[str,
             "that tells them apart, or raise rollout.group_size or sampling.noise_level"
         )
     if best["update"] == 0:
-        score = best["metrics"]["geneval/overall"]
+        score = best["metrics"][selected_by]
         return (
-            f"every evaluation was worse than that before the first update, GenEval {score:.3f}; train longer by "
+            f"every evaluation was worse than that before the first update, {selected_by} {score:.3f}; train longer by "
             "update.num_updates, or lower update.learning_rate"
         )
     if adapter.changes_nothing:

@@ -107,8 +107,13 @@ class Trainer:
         return self._periodic.results
 
     @property
+    def selected_by(self) -> str:
+        """Metric that selects the best adapter."""
+        return self._inputs.evaluator.selected_by
+
+    @property
     def best(self) -> dict[str, Any]:
-        """The evaluation with the highest GenEval score; of equals the earliest that was trained at all."""
+        """The evaluation with the highest `Evaluator.selected_by`; of equals the earliest that was trained at all."""
         return self._periodic.best
 
     def averaged(self) -> AbstractContextManager[None]:
