@@ -27,19 +27,13 @@ class Evaluator:
 
     prompts: Sequence[Prompt]
     rewards: Sequence[Reward]
+    selected_by: str
+    """Metric whose highest value selects the best adapter."""
     is_correct: Reward = dataclasses.field(default_factory=lambda: build_reward("geneval_correct"))
     """1 for a correct image, 0 for any other."""
     protocol: SamplingProtocol
     training_protocol: SamplingProtocol | None
     """That of the training's own sampler, where its mean rewards are measured too."""
-
-    @property
-    def selected_by(self) -> str:
-        """Metric whose highest value selects the best adapter: the mean of the reward that is trained on.
-
-        Over the same images it scatters less than GenEval's verdicts, which are 0 or 1.
-        """
-        return f"evaluation/{self.rewards[0].name}"
 
     @classmethod
     def of(cls, config: TrainStage, prompts: Sequence[Prompt], reward: Reward) -> Evaluator:
@@ -49,6 +43,8 @@ class Evaluator:
         return cls(
             prompts=prompts,
             rewards=distinct_rewards(reward, *map(build_reward, HELD_OUT)),
+            # Over the same images a mean reward scatters less than GenEval's verdicts, which are 0 or 1.
+            selected_by=f"evaluation/{reward.name}",
             protocol=protocol,
             training_protocol=training_protocol if config.evaluation.training_sampler else None,
         )

@@ -37,12 +37,15 @@ class Learner:
         self.ema = EMAModel(parameters, decay=config.ema.decay)
         """Average of the adapter; the decay of update n is min(ema.decay, n / (9 + n)), and 0 for the first."""
 
-    def set_learning_rate(self, update_index: int) -> float:
-        """Set and return the learning rate of an update; only its index matters, so that a run resumes exactly."""
-        rate = learning_rate_at(self._update, update_index)
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the latest update."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def set_learning_rate(self, update_index: int) -> None:
+        """Set the learning rate of an update; it depends on the index alone, so that a run resumes exactly."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+            group["lr"] = learning_rate_at(self._update, update_index)
 
     def average(self) -> None:
         """Update the moving average with the adapter as it is now."""

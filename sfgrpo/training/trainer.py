@@ -173,11 +173,10 @@ class Trainer:
         """Sample and score images, then update the policy; return the metrics."""
         clock, started = self._clock(), time.monotonic()
         rng = torch.get_rng_state()
-        learning_rate = self._learner.set_learning_rate(update_index)
         try:
             collected = self._collector.collect(update_index, clock, self._stop_if_requested)
             with clock("update"):
-                outcome = self._learn(collected)
+                outcome = self._learn(update_index, collected)
         except _StopRequested:
             torch.set_rng_state(rng)
             raise
@@ -189,16 +188,17 @@ class Trainer:
         return {
             **collected.metrics,
             **outcome.metrics,
-            "optim/learning_rate": learning_rate,
+            "optim/learning_rate": self._learner.learning_rate,
             "guards/broken": float(is_broken),
             **clock.metrics(),
             "time/total_s": time.monotonic() - started,
         }
 
-    def _learn(self, collected: Collected) -> UpdateOutcome:
+    def _learn(self, update_index: int, collected: Collected) -> UpdateOutcome:
         """Update the policy; a stop amid the optimiser steps takes it back to where it was before them."""
         learner = self._learner
         with learner.undone_by(_StopRequested):
+            learner.set_learning_rate(update_index)
             return update_policy(
                 self._policy,
                 learner.optimizer,

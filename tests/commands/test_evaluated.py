@@ -106,7 +106,7 @@ def test_every_artifact_names_what_it_is_of(folder, tracker):
     assert (record["training_prompts_sha256"], record["evaluation_prompts_sha256"]) == (training, evaluation)
     assert record["validation_prompts_sha256"] == validation
     last = read_adapter(LAST_ADAPTER.parent).sha256
-    assert record["last_adapter_sha256"] == last != adapter.sha256
+    assert record["last_adapter_sha256"] == last
     assert report["adapters"] == {
         "last": {"update": record["num_updates"], "sha256": last},
         "policy": {"update": record["update"], "sha256": adapter.sha256},
@@ -121,7 +121,7 @@ def test_every_artifact_names_what_it_is_of(folder, tracker):
 
 def test_policy_that_was_trained_anew_is_not_registered_with_the_old_report(folder, tracker, capsys):
     old = read_json(REPORT)["evaluated"]["adapter_sha256"]
-    write_params(folder, {**TINY, "seed": 5})
+    write_params(folder, {**TINY, "seed": 6})
     assert main(["train"]) == 0
     new = read_json(RECORD)["adapter_sha256"]
     assert new != old
@@ -158,12 +158,12 @@ def test_adapter_is_evaluated_as_it_was_trained_whatever_the_parameters_say(fold
     assert "but the adapter was trained with" in caplog.text
 
 
-def edit_weights(change: Callable[[str, Tensor], Tensor], *, record: bool = False) -> None:
-    """Change the weights of the published adapter, and the record with it where that is asked for."""
-    with safe_open(ADAPTER, framework="pt") as file:
+def edit_weights(change: Callable[[str, Tensor], Tensor], path: Path = ADAPTER, *, record: bool = False) -> None:
+    """Change the weights of a published adapter, and the record with it where that is asked for."""
+    with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    changed = {name: change(name, weight) for name, weight in load_file(ADAPTER).items()}
-    save_file(changed, ADAPTER, metadata)
+    changed = {name: change(name, weight) for name, weight in load_file(path).items()}
+    save_file(changed, path, metadata)
     if record:
         edit_json(RECORD, "adapter_sha256", value=read_adapter(ADAPTER.parent).sha256)
 
@@ -207,7 +207,7 @@ UNUSABLE_POLICY: dict[str, tuple[Callable[[], object], str]] = {
     "other base": (other_base, r"was trained on models/tiny \(sha256:\w+\) and the base model is models/tiny"),
     "no last adapter": (LAST_ADAPTER.unlink, "last_adapter/.* does not exist; `python -m sfgrpo train` writes"),
     "another last adapter": (
-        lambda: shutil.copy(ADAPTER, LAST_ADAPTER),
+        lambda: edit_weights(lambda name, weight: 2 * weight, LAST_ADAPTER),
         "last_adapter/.* has the SHA-256 .*, and models/policy/training.json is of the adapter",
     ),
     "no base": (lambda: shutil.rmtree("models/tiny"), "policy.pretrained: models/tiny is no folder with a model_index"),

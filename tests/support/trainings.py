@@ -100,9 +100,14 @@ class Stopping(RecordingTracker):
 
 
 def make_evaluator(config: TrainStage, is_correct: Reward, reward: Reward | None = None) -> Evaluator:
-    """Make the evaluator of a configuration with another verdict, and no reward but the one that is trained on."""
+    """Make the evaluator of a configuration with another verdict, by which it selects, and the trained reward alone."""
     reward = reward or Light()
-    return dataclasses.replace(Evaluator.of(config, EVALUATION, reward), is_correct=is_correct, rewards=(reward,))
+    return dataclasses.replace(
+        Evaluator.of(config, EVALUATION, reward),
+        is_correct=is_correct,
+        rewards=(reward,),
+        selected_by="geneval/overall",
+    )
 
 
 def trainer_in(
