@@ -84,7 +84,7 @@ def autoencoded(images: NDArray[np.uint8], batch_size: int = 100) -> NDArray[np.
     from sfgrpo.policies.sd3 import to_images
     from sfgrpo.pretraining.autoencoder import to_pixels
 
-    autoencoder = AutoencoderKL.from_pretrained(AUTOENCODER)
+    autoencoder = AutoencoderKL.from_pretrained(AUTOENCODER, use_safetensors=True)
     decoded = []
     with torch.no_grad():
         for start in range(0, len(images), batch_size):

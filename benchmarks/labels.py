@@ -169,7 +169,7 @@ def _require_keys(item: Any, keys: Sequence[str], what: str) -> None:
 
 def _pack(images: Path, labels: Path) -> None:
     lines = [line for _, line in read_lines(labels)]
-    with as_config_error(str(images)), np.load(images) as archive:
+    with as_config_error(str(images)), np.load(images, allow_pickle=False) as archive:
         pack_labels(FOLDER, archive["images"], lines)
     print(f"{len(lines)} images with labels in {FOLDER}")
 

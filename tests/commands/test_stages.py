@@ -18,6 +18,7 @@ from PIL import Image
 from sfgrpo.checkpoint.state import latest_checkpoint
 from sfgrpo.cli import main
 from sfgrpo.errors import MirrorError
+from sfgrpo.evaluation.evaluator import Evaluator
 from sfgrpo.factory import make_text_encoders
 from sfgrpo.geneval.prompt_sets import twin_key
 from sfgrpo.paths import run_lock
@@ -520,7 +521,19 @@ def validate_on(path: str) -> None:
     validation.write_bytes(contents[1])
 
 
+@pytest.fixture
+def selected_by_geneval(monkeypatch):
+    """Let GenEval's verdict select the best adapter, since a test can prescribe it without changing the training."""
+    original = Evaluator.of.__func__
+
+    def of(cls, *arguments):
+        return dataclasses.replace(original(cls, *arguments), selected_by="geneval/overall")
+
+    monkeypatch.setattr(Evaluator, "of", classmethod(of))
+
+
 @pytest.mark.parametrize("best", [2, 3])
+@pytest.mark.usefixtures("selected_by_geneval")
 def test_evaluation_judges_the_adapters_that_the_training_judged(folder, tracker, monkeypatch, best):
     """The training judges by validation prompts; with the two sets swapped in between the numbers must be its own."""
     monkeypatch.setitem(REWARDS, "geneval_correct", only_best(best))
@@ -565,6 +578,7 @@ class Preferring(Light):
         return torch.tensor([float((prompt.text in self.validation) == late) for prompt in prompts])
 
 
+@pytest.mark.usefixtures("selected_by_geneval")
 @pytest.mark.parametrize("swapped", [False, True])
 def test_the_best_adapter_is_chosen_by_the_validation_prompts(folder, tracker, monkeypatch, swapped):
     """On the evaluation prompts the first adapter is the best, on the validation prompts a later one."""
@@ -651,3 +665,21 @@ def test_a_run_that_another_process_trains_is_not_trained_twice(folder, tracker,
         assert main(["train"]) == 1
     assert_error(capsys, f"another process trains run {run.name}; wait until it is done")
     assert main(["train"]) == 0
+
+
+class Rising(Light):
+    """Lightness, more with every call: each evaluation is better than the one before."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def __call__(self, images, prompts):
+        self.num_calls += 1
+        return super().__call__(images, prompts) + self.num_calls
+
+
+def test_the_training_reward_selects_the_best_adapter_whatever_geneval_says(folder, monkeypatch):
+    with inside(folder, Rising):
+        monkeypatch.setitem(REWARDS, "geneval_correct", only_best(2))
+        assert main(["train"]) == 0
+        assert json.loads(Path("models/policy/training.json").read_text())["update"] == 3

@@ -58,6 +58,7 @@ TINY: Mapping[str, Any] = {
     "update.num_updates": 3,
     "update.steps_per_update": 2,
     "update.learning_rate": 1e-3,
+    "update.lr_scheduler": "constant",
     "update.betas": [0.9, 0.999],
     "update.weight_decay": 1e-4,
     "update.max_grad_norm": 1.0,
