@@ -485,7 +485,7 @@ def test_refreshed_prompts_are_kept_and_then_taken_by_the_next_training(platform
     assert "edition: 2" in platform.git("show", f"{branch}:params.yaml")
     told = artifact(client, run.id)
     assert f"Edition 2, on branch {branch}." in told
-    assert "| position | 545 | 48 | 32 | 40 |" in told
+    assert "| position | 500 | 48 | 32 | 40 |" in told
     assert told.endswith(f"- {split.training[0].text}")
 
     run = ended(client, platform, start_run(client, "train-policy/weekly"))

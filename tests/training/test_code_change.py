@@ -31,7 +31,8 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_tiny_project(folder)
     write_params(folder, TINY | {"reward.name": "geneval"})
     with inside(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(REWARDS, "geneval", failing("raise"))
+        # Named as the reward that goes on, since its evaluations are compared with later ones.
+        patch.setitem(REWARDS, "geneval", type("Failing", (failing("raise"),), {"name": "geneval"}))
         assert main(["train"]) == 1
     return folder
 
