@@ -53,7 +53,7 @@ PARAMS: Mapping[str, Any] = {
     "prompts.num_evaluation": dict.fromkeys(TAGS, 4),
     "update.num_updates": NUM_UPDATES,
     # Changes weights and no picture, so that no evaluation is worse than the first and every training has a version.
-    "update.learning_rate": 1e-5,
+    "update.learning_rate": 1e-7,
     "evaluation.num_steps": 4,
     "evaluation.images_per_prompt": 2,
     "evaluation.every_num_updates": NUM_UPDATES // 2,
