@@ -478,7 +478,7 @@ def test_evaluation_compares_before_and_after(folder, tracker):
 
 
 class Always(Light):
-    """Gives every image the same number."""
+    """Score every image alike."""
 
     def __init__(self, name: str, value: float) -> None:
         self.name, self.value = name, value

@@ -64,7 +64,7 @@ def start(folder: Path, index: int, *arguments: str) -> Start:
 
 
 def outputs(starts: Sequence[Start]) -> list[str]:
-    """Tells each to stop when it is due; gives what they printed."""
+    """Tell each to stop when it is due; return what they printed."""
     waiting, deadline = list(starts), time.monotonic() + 240
     try:
         while waiting and time.monotonic() < deadline:
